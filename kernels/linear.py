@@ -1,0 +1,59 @@
+"""Projection of a few rows, the same bits whatever stands beside a row.
+
+`y = x @ W.T + b` for `x [N, K]`, `W [M, K]`. On the CPU the weight is repacked once into oneDNN's blocked layout:
+besides being faster, a packed weight makes a row's bits independent of how many rows run with it (measured on
+AVX-512: bf16 equal for 1..32 rows, fp32 for 2..512; `engine/selftest.py` measures the machine at hand). Elsewhere
+the caller keeps the row count fixed. Plain `F.linear` is the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACK_ROWS = 16  # the row count that oneDNN picks its blocking for
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [N, K] @ weight [M, K].T + bias [M]` in fp32."""
+    y = x.float() @ weight.float().T
+    return y if bias is None else y + bias.float()
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN can hold this weight in its own layout on this machine."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return weight.dtype == torch.float32
+
+
+class PackedLinear:
+    """A projection with its weight in the layout that the device reads fastest.
+
+    Args:
+        weight: `[M, K]`, any float dtype; kept only in packed form where packing is possible.
+        bias: `[M]` or None, same dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.bias = bias
+        self.packed = can_pack(weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        else:
+            self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [N, K]` of the weight's dtype -> `[N, M]` of the same dtype."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
