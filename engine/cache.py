@@ -1,0 +1,180 @@
+"""KV cache of a batch: preallocated, committed by length, keys in groups of absolute positions.
+
+Slot s of a sequence is place s % group of its group s // group; committed tokens stand at slot == position. The nodes of
+a draft tree write at base + node, beyond the committed length; commit moves the accepted path into position order and
+everything else is overwritten later. Nothing here decides what may be seen: `engine/forward.py` builds the masks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+MAX_NODES = 16  # rows of one verification: the pending token and at most 15 drafted ones
+
+
+class ContextTooLong(ValueError):
+    """The requested context does not fit the model or the memory; the message shows the arithmetic."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Sizes of a KV cache, known before a byte is allocated.
+
+    `context` is tokens a sequence may hold; slots adds the room for one draft, rounded up to whole groups.
+    """
+
+    num_layers: int
+    batch: int
+    context: int
+    num_kv_heads: int
+    head_dim: int
+    group: int
+    dtype: torch.dtype
+
+    @property
+    def num_groups(self) -> int:
+        return -(-(self.context + MAX_NODES) // self.group)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.num_layers * self.batch * self.num_groups * self.group * self.num_kv_heads * (
+            self.head_dim * self.dtype.itemsize
+        )
+
+    def arithmetic(self) -> str:
+        """The size in words and factors, for reports and errors."""
+        return (
+            f"KV cache 2 x {self.num_layers} layers x {self.batch} sequences x {self.num_groups * self.group} slots x "
+            f"{self.num_kv_heads} heads x {self.head_dim} x {self.dtype.itemsize} bytes = {self.num_bytes / 2**20:.1f} MiB"
+        )
+
+
+def plan_cache(config: ModelConfig, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> CachePlan:
+    """Size a cache.
+
+    On the CPU keys and values are kept in fp32 whatever the model's dtype, because bf16 attention there costs more in
+    conversions than it saves in bytes; on a GPU they have the model's dtype.
+
+    Raises:
+        ContextTooLong: `context` exceeds the model's, or the free memory.
+    """
+    if context > config.max_context:
+        raise ContextTooLong(
+            f"{context} tokens were asked for (prompt + max_new_tokens), but the model's context is "
+            f"{config.max_context}; shorten the prompt or lower max_new_tokens"
+        )
+    on_cpu = device.type == "cpu"
+    plan = CachePlan(
+        num_layers=config.num_layers,
+        batch=batch,
+        context=context,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        group=64 if on_cpu else 256,
+        dtype=torch.float32 if on_cpu else dtype,
+    )
+    free = free_memory(device)
+    if free is not None and plan.num_bytes > free:
+        raise ContextTooLong(
+            f"a context of {context} tokens does not fit: {plan.arithmetic()}, but {free / 2**20:.1f} MiB are free on "
+            f"{device}; lower max_new_tokens, shorten the prompt or use fewer sequences at once"
+        )
+    return plan
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, or None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+class KVCache:
+    """Keys and values `[L, B, G, KV, group, d]` and the committed length of each sequence."""
+
+    def __init__(self, plan: CachePlan, device: torch.device) -> None:
+        shape = (
+            plan.num_layers, plan.batch, plan.num_groups, plan.num_kv_heads, plan.group, plan.head_dim,
+        )  # fmt: skip
+        self.plan, self.device = plan, device
+        self.k = torch.zeros(shape, dtype=plan.dtype, device=device)
+        self.v = torch.zeros(shape, dtype=plan.dtype, device=device)
+        self.lens = [0] * plan.batch
+
+    @property
+    def group(self) -> int:
+        return self.plan.group
+
+    def layer(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer of one sequence, `[G, KV, group, d]` each (views)."""
+        return self.k[layer, sequence], self.v[layer, sequence]
+
+    def write(self, layer: int, sequence: int, slots: Slots, k: Tensor, v: Tensor) -> None:
+        """Store `k, v [w, KV, d]` at the slots. Values that are not finite are stored as zero: such a row shows in its own
+        logits, and a NaN times a zero weight would otherwise reach rows that must not see it."""
+        v = v.nan_to_num(0.0, 0.0, 0.0)
+        for group, place, first, count in slots.runs:
+            self.k[layer, sequence, group, :, place : place + count] = k[first : first + count].transpose(0, 1)
+            self.v[layer, sequence, group, :, place : place + count] = v[first : first + count].transpose(0, 1)
+
+    def clear_open(self, sequence: int) -> None:
+        """Zero the values from the committed length to the end of the last group that a round can read (rule 4)."""
+        base = self.lens[sequence]
+        end = -(-(base + MAX_NODES) // self.group) * self.group
+        for group in range(base // self.group, end // self.group):
+            place = max(0, base - group * self.group)
+            self.v[:, sequence, group, :, place:].zero_()
+
+    def commit(self, sequence: int, path: list[int]) -> None:
+        """Accept the nodes `path` (root first): their rows move to slots base, base + 1, ... and the length grows.
+
+        All reads happen before any write, so a path may overlap its own destination.
+        """
+        base = self.lens[sequence]
+        if path != list(range(len(path))):
+            source = torch.tensor([base + node for node in path], device=self.device)
+            target = torch.arange(base, base + len(path), device=self.device)
+            for store in (self.k[:, sequence], self.v[:, sequence]):
+                moved = store[:, source // self.group, :, source % self.group].clone()
+                store[:, target // self.group, :, target % self.group] = moved
+        self.lens[sequence] = base + len(path)
+
+    def read(self, layer: int, sequence: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` slots of a layer, `[KV, length, d]` each."""
+        groups = -(-length // self.group)
+        k, v = (
+            store[layer, sequence, :groups].transpose(0, 1).reshape(self.plan.num_kv_heads, -1, self.plan.head_dim)
+            for store in (self.k, self.v)
+        )
+        return k[:, :length], v[:, :length]
+
+
+class Slots:
+    """Slots of the rows of one write, split where slots or groups break: `(group, place, first row, count)` runs."""
+
+    def __init__(self, slots: list[int], group: int) -> None:
+        self.runs: list[tuple[int, int, int, int]] = []
+        for row, slot in enumerate(slots):
+            at, place = divmod(slot, group)
+            if self.runs:
+                last_at, last_place, first, count = self.runs[-1]
+                if at == last_at and place == last_place + count:
+                    self.runs[-1] = (last_at, last_place, first, count + 1)
+                    continue
+            self.runs.append((at, place, row, 1))

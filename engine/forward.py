@@ -1,0 +1,240 @@
+"""Running rows of draft trees through the decoder, and prompts through prefill.
+
+A *row* is one node of one sequence's tree. `advance` takes nodes of any sequences from the layer that each has reached up to
+`stop`, in tiles of at most 16 rows. Because a row's bits do not depend on the tile it runs in (`engine/selftest.py`
+checks that on the machine), a node that a draft took to layer 12 is the very row that verification needs there and
+goes on from 12 (design rule 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import RowKeys, decode_attention, full_attention
+from .cache import MAX_NODES, KVCache, Slots
+from .model import Decoder
+from .tree import DraftTree
+
+PREFILL_CHUNK = 512  # absolute boundaries, so a prompt's bits depend on the prompt only
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How rows are padded so that every row has the same bits in every tile.
+
+    Attributes:
+        least: fewest rows of a tile; shorter ones are padded with copies of their last row.
+        most: most rows of a tile; equal to `least` where the shape must never change (CUDA).
+        least_attention: the same lower bound for rows times query heads per KV head in attention's products.
+        groups_per_call: see `decode_attention`.
+        deterministic: False drops padding and uses torch's fused attention.
+    """
+
+    least: int = MAX_NODES
+    most: int = MAX_NODES
+    least_attention: int = 4
+    groups_per_call: int | None = None
+    deterministic: bool = True
+
+
+@dataclass
+class Working:
+    """The nodes of one sequence in one round: which layer each has reached, and its residual stream there."""
+
+    sequence: int
+    base: int
+    tree: DraftTree
+    hidden: Tensor  # [16, D] fp32
+    reached: list[int] = field(default_factory=list)
+
+    def embed_new(self, decoder: Decoder) -> None:
+        """Give nodes that were added since the last call their embedding."""
+        first, last = len(self.reached), len(self.tree)
+        if first < last:
+            ids = torch.tensor(self.tree.tokens[first:last], device=self.hidden.device)
+            self.hidden[first:last] = decoder.embed(ids)
+            self.reached += [0] * (last - first)
+
+
+def advance(
+    decoder: Decoder, cache: KVCache, work: Sequence[tuple[Working, Sequence[int]]], stop: int, tiles: RowTiles
+) -> None:
+    """Take the given nodes of each sequence to `stop` layers; nodes already there stay as they are."""
+    todo = [(w, node) for w, nodes in work for node in nodes if w.reached[node] < stop]
+    marks = sorted({w.reached[node] for w, node in todo}) + [stop]
+    for start, end in zip(marks, marks[1:], strict=False):
+        rows = [(w, node) for w, node in todo if w.reached[node] == start]
+        for tile in _tiles(rows, tiles.most):
+            _run_tile(decoder, cache, tile, start, end, tiles)
+
+
+def _tiles(rows: list[tuple[Working, int]], most: int) -> list[list[tuple[Working, int]]]:
+    """Split rows into tiles; a sequence has at most 16 rows and is never split, so a layer's keys are complete."""
+    tiles: list[list[tuple[Working, int]]] = []
+    by_sequence: dict[int, list[tuple[Working, int]]] = {}
+    for w, node in rows:
+        by_sequence.setdefault(w.sequence, []).append((w, node))
+    for part in by_sequence.values():
+        if tiles and len(tiles[-1]) + len(part) <= most:
+            tiles[-1] += part
+        else:
+            tiles.append(list(part))
+    return tiles
+
+
+def _run_tile(
+    decoder: Decoder, cache: KVCache, tile: list[tuple[Working, int]], start: int, end: int, tiles: RowTiles
+) -> None:
+    spans = []
+    for first, (w, _) in enumerate(tile):
+        if not first or tile[first - 1][0] is not w:
+            nodes = [node for other, node in tile if other is w]
+            spans.append(_Span(decoder, cache, w, nodes, first, tiles))
+    num_rows = len(tile)
+    hidden = torch.cat([span.work.hidden[span.index] for span in spans])
+    positions = [span.work.base + span.work.tree.depths[node] for span in spans for node in span.nodes]
+    padding = tiles.least - num_rows
+    if tiles.deterministic and padding > 0:
+        hidden = torch.cat([hidden, hidden[-1:].expand(padding, -1)])
+        positions += positions[-1:] * padding
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = [span.attend(layer, q[span.rows], k[span.rows], v[span.rows]) for span in spans]
+        if len(q) > num_rows:
+            outs.append(outs[-1][-1:].expand(len(q) - num_rows, -1, -1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    at = torch.tensor(positions, device=decoder.device)
+    hidden = decoder.run_layers(hidden, start, end, at, attend)
+    for span in spans:
+        span.work.hidden[span.index] = hidden[span.rows]
+        for node in span.nodes:
+            span.work.reached[node] = end
+
+
+class _Span:
+    """The rows of one sequence in one tile: where they write and what they see, for all layers of a pass."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, work: Working, nodes: list[int], first: int, tiles: RowTiles
+    ) -> None:
+        self.config, self.cache, self.work, self.nodes, self.tiles = decoder.config, cache, work, nodes, tiles
+        self.rows = slice(first, first + len(nodes))
+        self.index = torch.tensor(nodes, device=decoder.device)
+        self.slots = Slots([work.base + node for node in nodes], cache.group)
+        want = MAX_NODES if tiles.groups_per_call else -(-tiles.least_attention // self.config.group_size)
+        self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
+        self._keys: dict[int | None, RowKeys] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.cache.write(layer, self.work.sequence, self.slots, k, v)
+        window, config = self.config.windows[layer], self.config
+        if not self.tiles.deterministic:
+            return self._fused(layer, q, window)
+        if window not in self._keys:
+            self._keys[window] = row_keys(
+                self.work.tree, self.nodes + self.nodes[-1:] * self.padding, self.work.base, self.cache.group, window,
+                q.device,
+            )  # fmt: skip
+        if self.padding:
+            q = torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
+        keys, values = self.cache.layer(layer, self.work.sequence)
+        out = decode_attention(
+            q, keys, values, self._keys[window], config.attention_scale, config.attention_softcap,
+            self.tiles.groups_per_call,
+        )  # fmt: skip
+        return out[: len(self.nodes)]
+
+    def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """torch's own attention in slot order: faster on a GPU, bits depend on the width (`deterministic=False`)."""
+        tree, base = self.work.tree, self.work.base
+        k, v = self.cache.read(layer, self.work.sequence, base + len(tree))
+        at = torch.tensor([base + tree.depths[node] for node in self.nodes], device=q.device).unsqueeze(1)
+        key_at = torch.cat([torch.arange(base), base + torch.tensor(tree.depths)]).to(q.device)
+        visible = torch.zeros(len(self.nodes), base + len(tree), dtype=torch.bool, device=q.device)
+        visible[:, :base] = True
+        for row, node in enumerate(self.nodes):
+            visible[row, [base + ancestor for ancestor in tree.path(node)]] = True
+        if window is not None:
+            visible &= key_at > at - window
+        return masked_attention(q, k, v, visible, self.config.attention_scale, self.config.attention_softcap)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention of rows `q [w, H, d]` over `k, v [KV, S, d]` under a bool mask `[w, S]`, with torch's fused kernel."""
+    repeat = q.shape[1] // k.shape[0]
+    q = q.transpose(0, 1).unsqueeze(0).to(k.dtype)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k.unsqueeze(0), v.unsqueeze(0), attn_mask=visible, scale=scale, enable_gqa=repeat > 1
+        )
+    else:
+        scores = (q * scale) @ k.repeat_interleave(repeat, 0).transpose(1, 2)
+        scores = (softcap * torch.tanh(scores.float() / softcap)).masked_fill(~visible, float("-inf"))
+        out = scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 0)
+    return out[0].transpose(0, 1).float()
+
+
+def row_keys(
+    tree: DraftTree, nodes: Sequence[int], base: int, group: int, window: int | None, device: torch.device
+) -> RowKeys:
+    """What the rows of `nodes` see: the committed prefix and their own root-to-leaf path."""
+    last = base + max(tree.depths)
+    is_chain = tree.is_chain
+    num_groups = -(-(base + len(tree)) // group)
+    open_group = base // group
+    positions = [base + tree.depths[node] for node in nodes]
+    first_group = 0 if window is None else max(0, min(positions) - window + 1) // group
+    first_group = min(first_group, open_group)
+    at = torch.tensor(positions).unsqueeze(1)
+    key_at = torch.arange(first_group * group, num_groups * group).unsqueeze(0)
+    visible = key_at <= at
+    if window is not None:
+        visible &= key_at > at - window
+    if is_chain:
+        return RowKeys(num_groups, first_group, open_group, visible.to(device))
+    offset = base - open_group * group
+    width = (num_groups - open_group) * group
+    paths = [tree.path(leaf) for leaf in tree.leaves]
+    identity = torch.arange(width)
+    path_slots = identity.repeat(len(paths), 1)
+    for row, path in zip(path_slots, paths, strict=True):
+        row[offset : offset + len(path)] = torch.tensor(path) + offset
+        row[offset + len(path) :] = offset  # past the path's end: any finite slot
+    assert last < num_groups * group
+    of = [next(i for i, path in enumerate(paths) if node in path) for node in nodes]
+    path_of_row = torch.tensor(of)
+    order = path_slots[path_of_row]
+    return RowKeys(
+        num_groups, first_group, open_group, visible.to(device), order.to(device), path_slots.to(device),
+        path_of_row.to(device),
+    )  # fmt: skip
+
+
+def prefill(decoder: Decoder, cache: KVCache, sequence: int, ids: Sequence[int]) -> None:
+    """Fill the cache with a prompt's tokens, alone and in chunks at fixed absolute boundaries (rule 6).
+
+    Args:
+        ids: the prompt without its last token, which is the first round's pending token. May be empty.
+    """
+    config = decoder.config
+    for first in range(0, len(ids), PREFILL_CHUNK):
+        chunk = torch.tensor(ids[first : first + PREFILL_CHUNK], device=decoder.device)
+        positions = torch.arange(first, first + len(chunk), device=decoder.device)
+        slots = Slots(list(range(first, first + len(chunk))), cache.group)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, first: int = first, slots: Slots = slots) -> Tensor:
+            cache.write(layer, sequence, slots, k, v)
+            keys, values = cache.read(layer, sequence, first + len(q))
+            out = full_attention(
+                q.transpose(0, 1).unsqueeze(0).to(keys.dtype), keys.unsqueeze(0), values.unsqueeze(0),
+                config.attention_scale, first, config.windows[layer], config.attention_softcap,
+            )  # fmt: skip
+            return out[0].transpose(0, 1).float()
+
+        decoder.run_layers(decoder.embed(chunk), 0, config.num_layers, positions, attend)
+    cache.lens[sequence] = len(ids)
