@@ -72,6 +72,17 @@ def advance(
             _run_tile(decoder, cache, tile, start, end, tiles)
 
 
+def node_logits(decoder: Decoder, hidden: Tensor, tiles: RowTiles) -> Tensor:
+    """Logits `[w, V]` of rows `[w, D]` that ran all layers, padded like every other step."""
+    parts = []
+    for rows in hidden.split(tiles.most):
+        count = len(rows)
+        if tiles.deterministic and count < tiles.least:
+            rows = torch.cat([rows, rows[-1:].expand(tiles.least - count, -1)])
+        parts.append(decoder.lm_head(decoder.final_norm(rows))[:count])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _tiles(rows: list[tuple[Working, int]], most: int) -> list[list[tuple[Working, int]]]:
     """Split rows into tiles; a sequence has at most 16 rows and is never split, so a layer's keys are complete."""
     tiles: list[list[tuple[Working, int]]] = []
@@ -183,7 +194,6 @@ def row_keys(
     tree: DraftTree, nodes: Sequence[int], base: int, group: int, window: int | None, device: torch.device
 ) -> RowKeys:
     """What the rows of `nodes` see: the committed prefix and their own root-to-leaf path."""
-    last = base + max(tree.depths)
     is_chain = tree.is_chain
     num_groups = -(-(base + len(tree)) // group)
     open_group = base // group
@@ -205,7 +215,6 @@ def row_keys(
     for row, path in zip(path_slots, paths, strict=True):
         row[offset : offset + len(path)] = torch.tensor(path) + offset
         row[offset + len(path) :] = offset  # past the path's end: any finite slot
-    assert last < num_groups * group
     of = [next(i for i, path in enumerate(paths) if node in path) for node in nodes]
     path_of_row = torch.tensor(of)
     order = path_slots[path_of_row]

@@ -77,7 +77,7 @@ class Decoder:
         self.head_weight = weights.get("lm_head.weight", self.embedding)
         self.layers = [Layer(config, weights, i) for i in range(config.num_layers)]
         self._final_norm = Norm(config, weights["final_norm.weight"], weights.get("final_norm.bias"))
-        self._head = PackedLinear(self.head_weight, weights.get("lm_head.bias"))
+        self.output = PackedLinear(self.head_weight, weights.get("lm_head.bias"))
         # Gemma multiplies embeddings by sqrt(D) rounded to the model's dtype, as transformers does.
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale != 1.0 else 1.0
         self._tables: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
@@ -120,7 +120,7 @@ class Decoder:
 
     def lm_head(self, normed: Tensor) -> Tensor:
         """Normed rows `[N, D]` -> logits `[N, V]` in the model's dtype, soft-capped where the family does."""
-        return self.cap_logits(self._head(normed))
+        return self.cap_logits(self.output(normed))
 
     def cap_logits(self, logits: Tensor) -> Tensor:
         """The family's soft-cap on logits, or the logits themselves."""

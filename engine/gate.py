@@ -1,0 +1,82 @@
+"""The gate: from a head's entropy, extend the draft, branch it or stop.
+
+It reads the head's distribution only, never which token was drawn. One candidate a node is DSSD's gate (arXiv 2407.21082);
+one exit with `ALWAYS` and a fixed depth is LayerSkip's scheme (arXiv 2404.16710); no exits is plain decoding. All are
+settings of one `DraftPolicy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .cache import MAX_NODES
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Entropy thresholds in nats: H < low extends, low <= H < high branches, H >= high stops.
+
+    A head that is not certain (NaN entropy) stops.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ValueError(f"a gate needs low <= high, got low={self.low}, high={self.high}")
+
+    def width(self, entropy: float, branch: int) -> int:
+        """How many candidates a node with this entropy gets: 1, `branch` or 0."""
+        if entropy < self.low:
+            return 1
+        return branch if entropy < self.high else 0
+
+
+ALWAYS = Gate(math.inf, math.inf)
+NEVER = Gate(-math.inf, -math.inf)
+
+
+@dataclass(frozen=True)
+class DraftPolicy:
+    """How to draft.
+
+    Attributes:
+        exits: exit layers to ask in turn, shallow first; the first confident head speaks. Empty is plain decoding.
+        gates: the gate of each exit.
+        max_depth: most tokens drafted one after the other.
+        max_nodes: most drafted nodes of a tree, at most 15.
+        branch: candidates kept where a gate says branch.
+    """
+
+    exits: tuple[int, ...] = ()
+    gates: Mapping[int, Gate] = field(default_factory=dict)
+    max_depth: int = 6
+    max_nodes: int = MAX_NODES - 1
+    branch: int = 2
+
+    def __post_init__(self) -> None:
+        if list(self.exits) != sorted(set(self.exits)):
+            raise ValueError(f"exits must rise, got {self.exits}")
+        missing = [e for e in self.exits if e not in self.gates]
+        if missing:
+            raise ValueError(f"no gate for exits {missing}; gates are given for {sorted(self.gates)}")
+        if not 0 <= self.max_nodes <= MAX_NODES - 1:
+            raise ValueError(f"max_nodes must be 0..{MAX_NODES - 1}, got {self.max_nodes}")
+        if self.max_depth < 0 or self.branch < 1:
+            raise ValueError(f"max_depth >= 0 and branch >= 1 are needed, got {self.max_depth} and {self.branch}")
+
+
+PLAIN = DraftPolicy()
+
+
+def fixed_exit(exit_layer: int, length: int) -> DraftPolicy:
+    """LayerSkip's scheme: always draft `length` tokens from one exit."""
+    return DraftPolicy((exit_layer,), {exit_layer: ALWAYS}, max_depth=length)
+
+
+def every(exits: Sequence[int], gate: Gate, **options: int) -> DraftPolicy:
+    """One gate for all exits."""
+    return DraftPolicy(tuple(exits), dict.fromkeys(exits, gate), **options)

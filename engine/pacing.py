@@ -1,0 +1,61 @@
+"""Whether drafting pays: a budget of regret, kept while running.
+
+Speculation must never make a user slower. The pace estimates a plain step's time; a round that drafted is charged what
+it took beyond the plain steps that its tokens would have cost. While the sum stays within what decoding has earned (a
+small share of its time) plus a credit of a few steps, drafting goes on. Once it is overdrawn, drafting pauses
+until plain steps have earned the credit back. Where drafting pays the sum falls and nothing pauses; where it
+never pays it costs the share and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SHARE = 0.01  # of decoding time, that trials may cost
+CREDIT_STEPS = 2.0  # plain steps that one trial may lose before it is given up
+GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
+WARM_STEPS = 3  # plain steps timed before the first draft
+REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
+
+
+@dataclass
+class Pace:
+    """Running account, in ms; survives from request to request of one engine."""
+
+    plain_ms: float | None = None
+    owed_ms: float = 0.0
+    paused: bool = False
+    pauses: int = 0
+    rounds_since_plain: int = 0
+    _warm: list[float] = field(default_factory=list)
+
+    def drafting(self) -> bool:
+        """Whether the next round should draft."""
+        return self.plain_ms is not None and not self.paused and self.rounds_since_plain < REFRESH_ROUNDS
+
+    def plain_step(self, ms: float) -> None:
+        """Account for a step that was not asked to draft."""
+        self.rounds_since_plain = 0
+        if self.plain_ms is None:
+            self._warm.append(ms)
+            if len(self._warm) >= WARM_STEPS:
+                self.plain_ms = sorted(self._warm)[len(self._warm) // 2]
+            return
+        # A shared host's outliers would otherwise make drafting look good.
+        self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
+        self._owe(-SHARE * ms)
+        self.paused = self.paused and self.owed_ms > 0
+
+    def drafting_round(self, ms: float, committed: float) -> None:
+        """Account for a round that drafted; `committed` is tokens per sequence of the batch."""
+        if self.plain_ms is None:
+            return
+        self.rounds_since_plain += 1
+        self._owe(ms * (1 - SHARE) - committed * self.plain_ms)
+        if self.owed_ms > CREDIT_STEPS * self.plain_ms:
+            self.paused = True
+            self.pauses += 1
+
+    def _owe(self, ms: float) -> None:
+        assert self.plain_ms is not None
+        self.owed_ms = max(self.owed_ms + ms, -GAIN_STEPS * self.plain_ms)

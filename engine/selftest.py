@@ -1,0 +1,103 @@
+"""The start-up self-test: in which tiles a row has the same bits, measured on this machine with this model.
+
+Losslessness rests on one property: a row's result does not depend on how many rows run beside it, on its place among them,
+or on the tree it belongs to. Which widths have it depends on the matrix library, so it is measured and not assumed:
+the narrowest tile whose every wider tile agrees bit for bit becomes the padding of every step. If not even the
+fixed tile of 16 agrees, the engine decodes plainly and says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cache import MAX_NODES, KVCache, plan_cache
+from .forward import RowTiles, Working, advance, node_logits
+from .model import Decoder
+from .tree import DraftTree
+
+PREFIX = 70  # committed keys in the test: more than one group of positions
+LAYERS = 2  # layers run end to end; all layers of a model have the same shapes
+
+
+class NotDeterministic(RuntimeError):
+    """No tile gives a row the same bits in every place on this machine."""
+
+
+def find_tiles(decoder: Decoder) -> RowTiles:
+    """The narrowest padding that keeps every row's bits on this machine.
+
+    Raises:
+        NotDeterministic: rows disagree even in tiles of exactly 16.
+    """
+    if decoder.device.type == "cuda":
+        # Other widths take other cuBLAS kernels: one shape for everything, one group of keys a call.
+        candidates = [RowTiles(groups_per_call=1)]
+    else:
+        least = _least_linear_width(decoder)
+        candidates = [RowTiles(least=least), RowTiles(least=MAX_NODES, least_attention=MAX_NODES)]
+    for tiles in candidates:
+        if rows_agree(decoder, tiles):
+            return tiles
+    raise NotDeterministic(
+        f"rows of a {MAX_NODES}-row tile differ in their bits on {decoder.device} with {decoder.dtype}: speculation "
+        "would not be lossless here. Decode with speculation=False, or set deterministic=False and accept near-ties"
+    )
+
+
+def _least_linear_width(decoder: Decoder) -> int:
+    """Fewest rows from which all projections give a row the bits that it has among 16."""
+    layer = decoder.layers[0]
+    least = 1
+    for linear in (layer.qkv, layer.o, layer.up, layer.down, decoder.output):
+        x = _noise((MAX_NODES, linear.in_features), decoder)
+        full = linear(x)
+        for width in range(MAX_NODES - 1, least - 1, -1):
+            if not torch.equal(linear(x[-width:].contiguous()), full[-width:]):
+                least = width + 1
+                break
+    return least
+
+
+def rows_agree(decoder: Decoder, tiles: RowTiles) -> bool:
+    """Whether a chain's rows have the same bits run one by one, all at once, and inside a bushy tree."""
+    stop = min(LAYERS, decoder.config.num_layers)
+    tokens = [(7 * i + 3) % decoder.config.vocab_size for i in range(MAX_NODES)]
+    chain = DraftTree(tokens[0])
+    for token in tokens[1:]:
+        chain.add(len(chain) - 1, token)
+    bushy = DraftTree(tokens[0])
+    spine = [0]
+    for token in tokens[1 : MAX_NODES // 2]:
+        bushy.add(spine[-1], (token + 1) % decoder.config.vocab_size)
+        spine.append(bushy.add(spine[-1], token))
+    one_by_one = _run(decoder, tiles, chain, [[node] for node in range(MAX_NODES)], stop)
+    at_once = _run(decoder, tiles, chain, [list(range(MAX_NODES))], stop)
+    in_pairs = _run(decoder, tiles, chain, [list(range(i, i + 2)) for i in range(0, MAX_NODES, 2)], stop)
+    in_tree = _run(decoder, tiles, bushy, [list(range(len(bushy)))], stop)[spine]
+    same = torch.equal(one_by_one, at_once) and torch.equal(one_by_one, in_pairs)
+    return same and torch.equal(one_by_one[: len(spine)], in_tree)
+
+
+def _run(decoder: Decoder, tiles: RowTiles, tree: DraftTree, batches: list[list[int]], stop: int) -> Tensor:
+    """Final hidden rows and logits of a tree's nodes, run in the given batches: `[nodes, D + V]`."""
+    config = decoder.config
+    context = min(PREFIX + MAX_NODES, config.max_context)
+    cache = KVCache(plan_cache(config, 1, context, decoder.device, decoder.dtype), decoder.device)
+    generator = torch.Generator().manual_seed(1)
+    for store in (cache.k, cache.v):
+        store.copy_(torch.randn(store.shape[2:], generator=generator).to(store.dtype).expand_as(store))
+    cache.lens[0] = base = context - MAX_NODES
+    cache.clear_open(0)
+    work = Working(0, base, tree, torch.zeros(MAX_NODES, config.hidden_size, device=decoder.device))
+    work.embed_new(decoder)
+    logits = []
+    for nodes in batches:
+        advance(decoder, cache, [(work, nodes)], stop, tiles)
+        logits.append(node_logits(decoder, work.hidden[nodes], tiles))
+    return torch.cat([work.hidden[: len(tree)], torch.cat(logits).float()], 1)
+
+
+def _noise(shape: tuple[int, ...], decoder: Decoder) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(decoder.device, decoder.dtype)
