@@ -1,1 +1,32 @@
-"""skipstone.heads"""
+"""Exit heads: modules that draft from intermediate layers, their registry and their artefacts."""
+
+from .adapter import AdapterHead
+from .artefact import ArtefactError
+from .base import ExitHead, HeadSpec, Projection, build_head, head_kinds, register_head
+from .calibration import Calibration, ExitCalibration, Gate, fit_calibration
+from .fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
+from .head_set import HeadSet, HeadSetConfig, adapter_config, shipped_folders
+from .linear import LinearHead
+
+__all__ = [
+    "AdapterHead",
+    "ArtefactError",
+    "BaseIdentity",
+    "Calibration",
+    "ExitCalibration",
+    "ExitHead",
+    "Gate",
+    "HeadSet",
+    "HeadSetConfig",
+    "HeadSpec",
+    "LinearHead",
+    "Projection",
+    "adapter_config",
+    "base_fingerprint",
+    "build_head",
+    "fit_calibration",
+    "head_kinds",
+    "register_head",
+    "shipped_folders",
+    "tokenizer_sha256",
+]
