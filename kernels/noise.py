@@ -15,10 +15,10 @@ which is what Triton's `tl.philox(seed, token_id // 4, position, 0, 0)` returns.
 
 Why this form and why fp32 is enough. Large noise, the end that decides an argmax, comes from small v, where floating
 point is fine-grained: r32 + 0.5 is exact below 2**23, so the right tail keeps its law down to v = 2**-33
-(g = 22.87) with no two steps merged. Above 2**24 the integer rounds to 24 bits, a relative error of 2**-24. Words within 2**7
-of 2**32 would round to v = 1 and log1p(-1) = -inf; the clamp puts them at the largest float below one
-(g = -2.81), where they lose every argmax anyway. The usual `-log(-log(u))` has it the other way round: u rounds to 1 once in
-2**25 draws, that is every few hundred tokens at V = 100k, and the token it falls on wins with +inf.
+(g = 22.87) with no two steps merged. Above 2**24 the integer rounds to 24 bits, a relative error of 2**-24. Words
+within 2**7 of 2**32 would round to v = 1 and log1p(-1) = -inf; the clamp puts them at the largest float below one
+(g = -2.81), where they lose every argmax anyway. The usual `-log(-log(u))` has it the other way round: u rounds to 1
+once in 2**25 draws, that is every few hundred tokens at V = 100k, and the token it falls on wins with +inf.
 
 v is bit-equal on every device: integer to float conversion and the sum are correctly rounded and the product by a power
 of two is exact (so a fused multiply-add gives the same). The logarithms may differ by an ulp between devices.
