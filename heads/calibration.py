@@ -166,7 +166,9 @@ def fit_calibration(
     for level in levels:
         left = np.ones(len(entropy[layers[0]]), dtype=bool)
         for layer in layers:
-            gate = _fit_gate(entropy[layer][left], rank[layer][left], level)
+            # An exit that almost nothing reaches is still used alone: then all tokens are its own.
+            own = left if left.sum() >= MIN_TOKENS else np.ones_like(left)
+            gate = _fit_gate(entropy[layer][own], rank[layer][own], level)
             gates[layer][level] = gate
             left &= entropy[layer] >= gate.low
     exits = {layer: _measure_exit(entropy[layer], rank[layer], gates[layer]) for layer in layers}

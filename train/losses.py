@@ -1,0 +1,103 @@
+"""The distillation loss: KL from the full model's distribution to a head's, over the head's draft vocabulary.
+
+The full model gives p over V tokens, a head q over the Vd it can draft. Tokens outside leave a remainder
+r = 1 - sum_{v in Vd} p(v). Two ways to close the gap:
+
+    spread: p'(v) = p(v) + r / Vd         (default) where the right word cannot be drafted the head learns to be
+                                          uncertain, and the entropy gate sees it
+    drop:   p'(v) = p(v) / (1 - r)        the head learns the conditional distribution and stays confident
+
+and loss = sum_v p'(v) (log p'(v) - log q(v)), nats per token. With Vd = V both are DSSD's loss (arXiv 2407.21082).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Remainder = Literal["spread", "drop"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The full model's word on `c` tokens, in one draft vocabulary.
+
+    Attributes:
+        probs: p' `[c, Vd]` fp32, rows sum to one.
+        neg_entropy: sum p' log p' `[c]` nats.
+        best: the full model's argmax as an index into the draft vocabulary, long `[c]`; -1 where it is outside.
+    """
+
+    probs: Tensor
+    neg_entropy: Tensor
+    best: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, draft_ids: Tensor | None, remainder: Remainder = "spread") -> Teacher:
+        """From the full model's logits `[c, V]` of any float dtype; `draft_ids` long `[Vd]` or None for all."""
+        if remainder not in ("spread", "drop"):
+            raise ValueError(f"remainder is {remainder!r}, expected 'spread' or 'drop'")
+        best = logits.argmax(-1)
+        normaliser = logits.float().logsumexp(-1, keepdim=True)
+        if draft_ids is None:
+            probs = (logits.float() - normaliser).exp_()
+        else:
+            probs = (logits[:, draft_ids].float() - normaliser).exp_()
+            inside = probs.sum(-1, keepdim=True)
+            if remainder == "spread":
+                probs += (1.0 - inside).clamp_(min=0.0) / probs.shape[-1]
+            # rounding leaves sums of 1 +- 1e-6; the gradient q - p' needs them exact to be zero at the optimum
+            probs /= probs.sum(-1, keepdim=True)
+            place = torch.full((logits.shape[-1],), -1, dtype=torch.long, device=logits.device)
+            place[draft_ids] = torch.arange(len(draft_ids), device=logits.device)
+            best = place[best]
+        neg_entropy = torch.special.entr(probs).sum(-1).neg_()
+        return cls(probs, neg_entropy, best)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """-sum p' log softmax(z) per row. Keeps z and p' only; its gradient is softmax(z) - p'."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probs: Tensor) -> Tensor:
+        scores = logits.float()
+        normaliser = scores.logsumexp(-1)
+        ctx.save_for_backward(logits, probs, normaliser)
+        return normaliser - (scores * probs).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, probs, normaliser = ctx.saved_tensors
+        slope = (logits.float() - normaliser.unsqueeze(-1)).exp_().sub_(probs).mul_(grads[0].unsqueeze(-1))
+        return slope.to(logits.dtype), None
+
+
+def kl_to_teacher(logits: Tensor, teacher: Teacher) -> Tensor:
+    """KL(p' || softmax(logits)) per token.
+
+    Args:
+        logits: a head's `[c, Vd]`, any float dtype; differentiable.
+        teacher: the same `c` tokens in the head's draft vocabulary.
+
+    Returns:
+        nats `[c]` fp32.
+    """
+    if logits.shape != teacher.probs.shape:
+        raise ValueError(f"head logits are {tuple(logits.shape)}, the teacher's {tuple(teacher.probs.shape)}")
+    return _SoftCrossEntropy.apply(logits, teacher.probs) + teacher.neg_entropy
+
+
+def kl_reference(
+    logits: Tensor, full_logits: Tensor, draft_ids: Tensor | None, remainder: Remainder = "spread"
+) -> Tensor:
+    """The eager twin of `Teacher.of` and `kl_to_teacher`: fp64, one line a formula, autograd's own gradient."""
+    p = full_logits.double().softmax(-1)
+    if draft_ids is not None:
+        p = p[:, draft_ids]
+        left = 1.0 - p.sum(-1, keepdim=True)
+        p = p + left / p.shape[-1] if remainder == "spread" else p / (1.0 - left)
+    return F.kl_div(logits.double().log_softmax(-1), p, reduction="none").sum(-1)
