@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-
-MAX_NODES = 16  # rows of one verification: the pending token and at most 15 drafted ones
+from .tree import MAX_NODES
 
 
 class ContextTooLong(ValueError):

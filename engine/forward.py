@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import RowKeys, decode_attention, full_attention
-from .cache import MAX_NODES, KVCache, Slots
+from .cache import KVCache, Slots
 from .model import Decoder
-from .tree import DraftTree
+from .tree import MAX_NODES, DraftTree
 
 PREFILL_CHUNK = 512  # absolute boundaries, so a prompt's bits depend on the prompt only
 
@@ -194,7 +194,6 @@ def row_keys(
     tree: DraftTree, nodes: Sequence[int], base: int, group: int, window: int | None, device: torch.device
 ) -> RowKeys:
     """What the rows of `nodes` see: the committed prefix and their own root-to-leaf path."""
-    is_chain = tree.is_chain
     num_groups = -(-(base + len(tree)) // group)
     open_group = base // group
     positions = [base + tree.depths[node] for node in nodes]
@@ -205,11 +204,14 @@ def row_keys(
     visible = key_at <= at
     if window is not None:
         visible &= key_at > at - window
-    if is_chain:
-        return RowKeys(num_groups, first_group, open_group, visible.to(device))
+    first_hidden = open_group if window is None else first_group
+    hidden = ~visible.view(len(nodes), num_groups - first_group, group)[:, first_hidden - first_group :].transpose(0, 1)
+    hidden = hidden[:, None, :, None].to(device)
+    if tree.is_chain:
+        return RowKeys(num_groups, first_group, open_group, hidden)
     offset = base - open_group * group
     width = (num_groups - open_group) * group
-    paths = [tree.path(leaf) for leaf in tree.leaves]
+    paths = [tree.path(leaf) for leaf in tree.leaves()]
     identity = torch.arange(width)
     path_slots = identity.repeat(len(paths), 1)
     for row, path in zip(path_slots, paths, strict=True):
@@ -219,9 +221,8 @@ def row_keys(
     path_of_row = torch.tensor(of)
     order = path_slots[path_of_row]
     return RowKeys(
-        num_groups, first_group, open_group, visible.to(device), order.to(device), path_slots.to(device),
-        path_of_row.to(device),
-    )  # fmt: skip
+        num_groups, first_group, open_group, hidden, order.to(device), path_slots.to(device), path_of_row.to(device)
+    )
 
 
 def prefill(decoder: Decoder, cache: KVCache, sequence: int, ids: Sequence[int]) -> None:

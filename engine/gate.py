@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .cache import MAX_NODES
+from .tree import MAX_NODES
 
 
 @dataclass(frozen=True)

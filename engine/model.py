@@ -32,7 +32,9 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         if self.layer_norm:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Spelled out: torch's rms_norm takes three times as long for a single row on the CPU.
+        scale = (x * x).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight)
 
 
 class Layer:
@@ -197,7 +199,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first rotary_dim places of each head; pairs are (i, i + rotary_dim / 2)."""
     width = cos.shape[-1]
     head = x[..., :width]
-    swapped = head.unflatten(-1, (2, width // 2)).flip(-2).flatten(-2)
+    swapped = torch.cat([head[..., width // 2 :], head[..., : width // 2]], -1)
     turned = (head * cos).add_(swapped.mul_(sin))
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 

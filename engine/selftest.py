@@ -2,7 +2,8 @@
 
 Losslessness rests on one property: a row's result does not depend on how many rows run beside it, on its place among them,
 or on the tree it belongs to. Which widths have it depends on the matrix library, so it is measured and not assumed:
-the narrowest tile whose every wider tile agrees bit for bit becomes the padding of every step. If not even the
+every projection is padded to the narrowest width from which all wider ones agree bit for bit, and whole rows are then
+run in several groupings. If not even the
 fixed tile of 16 agrees, the engine decodes plainly and says so.
 """
 
@@ -11,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import MAX_NODES, KVCache, plan_cache
+from .cache import KVCache, plan_cache
 from .forward import RowTiles, Working, advance, node_logits
 from .model import Decoder
-from .tree import DraftTree
+from .tree import MAX_NODES, DraftTree
 
 PREFIX = 70  # committed keys in the test: more than one group of positions
 LAYERS = 2  # layers run end to end; all layers of a model have the same shapes
@@ -25,7 +26,7 @@ class NotDeterministic(RuntimeError):
 
 
 def find_tiles(decoder: Decoder) -> RowTiles:
-    """The narrowest padding that keeps every row's bits on this machine.
+    """The narrowest padding that keeps every row's bits on this machine; also sets it for every projection.
 
     Raises:
         NotDeterministic: rows disagree even in tiles of exactly 16.
@@ -34,8 +35,8 @@ def find_tiles(decoder: Decoder) -> RowTiles:
         # Other widths take other cuBLAS kernels: one shape for everything, one group of keys a call.
         candidates = [RowTiles(groups_per_call=1)]
     else:
-        least = _least_linear_width(decoder)
-        candidates = [RowTiles(least=least), RowTiles(least=MAX_NODES, least_attention=MAX_NODES)]
+        candidates = [RowTiles(least=1), RowTiles(least=MAX_NODES, least_attention=MAX_NODES)]
+        _pad_projections(decoder)
     for tiles in candidates:
         if rows_agree(decoder, tiles):
             return tiles
@@ -45,18 +46,14 @@ def find_tiles(decoder: Decoder) -> RowTiles:
     )
 
 
-def _least_linear_width(decoder: Decoder) -> int:
-    """Fewest rows from which all projections give a row the bits that it has among 16."""
-    layer = decoder.layers[0]
-    least = 1
-    for linear in (layer.qkv, layer.o, layer.up, layer.down, decoder.output):
-        x = _noise((MAX_NODES, linear.in_features), decoder)
-        full = linear(x)
-        for width in range(MAX_NODES - 1, least - 1, -1):
-            if not torch.equal(linear(x[-width:].contiguous()), full[-width:]):
-                least = width + 1
-                break
-    return least
+def _pad_projections(decoder: Decoder) -> None:
+    """Measure the least row count of each kind of projection, on the first layer, and set it for all layers."""
+    for name in ("qkv", "o", "up", "down"):
+        measured = getattr(decoder.layers[0], name)
+        measured.find_least_rows(MAX_NODES)
+        for layer in decoder.layers:
+            getattr(layer, name).least_rows = measured.least_rows
+    decoder.output.find_least_rows(MAX_NODES)
 
 
 def rows_agree(decoder: Decoder, tiles: RowTiles) -> bool:
@@ -96,8 +93,3 @@ def _run(decoder: Decoder, tiles: RowTiles, tree: DraftTree, batches: list[list[
         advance(decoder, cache, [(work, nodes)], stop, tiles)
         logits.append(node_logits(decoder, work.hidden[nodes], tiles))
     return torch.cat([work.hidden[: len(tree)], torch.cat(logits).float()], 1)
-
-
-def _noise(shape: tuple[int, ...], decoder: Decoder) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(decoder.device, decoder.dtype)

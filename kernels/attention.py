@@ -30,7 +30,8 @@ class RowKeys:
         num_groups: groups to read, so that every visible slot is inside.
         first_group: groups before this one are outside every row's window.
         open_group: first group that holds an uncommitted position.
-        visible: bool `[M, (num_groups - first_group) * group]`, position order from first_group on.
+        hidden: bool `[n, 1, M, 1, group]`: keys that a row must not see, in the last n groups read, in position order;
+            every row sees all of the groups before.
         order: None when slot == position for every row (a chain); else long `[M, n]`, the slot, relative to
             open_group's first, that holds each position from open_group on.
         path_slots: with `order`, long `[P, n]`: the same for each root-to-leaf path; positions past the path's end
@@ -41,7 +42,7 @@ class RowKeys:
     num_groups: int
     first_group: int
     open_group: int
-    visible: Tensor
+    hidden: Tensor
     order: Tensor | None = None
     path_slots: Tensor | None = None
     path_of_row: Tensor | None = None
@@ -103,8 +104,7 @@ def decode_attention(
     if keys.order is not None:
         open_scores = per_row[keys.open_group - lo :]
         per_row[keys.open_group - lo :] = _in_position_order(open_scores, keys.order)
-    hidden = ~keys.visible.view(num_rows, hi - lo, group).transpose(0, 1)
-    per_row.masked_fill_(hidden.view(hi - lo, 1, num_rows, 1, group), float("-inf"))
+    per_row[-len(keys.hidden) :].masked_fill_(keys.hidden, float("-inf"))
 
     weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
     split = hi if keys.order is None else keys.open_group

@@ -1,9 +1,10 @@
 """Projection of a few rows, the same bits whatever stands beside a row.
 
 `y = x @ W.T + b` for `x [N, K]`, `W [M, K]`. On the CPU the weight is repacked once into oneDNN's blocked layout:
-besides being faster, a packed weight makes a row's bits independent of how many rows run with it (measured on
-AVX-512: bf16 equal for 1..32 rows, fp32 for 2..512; `engine/selftest.py` measures the machine at hand). Elsewhere
-the caller keeps the row count fixed. Plain `F.linear` is the reference.
+besides being faster, a packed weight makes a row's bits independent of how many rows run with it, from some small count on (measured on AVX-512: mostly from 1 in
+bf16 and from 2 in fp32; with many inputs a single row takes another summation order). `find_least_rows` measures that count for
+a weight on the machine at hand, and calls with fewer rows are padded to it. Elsewhere the caller keeps the row
+count fixed. Plain `F.linear` is the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACK_ROWS = 16  # the row count that oneDNN picks its blocking for
+OUTPUTS_COMPARED = 400_000  # rounding to bf16 hides most differences in summation order, so many outputs are compared
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,6 +48,7 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.bias = bias
+        self.least_rows = 1
         self.packed = can_pack(weight)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
@@ -54,6 +57,30 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [N, K]` of the weight's dtype -> `[N, M]` of the same dtype."""
+        count = x.shape[0]
+        if count < self.least_rows:
+            return self._product(torch.cat([x, x[-1:].expand(self.least_rows - count, -1)]))[:count]
+        return self._product(x)
+
+    def find_least_rows(self, most: int) -> bool:
+        """Set `least_rows` to the smallest count from which on, up to `most`, a row has the same bits as among `most`.
+
+        Returns:
+            Whether a row's place among `most` rows is without effect, too.
+        """
+        generator = torch.Generator().manual_seed(self.in_features)
+        self.least_rows = 1
+        for _ in range(-(-OUTPUTS_COMPARED // (most * self.out_features))):
+            x = torch.randn(most, self.in_features, generator=generator).to(self.weight.device, self.dtype)
+            full = self._product(x)
+            for count in range(self.least_rows, most):
+                if not torch.equal(self._product(x[-count:].contiguous()), full[-count:]):
+                    self.least_rows = count + 1
+            if not torch.equal(self._product(x.flip(0)).flip(0), full):
+                return False
+        return True
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
