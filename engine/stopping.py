@@ -6,18 +6,18 @@ other, so how tokens fall into blocks cannot change the result. The rules, in or
 1. A stop id ends the output ("stop"), wherever in a block it stands. It is the last of `token_ids` (as in transformers)
    and adds nothing to the text.
 2. Otherwise its text is appended, and a stop string that is complete ends the output ("stop"). Reading character by
-   character, the string that completes first wins, of several that complete together the longest. The text ends before the stop
-   string. `token_ids` keeps exactly the tokens that begin before that place: a token of which only a part lies in the
-   stop string is kept (its remaining text is in the output), a token that begins in the stop string is dropped, also
-   if an earlier block committed it. Logprobs and events are cut with the ids.
+   character, the string that completes first wins, of several that complete together the longest. The text ends
+   before the stop string. `token_ids` keeps exactly the tokens that begin before that place: a token of which only a
+   part lies in the stop string is kept (its remaining text is in the output), a token that begins in the stop string
+   is dropped, also if an earlier block committed it. Logprobs and events are cut with the ids.
 3. The budget: `max_new_tokens` ends it with "length", the context's end with "context" if that comes first. Rules 1
    and 2 are asked first, so a stop in the last place inside the budget is a "stop"; tokens beyond are never looked at.
 
 Before `min_new_tokens` tokens stand, neither a stop id nor a stop string ends the output (the sampler masks stop ids
 there; a stop string counts only if it completes in a later token, and may then take back tokens below the minimum).
 
-Text that could be the beginning of a stop string is held back together with the tokens it came from, and released when it
-turns out not to be one. The decision is about what is shown and committed only, never about what is sampled (design rule 8).
+Text that could be the beginning of a stop string is held back together with the tokens it came from, and released
+when it turns out not to be one. All this decides what is shown and committed, never what is sampled (design rule 8).
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class StopChecker:
     def finish(self, reason: FinishReason) -> list[Emission]:
         """End the output from outside ("cancelled", "error"); what was held back is released.
 
-        A sequence that has ended keeps its reason and releases nothing.
+        Bytes of an unfinished character are not shown: their tokens may have been streamed already. A sequence that
+        has ended keeps its reason and releases nothing.
 
         Raises:
             ValueError: an unknown reason.
@@ -153,7 +154,7 @@ class StopChecker:
             raise ValueError(f"reason is {reason!r}, expected one of {get_args(FinishReason)}")
         if self.finished:
             return []
-        self._end(reason)
+        self.finish_reason = reason
         return self._release()
 
     def _take(self, token_id: int) -> None:
@@ -173,13 +174,11 @@ class StopChecker:
             self._end(self._limit_reason)
 
     def _end(self, reason: FinishReason) -> None:
-        """Flush the detokenizer; flushed text may still complete a stop string."""
+        """End with the token just taken; what the detokenizer flushes is its text and may complete a stop string."""
         start = len(self._text)
         self._text += self._detokenizer.flush()
-        if self._pending:
-            self._pending[-1].end = len(self._text)
-        may_stop = reason in ("stop", "length", "context") and len(self.token_ids) > self._min_new_tokens
-        cut = self._first_stop(start) if may_stop else None
+        self._pending[-1].end = len(self._text)
+        cut = self._first_stop(start) if len(self.token_ids) > self._min_new_tokens else None
         if cut is None:
             self.finish_reason = reason
         else:
