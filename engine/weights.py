@@ -1,7 +1,8 @@
 """Checkpoints in, canonical weights out.
 
-File names, tensor names, shapes and dtypes are checked from the headers before a byte of data is read. Only safetensors and GGUF are read; pickles and checkpoints that bring code are refused. What was converted once
-is stored by `save_converted` in this engine's own layout, written to a sibling folder and renamed into place.
+File names, tensor names, shapes and dtypes are checked from the headers before a byte of data is read. Only safetensors
+and GGUF are read; pickles and checkpoints that bring code are refused. What was converted once is stored by
+`save_converted` in this engine's own layout, written to a sibling folder and renamed into place.
 """
 
 from __future__ import annotations
@@ -314,6 +315,8 @@ def _replace_folder(work: Path, target: Path) -> None:
             os.replace(work, target)
         except OSError:
             if not target.exists():
+                if aside.exists():
+                    os.replace(aside, target)
                 raise
             continue
         finally:
