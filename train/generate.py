@@ -28,13 +28,14 @@ class Sampling:
     Args:
         max_new_tokens: per prompt.
         stop_ids: token ids that end a text; the stop token is kept.
-        rows: sequences written at once; memory is rows * (longest prompt + max_new_tokens) of KV cache.
+        cache_tokens: KV slots held at once; a batch has cache_tokens / (longest prompt + max_new_tokens) rows,
+            at least one. Memory is 2 * L * KV * d numbers a slot.
         seed: of the sampled rows.
     """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    rows: int = 64
+    cache_tokens: int = 32_768
     seed: int = 0
 
 
@@ -63,12 +64,22 @@ def write_text(
     generator = torch.Generator(decoder.device).manual_seed(sampling.seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: list[list[int]] = [[] for _ in prompts]
-    for first in range(0, len(order), sampling.rows):
-        members = order[first : first + sampling.rows]
+    for members in _groups([(i, len(prompts[i])) for i in order], sampling):
         batch = _Batch(decoder, [prompts[i] for i in members], [temperatures[i] for i in members], sampling, generator)
         for i, text in zip(members, batch.run(on_tokens), strict=True):
             texts[i] = text
     return SelfText.of(texts, [len(prompt) for prompt in prompts], [t == 0.0 for t in temperatures])
+
+
+def _groups(ordered: Sequence[tuple[int, int]], sampling: Sampling) -> list[list[int]]:
+    """Split (index, prompt length), ascending in length, into batches that fit the cache."""
+    groups: list[list[int]] = []
+    for index, length in ordered:
+        rows = sampling.cache_tokens // (length + sampling.max_new_tokens)
+        if not groups or len(groups[-1]) >= rows:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 class _Batch:
