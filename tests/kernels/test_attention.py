@@ -1,0 +1,100 @@
+"""Grouped decode attention against its fp64 reference, and the bits that must not move.
+
+Regimes: prefix lengths 0, 1, around a group's edge; one row to sixteen; chains, stars and bushy trees; windows; soft-cap;
+MHA and GQA; the two ways of calling (all groups at once, one at a time). Slots that no row may see hold NaN keys;
+unseen values are zero, as `KVCache.clear_open` leaves them.
+"""
+
+import pytest
+import torch
+
+from skipstone.engine.forward import row_keys
+from skipstone.engine.tree import DraftTree
+from skipstone.kernels.attention import decode_attention, decode_attention_reference, full_attention
+
+TOLERANCE = 2e-5  # fp32 products of up to 130 keys with scores of a few units, against fp64
+GROUP = 16
+
+
+def make_tree(kind: str, size: int) -> DraftTree:
+    tree = DraftTree(3)
+    for i in range(1, size):
+        tree.add({"chain": i - 1, "star": 0, "bushy": (i - 1) // 2}[kind], 10 + i)
+    return tree
+
+
+def poisoned_store(tree: DraftTree, base: int, kv: int, dim: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-(base + 32) // GROUP)
+    k = torch.randn(groups, kv, GROUP, dim, generator=generator)
+    v = torch.randn(groups, kv, GROUP, dim, generator=generator)
+    flat_k, flat_v = k.transpose(1, 2).reshape(-1, kv, dim), v.transpose(1, 2).reshape(-1, kv, dim)
+    flat_k[base + len(tree) :] = float("nan")
+    flat_v[base + len(tree) :] = 0.0
+    store = [t.view(groups, GROUP, kv, dim).transpose(1, 2).contiguous() for t in (flat_k, flat_v)]
+    return (*store, flat_k, flat_v)
+
+
+def visible_slots(tree: DraftTree, node: int, base: int, window: int | None) -> list[int]:
+    slots = list(range(base)) + [base + ancestor for ancestor in tree.path(node)]
+    return slots if window is None else slots[-window:]
+
+
+@pytest.mark.parametrize("groups_per_call", [None, 1])
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("kind", ["chain", "star", "bushy"])
+@pytest.mark.parametrize("base", [0, 1, 15, 16, 17, 63, 100])
+def test_matches_reference(kind, base, window, groups_per_call):
+    for heads, kv, dim, softcap in [(4, 2, 16, None), (3, 3, 8, 20.0)]:
+        tree = make_tree(kind, 12)
+        k, v, flat_k, flat_v = poisoned_store(tree, base, kv, dim)
+        q = torch.randn(len(tree), heads, dim, generator=torch.Generator().manual_seed(1))
+        keys = row_keys(tree, range(len(tree)), base, GROUP, window, q.device)
+        out = decode_attention(q, k, v, keys, 0.3, softcap, groups_per_call)
+        slots = [visible_slots(tree, node, base, window) for node in range(len(tree))]
+        expected = decode_attention_reference(q, flat_k, flat_v, slots, 0.3, softcap)
+        assert torch.isfinite(out).all()
+        assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_rows_keep_their_bits_in_any_tree_width_and_group_count(window):
+    """A spine of tokens has the same outputs alone, inside a bushy tree, row by row, and in a longer cache.
+
+    Seen to fail when a path's values are left in slot order, and when the groups are summed by `Tensor.sum`.
+    """
+    base, heads, kv, dim = 45, 6, 2, 16
+    spine_tree = make_tree("chain", 6)
+    k, v, flat_k, flat_v = poisoned_store(spine_tree, base, kv, dim)
+    q = torch.randn(6, heads, dim, generator=torch.Generator().manual_seed(2))
+    alone = decode_attention(q, k, v, row_keys(spine_tree, range(6), base, GROUP, window, q.device), 0.25)
+
+    bushy, spine = DraftTree(3), [0]
+    for i in range(1, 6):
+        bushy.add(spine[-1], 50 + i)
+        spine.append(bushy.add(spine[-1], 10 + i))
+    k2, v2, flat_k2, flat_v2 = poisoned_store(bushy, base, kv, dim, seed=9)
+    flat_k2[:base], flat_v2[:base] = flat_k[:base], flat_v[:base]
+    for place, node in enumerate(spine):
+        flat_k2[base + node], flat_v2[base + node] = flat_k[base + place], flat_v[base + place]
+    store = [t.view(-1, GROUP, kv, dim).transpose(1, 2).contiguous() for t in (flat_k2, flat_v2)]
+    q2 = torch.randn(len(bushy), heads, dim, generator=torch.Generator().manual_seed(3))
+    q2[spine] = q
+    keys = row_keys(bushy, range(len(bushy)), base, GROUP, window, q.device)
+    assert torch.equal(decode_attention(q2, *store, keys, 0.25)[spine], alone)
+
+    for node in range(6):
+        twice = row_keys(spine_tree, [node, node], base, GROUP, window, q.device)
+        assert torch.equal(decode_attention(q[[node, node]], k, v, twice, 0.25)[0], alone[node])
+
+
+@pytest.mark.parametrize(("first", "window", "softcap"), [(0, None, None), (3, None, None), (0, 4, None), (5, 3, 30.0)])
+def test_full_attention_matches_reference(first, window, softcap):
+    length, heads, kv, dim = 9, 4, 2, 8
+    q, k, v = (torch.randn(1, h, n, dim) for h, n in ((heads, length), (kv, first + length), (kv, first + length)))
+    out = full_attention(q, k, v, 0.35, first, window, softcap)
+    slots = [list(range(max(0, p - window + 1) if window else 0, p + 1)) for p in range(first, first + length)]
+    expected = decode_attention_reference(
+        q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), slots, 0.35, softcap
+    )
+    assert (out[0].transpose(0, 1) - expected).abs().max() < TOLERANCE
