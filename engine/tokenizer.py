@@ -213,7 +213,6 @@ class _TokenBytes:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
-        self._added_ids = frozenset(backend.get_added_tokens_decoder())
         self._cache: dict[int, bytes | None] = {}
         self._strip_start = 0
         self._separator = b""
