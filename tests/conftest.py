@@ -16,10 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; read wh
 
 import pytest
 import torch
-from torch import Tensor
-
 from skipstone.engine.config import ModelConfig, from_hf
 from skipstone.engine.recipes import from_hf_state_dict
+from torch import Tensor
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
@@ -105,12 +104,12 @@ def _tiny_hf(family: str) -> Any:
             if name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
             elif parameter.ndim == 1:  # norms; Gemma stores weight - 1 and its small embeddings want a large last one
-                centre = 1.5 if name == "model.norm.weight" and is_gemma else 0.0
+                centre = 5.0 if name == "model.norm.weight" and is_gemma else 0.0
                 parameter.copy_(0.3 * noise + (centre if is_gemma else 1.0))
             elif "embed" in name:
-                parameter.copy_(noise * (1.0 if not is_tied else 0.15 if is_gemma else 0.4))
+                parameter.copy_(noise * (1.0 if not is_tied else 0.05 if is_gemma else 0.3))
             else:
-                gain = 2.5 if "lm_head" in name else 1.3
+                gain = 2.5 if "lm_head" in name else 2.0 if model_type == "gpt_neox" else 1.4
                 parameter.copy_(noise * gain / math.sqrt(parameter.shape[1]))
     return model.requires_grad_(False)
 
