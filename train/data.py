@@ -13,10 +13,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..engine.tokenizer import Tokenizer
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -49,14 +50,11 @@ def is_held_out(prompt: str, percent: float) -> bool:
     return number < percent / 100.0 * 2.0**64
 
 
-def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a user turn ready for the assistant's answer; the bare text where there is no chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return list(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
 
 @dataclass(frozen=True)
