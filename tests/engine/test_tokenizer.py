@@ -27,7 +27,7 @@ CORPUS = [
 ]
 TEXTS = st.lists(
     st.sampled_from(
-        [*CORPUS, "👩‍👩‍👧‍👦", "🇫🇷", "漢字", "e\u0301", "\u0301", " ", "\n", "a", "don't", "\ufffd", "\u2581", "\x00"]
+        [*CORPUS, "👩‍👩‍👧‍👦", "🇫🇷", "漢字", "e\u0301", "\u0301", " ", "\n", "a", "don't", "\ufffd", "\x00"]
     ),
     max_size=6,
 ).map("".join)
@@ -168,7 +168,7 @@ def test_special_tokens_are_silent_unless_asked_for() -> None:
 def test_feed_costs_the_same_late_in_a_sequence() -> None:
     """Planted bug: decoding the whole sequence at every token, 40 000 tokens of which take minutes."""
     tokenizer = byte_level()
-    ids = tokenizer.encode(CORPUS[2], add_special_tokens=False) * 400
+    ids = tokenizer.encode(CORPUS[2], add_special_tokens=False) * 2000
     start = time.perf_counter()
     stream(tokenizer, ids)
     assert len(ids) > 10_000 and time.perf_counter() - start < 10
