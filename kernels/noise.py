@@ -46,12 +46,14 @@ LARGEST_V = 1.0 - 2.0**-24
 DERIVE_TAG = 0x534B4950
 
 
-def philox_reference(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_reference(
+    counter: Sequence[Tensor | int], key: tuple[Tensor | int, Tensor | int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10, one round after the other as the paper writes it.
 
     Args:
         counter: four words, each an int64 tensor or an int in [0, 2**32); they broadcast.
-        key: two words in [0, 2**32).
+        key: two words likewise; a tensor must broadcast to the counter's shape.
 
     Returns:
         The four output words, int64 tensors of the broadcast shape with values in [0, 2**32).
