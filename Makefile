@@ -80,7 +80,8 @@ lint: $(READY)
 types: $(READY)
 	@rm -rf $(VENV)/typed build/lib build/bdist.*
 	$(PIP) install -qq --no-deps --no-build-isolation --target $(VENV)/typed .
-	MYPYPATH=$(VENV)/typed $(BIN)/python -m mypy --python-executable $(BIN)/python -p skipstone
+	MYPYPATH=$(VENV)/typed $(BIN)/python -m mypy --python-executable $(BIN)/python -p skipstone |
+		sed -E 's#^$(VENV)/typed/skipstone/((kernels|heads|engine|train|bench)/)#\1#; s#^$(VENV)/typed/#src/#'
 
 format: $(READY)
 	@$(BIN)/ruff format .

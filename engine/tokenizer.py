@@ -78,7 +78,7 @@ class Tokenizer:
         if fields.get("tokenizer.ggml.pre") in _GGUF_DIGIT_SPLIT:
             from tokenizers import pre_tokenizers
 
-            backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[misc]
+            backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Digits(individual_digits=True),
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -302,4 +302,4 @@ def _require_fast(backend: Any, source: Path) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"{source} holds a {type(backend).__name__}, which has no fast (Rust) tokenizer; expected tokenizer.json"
         )
-    return backend  # type: ignore[no-any-return]
+    return backend
