@@ -54,7 +54,9 @@ class CachePlan:
         )
 
 
-def plan_cache(config: ModelConfig, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> CachePlan:
+def plan_cache(
+    config: ModelConfig, batch: int, context: int, device: torch.device, dtype: torch.dtype, check_free: bool = True
+) -> CachePlan:
     """Size a cache.
 
     On the CPU keys and values are kept in fp32 whatever the model's dtype, because bf16 attention there costs more in
@@ -78,7 +80,7 @@ def plan_cache(config: ModelConfig, batch: int, context: int, device: torch.devi
         group=64 if on_cpu else 256,
         dtype=torch.float32 if on_cpu else dtype,
     )
-    free = free_memory(device)
+    free = free_memory(device) if check_free else None
     if free is not None and plan.num_bytes > free:
         raise ContextTooLong(
             f"a context of {context} tokens does not fit: {plan.arithmetic()}, but {free / 2**20:.1f} MiB are free on "

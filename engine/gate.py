@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..heads.calibration import Calibration
 from .tree import MAX_NODES
 
 
@@ -80,3 +81,21 @@ def fixed_exit(exit_layer: int, length: int) -> DraftPolicy:
 def every(exits: Sequence[int], gate: Gate, **options: int) -> DraftPolicy:
     """One gate for all exits."""
     return DraftPolicy(tuple(exits), dict.fromkeys(exits, gate), **options)
+
+
+DEFAULT_ACCURACY = 0.80
+
+
+def calibrated(
+    calibration: Calibration, exits: Sequence[int] | None = None, accuracy: float = DEFAULT_ACCURACY, **options: int
+) -> DraftPolicy:
+    """DSSD's policy: every exit with the thresholds that its calibration gives for one accuracy level (0.60..0.99).
+
+    Exits whose gate is closed at that level are left out: asking them costs a head and never drafts.
+
+    Raises:
+        ValueError: an exit or a level that was not calibrated.
+    """
+    wanted = tuple(sorted(calibration.exits if exits is None else exits))
+    gates = {exit_layer: Gate(*calibration.gate(exit_layer, accuracy)) for exit_layer in wanted}
+    return DraftPolicy(tuple(e for e in wanted if gates[e].high > 0), gates, **options)

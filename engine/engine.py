@@ -1,0 +1,460 @@
+"""The engine: what a user calls. One model, its heads, one cache, one caller at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..heads.base import Projection
+from ..heads.head_set import HeadSet
+from ..kernels.linear import PackedLinear
+from ..kernels.noise import derive_seed
+from .cache import ContextTooLong, KVCache, plan_cache
+from .forward import RowTiles
+from .gate import PLAIN, DraftPolicy, calibrated
+from .loop import Machinery, Origin, Request, decode
+from .model import Decoder
+from .pacing import Pace
+from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
+from .selftest import NotDeterministic, find_tiles
+from .statistics import Statistics, StatisticsRecorder
+from .stopping import Emission, FinishReason, StopChecker
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Speculation = bool | Literal["always"]
+CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished sequence.
+
+    Attributes:
+        text: the output, without stop ids and stop strings.
+        token_ids: new tokens; a stop id that ended the output is the last of them.
+        finish_reason: "stop", "length", "context" (the model's context is full), "cancelled" or "error".
+        logprobs: of each new token, raw distribution, when asked for.
+        stats: what drafting and verification did.
+        exit_layers: of each new token, the exit that drafted it, None where the full model wrote it itself.
+        prompt_ids: the prompt as the model saw it.
+        error: why, when finish_reason is "error".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    stats: Statistics
+    exit_layers: list[int | None]
+    prompt_ids: list[int]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One streamed token. `entropy` (nats) and `exit_layer` are of the head that drafted it; `logprob` of the raw
+    distribution, when asked for."""
+
+    text: str
+    token_id: int
+    drafted: bool
+    exit_layer: int | None
+    entropy: float | None
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class LosslessReport:
+    """Speculative against plain decoding of one prompt.
+
+    `divergence` is the index of the first differing new token, None if there is none; `margin` is how far apart (nats) the
+    plain model's two best tokens stood there: a near-tie is a fraction of a percent, a fault can be anything.
+    """
+
+    equal: bool
+    speculative: Generation
+    plain: Generation
+    divergence: int | None = None
+    margin: float | None = None
+
+
+class Engine:
+    """Generates with one model, speculatively where that pays.
+
+    Args:
+        decoder: the model.
+        tokenizer: None allows prompts of token ids only.
+        heads: exit heads of this model; None decodes plainly.
+        deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
+        model_id: for reports.
+
+    Attributes:
+        warning: why the engine does not speculate, if it does not.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        heads: HeadSet | None = None,
+        *,
+        deterministic: bool = True,
+        model_id: str = "",
+    ) -> None:
+        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
+        self.model_id, self.deterministic = model_id, deterministic
+        self.warning: str | None = None
+        with torch.inference_mode():
+            self.tiles = self._find_tiles()
+            if heads is not None:
+                projection = Projection(
+                    decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
+                )
+                heads.attach(projection)
+        self.policy = PLAIN
+        if heads is not None and heads.calibration is not None and self.warning is None:
+            self.policy = calibrated(heads.calibration)
+        self._cache: KVCache | None = None
+        self._paces: dict[int, Pace] = {}
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def _find_tiles(self) -> RowTiles:
+        if not self.deterministic:
+            return RowTiles(least=1, most=1024, deterministic=False)
+        try:
+            return find_tiles(self.decoder)
+        except NotDeterministic as error:
+            self.warning = str(error)
+            return RowTiles()
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        speculation: Speculation = True,
+        policy: DraftPolicy | None = None,
+        num_return_sequences: int = 1,
+        seeds: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: text, token ids, or a list of either.
+            speculation: True drafts where it pays, False never, "always" also where it does not.
+            policy: how to draft, in place of the calibrated default; it is followed without asking whether it pays.
+            num_return_sequences: outputs per prompt, each with its own seed.
+            seeds: one per output; without it output i has `derive_seed(seed, i)`, and output 0 has `seed` itself.
+            ignore_eos: do not stop at the model's own stop ids.
+            **sampling: fields of `SamplingParams`; `stop` may be one string, `bad_words` may hold strings,
+                `stop_ids` are added to the model's own.
+
+        Returns:
+            A `Generation` for one prompt, a list of them (prompt by prompt) for a list or several return sequences.
+
+        Raises:
+            ValueError: an option that is unknown or out of range, an empty prompt, ids outside the vocabulary.
+            ContextTooLong: a prompt that does not fit.
+            MemoryError: not even a plain step fits the memory.
+        """
+        single, prompts = self._prompts(prompt)
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
+        prompts = [ids for ids in prompts for _ in range(num_return_sequences)]
+        with self._claimed():
+            requests = self._requests(prompts, seeds, ignore_eos, sampling)
+            for _ in self._decode(requests, speculation, policy):
+                pass
+            outputs = [self._finished(request) for request in requests]
+        return outputs[0] if single and num_return_sequences == 1 else outputs
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """`generate` on a conversation, through the model's chat template.
+
+        Args:
+            messages: dicts with "role" and "content".
+            **options: as for `generate`.
+
+        Raises:
+            ValueError: the model has no chat template; or as `generate`.
+        """
+        return self.generate(self._tokenizer().encode_chat(messages), **options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        speculation: Speculation = True,
+        policy: DraftPolicy | None = None,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Stream:
+        """`generate` for one prompt, token by token. Closing the stream early ends the sequence ("cancelled").
+
+        The engine is busy until the stream is exhausted or closed; use it as a context manager to be sure.
+        """
+        single, prompts = self._prompts(prompt)
+        if not single:
+            raise ValueError("stream takes one prompt; generate takes lists")
+        self._claim()
+        try:
+            request = self._requests(prompts, None, ignore_eos, sampling)[0]
+        except BaseException:
+            self._release()
+            raise
+        return Stream(self, request, self._decode([request], speculation, policy))
+
+    def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
+        """Decode speculatively and plainly with the same seed, and compare token by token."""
+        speculative = self.generate(prompt, speculation="always", policy=policy, **sampling)
+        plain = self.generate(prompt, speculation=False, **{**sampling, "logprobs": max(2, sampling.get("logprobs") or 0)})
+        pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        shorter = min(len(speculative.token_ids), len(plain.token_ids))
+        if first is None and len(speculative.token_ids) != len(plain.token_ids):
+            first = shorter
+        if first is None:
+            return LosslessReport(True, speculative, plain)
+        margin = None
+        if plain.logprobs and first < len(plain.logprobs):
+            best, second = plain.logprobs[first].top[:2]
+            margin = best[1] - second[1]
+        return LosslessReport(False, speculative, plain, first, margin)
+
+    def memory(self, batch: int = 1, context: int | None = None) -> str:
+        """The KV cache's size for a batch of a context, in words and factors."""
+        config = self.decoder.config
+        wanted = config.max_context if context is None else context
+        return plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False).arithmetic()
+
+    def _decode(
+        self, requests: list[Request], speculation: Speculation, policy: DraftPolicy | None
+    ) -> Iterator[list[tuple[Request, list[Emission]]]]:
+        if speculation not in (True, False, "always"):
+            raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
+        chosen = PLAIN if speculation is False else (policy or self.policy)
+        if chosen.exits and self.warning is not None:
+            raise NotDeterministic(self.warning)
+        if chosen.exits and self.heads is None:
+            raise ValueError("a drafting policy was given, but the engine has no heads; load with heads=...")
+        missing = [] if self.heads is None else sorted(set(chosen.exits) - set(self.heads.exits))
+        if missing:
+            raise ValueError(f"no heads at exits {missing}; this head set has {self.heads.exits if self.heads else ()}")
+        pace = None
+        if speculation is True and policy is None:
+            pace = self._paces.setdefault(len(requests), Pace())
+        on = Machinery(
+            self.decoder,
+            self._cache_for(requests),
+            self.tiles,
+            {} if self.heads is None else self.heads.heads,
+            None if self.heads is None else self.heads.draft_ids,
+        )
+        return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
+
+    def _cache_for(self, requests: list[Request]) -> KVCache:
+        """A cache with room for every request; the last one again where it is large enough."""
+        config = self.decoder.config
+        context = max(len(r.history) + r.checker.num_remaining for r in requests)
+        cache = self._cache
+        if cache is None or cache.plan.batch < len(requests) or cache.plan.context < context:
+            self._cache = cache = None  # its memory is free again before the next one is planned
+            rounded = min(config.max_context, -(-context // CONTEXT_STEP) * CONTEXT_STEP)
+            plan = plan_cache(config, len(requests), rounded, self.decoder.device, self.decoder.dtype)
+            self._cache = cache = KVCache(plan, self.decoder.device)
+        cache.lens = [0] * cache.plan.batch
+        return cache
+
+    def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[list[int]]]:
+        """Whether one prompt was given, and the prompts as checked token ids."""
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        given: Sequence[Any] = [prompt] if single else prompt
+        if len(given) == 0:
+            raise ValueError("no prompt was given; expected text, token ids, or a list of either")
+        return single, [self._prompt_ids(one) for one in given]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        vocab_size, context = self.decoder.config.vocab_size, self.decoder.config.max_context
+        if not ids:
+            raise ValueError("the prompt is empty; a model needs at least one token to continue")
+        outside = [i for i in ids if not 0 <= i < vocab_size]
+        if outside:
+            raise ValueError(f"prompt ids {outside[:5]} are outside the vocabulary 0..{vocab_size - 1}")
+        if len(ids) > context:
+            raise ContextTooLong(f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten it")
+        return ids
+
+    def _requests(
+        self, prompts: list[list[int]], seeds: Sequence[int] | None, ignore_eos: bool, sampling: Mapping[str, Any]
+    ) -> list[Request]:
+        params = self._params(ignore_eos, sampling)
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} outputs, expected one each")
+        requests = []
+        for i, ids in enumerate(prompts):
+            seed = derive_seed(params.seed, i) if seeds is None else seeds[i]
+            own = dataclasses.replace(params, seed=seed)
+            checker = StopChecker(
+                self.tokenizer.detokenizer() if self.tokenizer else _NoText(),
+                max_new_tokens=own.max_new_tokens,
+                min_new_tokens=own.min_new_tokens,
+                stop_ids=own.stop_ids,
+                stop=own.stop,
+                context_room=self.decoder.config.max_context - len(ids),
+            )
+            sampler = TargetSampler(own, self.decoder.config.vocab_size, self.decoder.device)
+            requests.append(Request(i, History(ids), sampler, checker, StatisticsRecorder()))
+        return requests
+
+    def _params(self, ignore_eos: bool, sampling: Mapping[str, Any]) -> SamplingParams:
+        known = {field.name for field in dataclasses.fields(SamplingParams)}
+        unknown = sorted(set(sampling) - known)
+        if unknown:
+            raise ValueError(f"unknown options {unknown}; sampling options are {sorted(known)}")
+        options = dict(sampling)
+        if isinstance(options.get("stop"), str):
+            options["stop"] = (options["stop"],)
+        if "bad_words" in options:
+            options["bad_words"] = [ids for word in options["bad_words"] for ids in self._spellings(word)]
+        own = () if ignore_eos or self.tokenizer is None else self.tokenizer.stop_ids
+        options["stop_ids"] = tuple(dict.fromkeys((*own, *options.get("stop_ids", ()))))
+        return SamplingParams(**options)
+
+    def _spellings(self, word: str | Sequence[int]) -> list[list[int]]:
+        """A bad word's token ids; a string is banned at the start of a text and after a space."""
+        if not isinstance(word, str):
+            return [list(word)]
+        tokenizer = self._tokenizer()
+        return [tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word)]
+
+    def _finished(self, request: Request) -> Generation:
+        checker = request.checker
+        count = len(checker.token_ids)
+        origins = request.origins[:count]
+        with_logprobs = request.sampler.params.logprobs is not None
+        assert checker.finish_reason is not None
+        return Generation(
+            text=checker.text,
+            token_ids=list(checker.token_ids),
+            finish_reason=checker.finish_reason,
+            logprobs=[o.logprobs for o in origins if o.logprobs is not None] if with_logprobs else None,
+            stats=request.statistics.snapshot(),
+            exit_layers=[origin.exit_layer for origin in origins],
+            prompt_ids=request.history.token_ids[: request.history.prompt_len],
+            error=request.error,
+        )
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: give token ids, not text")
+        return self.tokenizer
+
+    def _claim(self) -> None:
+        """Become the one caller. Another thread waits; the same thread would wait for itself, so it is told."""
+        if self._owner == threading.get_ident() and self._lock.locked():
+            raise RuntimeError("this engine still has an open stream in this thread; exhaust or close it first")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        self._owner = None
+        self._lock.release()
+
+    def _claimed(self) -> _Claim:
+        return _Claim(self)
+
+
+class _Claim:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._engine._claim()
+
+    def __exit__(self, *_: object) -> None:
+        self._engine._release()
+
+
+class Stream:
+    """Events of one sequence; also a context manager. `result` is the `Generation` once the stream has ended."""
+
+    def __init__(self, engine: Engine, request: Request, rounds: Iterator[Any]) -> None:
+        self._engine, self._request, self._rounds = engine, request, rounds
+        self._waiting: list[Event] = []
+        self._open = True
+        self.result: Generation | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._waiting:
+            if not self._open:
+                raise StopIteration
+            try:
+                released = next(self._rounds, None)
+            except BaseException:
+                self._end("error")
+                raise
+            if released is None:
+                self._end("cancelled")
+                continue
+            for request, emissions in released:
+                self._waiting += [_event(emission, request.origins[emission.index]) for emission in emissions]
+        return self._waiting.pop(0)
+
+    def close(self) -> None:
+        """End the sequence and free the engine; text held back for a stop string is in `result`."""
+        self._end("cancelled")
+        self._waiting.clear()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._open:
+            self._end("cancelled")
+
+    def _end(self, reason: FinishReason) -> None:
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._rounds.close()  # type: ignore[attr-defined]
+            self._request.checker.finish(reason)
+            self.result = self._engine._finished(self._request)
+        finally:
+            self._engine._release()
+
+
+class _NoText:
+    """Stands in for a detokenizer where there is no tokenizer: tokens have no text."""
+
+    def feed(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def _event(emission: Emission, origin: Origin) -> Event:
+    return Event(
+        text=emission.text,
+        token_id=emission.token_id,
+        drafted=origin.exit_layer is not None,
+        exit_layer=origin.exit_layer,
+        entropy=origin.entropy,
+        logprob=None if origin.logprobs is None else origin.logprobs.logprob,
+    )

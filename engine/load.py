@@ -1,0 +1,73 @@
+"""From a model's name to an engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..heads.artefact import ArtefactError
+from ..heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
+from ..heads.head_set import HeadSet
+from .engine import Engine
+from .model import Decoder
+from .pretrained import load_pretrained
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    heads: str | os.PathLike[str] | HeadSet | None = "default",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
+    deterministic: bool = True,
+    verify: str = "dense",
+    revision: str | None = None,
+    allow_base_mismatch: bool = False,
+    progress: bool = True,
+) -> Engine:
+    """Load a model and its exit heads.
+
+    Args:
+        model: a packaged model's name ("smollm2-135m-instruct"), a hub id, a folder or a .gguf file.
+        heads: "default" takes the shipped set made for these weights, if there is one; a folder or a `HeadSet`; None
+            decodes plainly.
+        dtype: of weights and matmuls: torch.bfloat16, float16 or float32.
+        device: None takes a GPU if there is one.
+        deterministic: see `Engine`.
+        verify: how drafts are verified; "dense" is the whole model.
+        revision: of a hub id.
+        allow_base_mismatch: use heads that were trained on other weights of the same shape (a fine-tuned base).
+        progress: show progress on stderr.
+
+    Raises:
+        FileNotFoundError, ValueError: the model or the heads cannot be used; the message says what to do.
+    """
+    if verify != "dense":
+        raise ValueError(f"verify is {verify!r}, expected 'dense': this version verifies with the whole model only")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch {torch.__version__} sees no GPU")
+    pretrained = load_pretrained(model, dtype, revision=revision, progress=progress)
+    head_set = heads if isinstance(heads, HeadSet) else None
+    if heads is not None and head_set is None:
+        base = BaseIdentity(
+            model_id=pretrained.model_id,
+            fingerprint=base_fingerprint(pretrained.weights, pretrained.config.num_layers),
+            tokenizer_sha256=tokenizer_sha256(pretrained.tokenizer),
+            revision=pretrained.revision,
+        )
+        if heads == "default":
+            head_set = HeadSet.default_for(base)
+        else:
+            folder = Path(os.fspath(heads))  # type: ignore[arg-type]
+            if not folder.is_dir():
+                raise ArtefactError(f"no head set at {folder}: expected a folder with manifest.json, 'default' or None")
+            head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
+    decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
+    return Engine(
+        decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id
+    )

@@ -1,0 +1,240 @@
+"""The decoding loop: rounds of draft, verify, accept, commit, over a batch of requests.
+
+Plain decoding is the same loop with trees that are only their root. A round is a handful of calls; what passes between
+them is a tree, its logits and a committed block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .draft import DraftRow, Head, draft
+from .forward import RowTiles, Working, advance, node_logits, prefill
+from .gate import PLAIN, DraftPolicy
+from .model import Decoder
+from .pacing import Pace
+from .sampling import Context, History, SamplingError, TargetSampler, TokenLogprobs, token_logprobs
+from .statistics import StatisticsRecorder
+from .stopping import Emission, StopChecker
+from .tree import MAX_NODES, Acceptance, DraftTree, accept
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one committed token came about. `exit_layer` and `entropy` are None for a bonus token, which no head drafted."""
+
+    exit_layer: int | None
+    entropy: float | None
+    logprobs: TokenLogprobs | None
+
+
+@dataclass
+class Request:
+    """One sequence being decoded.
+
+    The last token of `history` is pending: its keys and values are not in the cache yet.
+    """
+
+    sequence: int  # its place in the cache
+    history: History
+    sampler: TargetSampler
+    checker: StopChecker
+    statistics: StatisticsRecorder
+    origins: list[Origin] = field(default_factory=list)  # one a committed new token
+    error: str | None = None
+
+    @property
+    def pending(self) -> int:
+        return self.history.token_ids[-1]
+
+    @property
+    def committed_len(self) -> int:
+        """Tokens with committed keys and values: all but the pending one."""
+        return len(self.history) - 1
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What rounds run on. `heads` maps exit layers to `hidden [N, D] -> logits [N, Vd]`; `draft_ids` long `[Vd]` or None."""
+
+    decoder: Decoder
+    cache: KVCache
+    tiles: RowTiles
+    heads: Mapping[int, Head]
+    draft_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one round gave one request: the accepted path with the bonus, where each token came from, or why it ended."""
+
+    tree: DraftTree
+    acceptance: Acceptance
+    origins: tuple[Origin, ...]
+    num_refused: int
+    error: str | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens to commit; the bonus is missing when no token could be drawn there."""
+        return self.acceptance.tokens if self.error else self.acceptance.committed
+
+
+Released = list[tuple[Request, list[Emission]]]
+
+
+def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace: Pace | None) -> Iterator[Released]:
+    """Decode all requests to their ends; a request that fails ends alone, with `error` set.
+
+    Args:
+        pace: decides round by round whether drafting pays; None drafts always.
+
+    Yields:
+        After each round, what every active request released.
+
+    Raises:
+        MemoryError: not even a plain step fits.
+    """
+    for request in requests:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1])
+        _synchronise(on.decoder)
+        request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
+    max_nodes = policy.max_nodes
+    while active := [request for request in requests if not request.checker.finished]:
+        start = time.perf_counter()
+        drafting = bool(policy.exits) and max_nodes > 0 and (pace is None or pace.drafting())
+        shape = replace(policy, max_nodes=max_nodes) if drafting else PLAIN
+        try:
+            with torch.inference_mode():
+                blocks = play_round(on, active, shape)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if not drafting:
+                raise MemoryError(f"out of memory in a plain step; {on.cache.plan.arithmetic()}") from error
+            max_nodes //= 2
+            for request in active:
+                request.statistics.record_fallback("out of memory")
+            continue
+        with torch.inference_mode():
+            released = [(r, _commit(on.cache, r, block)) for r, block in zip(active, blocks, strict=True)]
+        elapsed = 1e3 * (time.perf_counter() - start)
+        for request in active:
+            request.statistics.decode_ms += elapsed
+        if pace is not None and policy.exits:
+            _keep_pace(pace, active, blocks, drafting, elapsed)
+        yield released
+
+
+def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:
+    """Draft, verify and accept for every request. Nothing that is committed changes."""
+    works = [_begin(on, request) for request in requests]
+    refused = [0] * len(works)
+    if policy.exits:
+        rows = [_draft_row(on, request, work) for request, work in zip(requests, works, strict=True)]
+        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles)
+    logits = verify(on, works)
+    return [
+        accept_block(request, work.tree, own, count)
+        for request, work, own, count in zip(requests, works, logits, refused, strict=True)
+    ]
+
+
+def verify(on: Machinery, works: Sequence[Working]) -> list[Tensor]:
+    """Take every node through all layers; the logits `[nodes, V]` of each sequence."""
+    todo = [(work, range(len(work.tree))) for work in works]
+    advance(on.decoder, on.cache, todo, on.decoder.config.num_layers, on.tiles)
+    hidden = torch.cat([work.hidden[: len(work.tree)] for work in works])
+    logits = node_logits(on.decoder, hidden, on.tiles)
+    return list(logits.split([len(work.tree) for work in works]))
+
+
+def accept_block(request: Request, tree: DraftTree, logits: Tensor, num_refused: int = 0) -> Block:
+    """Follow the target's own tokens down the tree.
+
+    A target is computed only where plain decoding would compute it: at the root and at accepted nodes. If none can be drawn
+    there, what was accepted before stands and the request ends.
+    """
+    errors: list[str] = []
+
+    def target(node: int) -> int:
+        try:
+            return request.sampler.target(logits[node], Context(request.history, tuple(tree.path_tokens(node))))
+        except SamplingError as error:
+            errors.append(str(error))
+            return TargetSampler.FAILED
+
+    acceptance = accept(tree, target)
+    num_top = request.sampler.params.logprobs
+    origins = []
+    parents = (0, *acceptance.nodes)
+    for parent, node, token in zip(parents, (*acceptance.nodes, None), acceptance.committed, strict=True):
+        if token == TargetSampler.FAILED:
+            break
+        logprobs = None if num_top is None else token_logprobs(logits[parent], token, num_top)
+        drafted = (None, None) if node is None else (tree.exit_layers[node], tree.entropies[node])
+        origins.append(Origin(*drafted, logprobs))
+    return Block(tree, acceptance, tuple(origins), num_refused, errors[0] if errors else None)
+
+
+def _begin(on: Machinery, request: Request) -> Working:
+    hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
+    work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden)
+    work.embed_new(on.decoder)
+    on.cache.clear_open(request.sequence)
+    return work
+
+
+def _draft_row(on: Machinery, request: Request, work: Working) -> DraftRow:
+    def choose(logits: Tensor, node: int, count: int) -> list[int]:
+        context = Context(request.history, tuple(work.tree.path_tokens(node)))
+        return request.sampler.candidates(logits, context, on.draft_ids, count)
+
+    # A round ends in a bonus token, so one draft less than the remaining budget can be used.
+    return DraftRow(work, max(0, request.checker.num_remaining - 1), choose)
+
+
+def _commit(cache: KVCache, request: Request, block: Block) -> list[Emission]:
+    """Move accepted keys and values into place and take the tokens into the output as far as it goes."""
+    before = len(request.checker.token_ids)
+    released = request.checker.push(block.tokens)
+    if block.error is not None:
+        request.error = block.error
+        released += request.checker.finish("error")
+    cache.commit(request.sequence, [0, *block.acceptance.nodes])
+    request.history.extend(block.tokens)
+    request.origins += block.origins
+    request.statistics.record_round(
+        block.tree, block.acceptance, len(request.checker.token_ids) - before, gate_stops=block.num_refused
+    )
+    return released
+
+
+def _keep_pace(
+    pace: Pace, requests: Sequence[Request], blocks: Sequence[Block], drafting: bool, elapsed: float
+) -> None:
+    if not drafting:
+        pace.plain_step(elapsed)
+        return
+    was_paused = pace.paused
+    pace.drafting_round(elapsed, sum(len(block.tokens) for block in blocks) / len(blocks))
+    if pace.paused and not was_paused:
+        for request in requests:
+            request.statistics.record_fallback("drafting does not pay")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _synchronise(decoder: Decoder) -> None:
+    if decoder.device.type == "cuda":
+        torch.cuda.synchronize(decoder.device)
