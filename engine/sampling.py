@@ -322,8 +322,8 @@ class TargetSampler:
         except SamplingError:
             return []
         best = scores.topk(min(count, len(scores)))
-        places = best.indices[best.values > -math.inf]
-        return (places if kept is None else kept[places]).tolist()
+        drawable = best.indices[best.values > -math.inf]
+        return (drawable if kept is None else kept[drawable]).tolist()
 
     def _is_plain(self, context: Context) -> bool:
         masked = context.num_new < self.params.min_new_tokens and len(self.params.stop_ids) > 0

@@ -317,6 +317,16 @@ def test_presence_and_frequency_count_generated_tokens_of_the_own_path_only():
     assert TargetSampler(params, 6)._process_(torch.zeros(6), Context(history))[5] == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.01}, {"repetition_penalty": 1.01}])
+def test_stop_ids_are_banned_by_the_nodes_own_depth(options):
+    params = SamplingParams(min_new_tokens=3, stop_ids=[4, 5], **options)
+    history = History([1])
+    history.extend([1])
+    logits = torch.arange(6.0)
+    contexts = [Context(history, path) for path in ((), (1,), (1, 1), (2, 1, 1))]
+    assert TargetSampler(params, 6).targets(logits.expand(4, 6), contexts) == [3, 3, 5, 5]
+
+
 def test_top_p_boundary_and_ties():
     params = SamplingParams(temperature=1.0, top_p=0.5)
     flat = torch.zeros(8)
