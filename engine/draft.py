@@ -56,9 +56,11 @@ def draft(
     for depth in range(policy.max_depth):
         asked = [nodes if depth < row.max_depth else [] for row, nodes in zip(rows, frontier, strict=True)]
         frontier = [[] for _ in rows]
+        if not any(asked):
+            break
         for exit_layer in policy.exits:
             if not any(asked):
-                return stops
+                break
             todo = [(row.work, nodes) for row, nodes in zip(rows, asked, strict=True) if nodes]
             advance(decoder, cache, todo, exit_layer, tiles)
             hidden = torch.cat([work.hidden[nodes] for work, nodes in todo])
