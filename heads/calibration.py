@@ -212,9 +212,10 @@ def largest_entropy(entropy: np.ndarray, right: np.ndarray, level: float) -> flo
     `MIN_TOKENS` tokens at the level.
     """
     order = np.argsort(entropy, kind="stable")
-    h = entropy[order].astype(np.float64)
+    h = entropy[order].astype(np.float32)
     cumulative = np.cumsum(right[order]) / np.arange(1, len(h) + 1)
     last_of_tie = np.append(h[1:] > h[:-1], True)
     enough = np.arange(1, len(h) + 1) >= MIN_TOKENS
     good = np.flatnonzero((cumulative >= level) & last_of_tie & enough)
-    return float(np.nextafter(h[good[-1]], np.inf)) if len(good) else 0.0
+    # the next fp32 number: entropies are fp32 wherever they are compared
+    return float(np.nextafter(h[good[-1]], np.float32(np.inf))) if len(good) else 0.0
