@@ -445,8 +445,8 @@ def test_gguf_llama3_rope_is_a_tensor_of_divisors(tiny, tmp_path):
 
 
 def test_gguf_llama_scores_equal_ggml_rotation(tiny, tmp_path):
-    """An independent statement of the permutation: ggml rotates the file's rows as neighbouring pairs (2i, 2i + 1), and
-    attention scores are the same as with our rows rotated as halves (i, i + d/2). Planted bug seen: q not unpermuted."""
+    """An independent statement of the permutation: ggml rotates the file's rows as neighbours (2i, 2i + 1), and
+    attention scores equal those of our rows rotated as halves (i, i + d/2). Planted bug seen: q not unpermuted."""
     config, weights = tiny("llama2")
     write_gguf(tmp_path / "model.gguf", "llama", config, weights, {"rope.freq_base": 10000.0})
     loaded_config, loaded, _ = load_checkpoint(tmp_path / "model.gguf", FP32)
