@@ -58,9 +58,7 @@ def write_text(
         Prompts and continuations in the order of `prompts`.
     """
     if any(not prompt for prompt in prompts) or len(temperatures) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts (none may be empty) need as many temperatures, got {len(temperatures)}"
-        )
+        raise ValueError(f"{len(prompts)} prompts, none empty, need as many temperatures, got {len(temperatures)}")
     generator = torch.Generator(decoder.device).manual_seed(sampling.seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: list[list[int]] = [[] for _ in prompts]

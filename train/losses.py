@@ -46,12 +46,14 @@ class Teacher:
         if draft_ids is None:
             probs = (logits.float() - normaliser).exp_()
         else:
-            probs = (logits[:, draft_ids].float() - normaliser).exp_()
-            inside = probs.sum(-1, keepdim=True)
+            inside = logits[:, draft_ids].float()
             if remainder == "spread":
-                probs += (1.0 - inside).clamp_(min=0.0) / probs.shape[-1]
-            # rounding leaves sums of 1 +- 1e-6; the gradient q - p' needs them exact to be zero at the optimum
-            probs /= probs.sum(-1, keepdim=True)
+                probs = (inside - normaliser).exp_()
+                probs += (1.0 - probs.sum(-1, keepdim=True)).clamp_(min=0.0) / probs.shape[-1]
+                # rounding leaves sums of 1 +- 1e-6; the gradient q - p' needs 1 to vanish at the optimum
+                probs /= probs.sum(-1, keepdim=True)
+            else:
+                probs = inside.softmax(-1)  # p / (1 - r), without dividing two numbers that underflow
             place = torch.full((logits.shape[-1],), -1, dtype=torch.long, device=logits.device)
             place[draft_ids] = torch.arange(len(draft_ids), device=logits.device)
             best = place[best]
@@ -99,5 +101,5 @@ def kl_reference(
     if draft_ids is not None:
         p = p[:, draft_ids]
         left = 1.0 - p.sum(-1, keepdim=True)
-        p = p + left / p.shape[-1] if remainder == "spread" else p / (1.0 - left)
+        p = p + left / p.shape[-1] if remainder == "spread" else p / p.sum(-1, keepdim=True)
     return F.kl_div(logits.double().log_softmax(-1), p, reduction="none").sum(-1)

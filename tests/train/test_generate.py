@@ -1,0 +1,93 @@
+"""The batched writer writes what the model says, whatever the batch's make-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from skipstone.engine.model import Decoder
+from skipstone.train.data import SelfText
+from skipstone.train.generate import Sampling, write_text
+
+STOPS = (7, 11)
+
+
+def make_prompts(lens: list[int], vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lens]
+
+
+def check_greedy(decoder: Decoder, text: SelfText, max_new_tokens: int, stops: tuple[int, ...]) -> None:
+    """Every written token is the argmax of a full forward over what stands before it, and texts end where they must."""
+    final = decoder.config.num_layers
+    for i in range(len(text)):
+        ids, prompt = text.text(i).long(), int(text.prompt_lens[i])
+        state = decoder.encode(ids.unsqueeze(0), [final])[final][0]
+        logits = decoder.lm_head(decoder.final_norm(state)).float()
+        written = ids[prompt:]
+        margin = logits[prompt - 1 : -1].max(-1).values - logits[prompt - 1 : -1].gather(1, written.unsqueeze(1))[:, 0]
+        assert float(margin.max()) < 1e-3, "a written token is not the argmax (ties within fp32 rounding aside)"
+        stopped = [t in stops for t in written.tolist()]
+        assert not any(stopped[:-1]), "written past a stop token"
+        assert stopped[-1] or len(written) == max_new_tokens
+
+
+@torch.no_grad()
+def test_greedy_text_equals_full_forwards(tiny: Callable, family: str) -> None:
+    """All families: windows, soft-caps, partial rotary. Ragged prompts in batches that mix them with longer ones."""
+    config, weights = tiny(family)
+    decoder = Decoder(config, weights)
+    prompts = make_prompts([4, 9, 1, 23, 4, 40], config.vocab_size)
+    text = write_text(decoder, prompts, [0.0] * 6, Sampling(12, STOPS, cache_tokens=170))
+    assert [text.text(i)[: len(p)].tolist() for i, p in enumerate(prompts)] == prompts
+    check_greedy(decoder, text, 12, STOPS)
+
+
+@torch.no_grad()
+def test_rows_that_stop_leave_the_cache(tiny: Callable) -> None:
+    """Long enough for compaction: dropped rows must not shift the others' keys."""
+    config, weights = tiny("llama3")
+    decoder = Decoder(config, weights)
+    stops = tuple(range(0, config.vocab_size, 40))
+    prompts = make_prompts([3, 5, 4, 6, 3, 8, 9, 3], config.vocab_size)
+    told: list[int] = []
+    text = write_text(decoder, prompts, [0.0] * 8, Sampling(90, stops), told.append)
+    check_greedy(decoder, text, 90, stops)
+    assert sum(told) == text.num_written
+
+
+@torch.no_grad()
+def test_sampled_text_follows_the_distribution(tiny: Callable) -> None:
+    """First token of 3000 equal prompts at T = 0.8 against the softmax. Catches: T forgotten."""
+    config, weights = tiny("llama3")
+    decoder = Decoder(config, weights)
+    prompt = make_prompts([5], config.vocab_size)[0]
+    text = write_text(decoder, [prompt] * 3000, [0.8] * 3000, Sampling(1, (), cache_tokens=100_000, seed=3))
+    drawn = torch.bincount(text.ids.view(3000, 6)[:, 5].long(), minlength=config.vocab_size).double()
+    final = config.num_layers
+    state = decoder.encode(torch.tensor([prompt]), [final])[final][0, -1:]
+    expected = (decoder.lm_head(decoder.final_norm(state))[0].double() / 0.8).softmax(-1) * 3000
+    big = expected > 5
+    chi = ((drawn - expected)[big] ** 2 / expected[big]).sum()
+    freedom = int(big.sum())
+    assert freedom > 20
+    assert float(chi) < freedom + 5 * (2 * freedom) ** 0.5  # mean + 5 sd of chi-square
+
+
+@torch.no_grad()
+def test_seed_decides(tiny: Callable) -> None:
+    decoder = Decoder(*tiny("llama3"))
+    prompts = make_prompts([3, 5], decoder.config.vocab_size)
+    one, two, other = (
+        write_text(decoder, prompts, [1.0, 0.0], Sampling(10, (), seed=seed)).ids.tolist() for seed in (1, 1, 2)
+    )
+    assert one == two != other
+
+
+def test_bad_prompts_are_refused(tiny: Callable) -> None:
+    decoder = Decoder(*tiny("llama3"))
+    with pytest.raises(ValueError, match="none empty"):
+        write_text(decoder, [[1], []], [0.0, 0.0], Sampling(4, ()))
+    with pytest.raises(ValueError, match="no room in a context of 256"):
+        write_text(decoder, [[1] * 256], [0.0], Sampling(4, ()))
