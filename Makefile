@@ -45,6 +45,12 @@ $(READY): pyproject.toml constraints.txt
 	@start=$$SECONDS; quiet=-qq; if [ -t 1 ]; then quiet=; fi
 	echo "[setup 1/3] environment in $(VENV)"
 	if [ ! -x $(BIN)/python ]; then $(PYTHON) -m venv $(if $(SITE),--system-site-packages) $(VENV); fi
+	if [ -n "$(SITE)" ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then
+		echo "SITE=1, but $(PYTHON) has no torch for the environment to see (a virtual environment's own packages are" >&2
+		echo "never seen by another one); install torch for $(PYTHON), or use TORCH='...' instead" >&2
+		rm -rf $(VENV)
+		exit 1
+	fi
 	pins=$(VENV)/constraints.txt
 	grep -Ev '$(if $(SITE)$(TORCH),^(torch|triton|nvidia-.*|cuda-.*)==,^$$)' constraints.txt > "$$pins"
 	$(PIP) install -qq -c "$$pins" setuptools

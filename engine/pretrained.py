@@ -267,14 +267,8 @@ def _check_space(parent: Path, needed: int, name: str) -> None:
 
 def _tokenizer_at(source: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder or of a GGUF file."""
-    if source.suffix != ".gguf" or not source.is_file():
-        return Tokenizer.from_folder(source)
-    from gguf import GGUFReader
-
-    wanted = ("bos_token_id", "eos_token_id", "eot_token_id", "pre")
-    fields = GGUFReader(source).fields
-    keys = [*(f"tokenizer.ggml.{key}" for key in wanted), "tokenizer.chat_template"]
-    return Tokenizer.from_gguf(source, {key: fields[key].contents() for key in keys if key in fields})
+    is_gguf = source.suffix == ".gguf" and source.is_file()
+    return Tokenizer.from_gguf(source) if is_gguf else Tokenizer.from_folder(source)
 
 
 @contextlib.contextmanager

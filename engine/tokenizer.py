@@ -16,9 +16,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-# Pre-tokenizers that a GGUF file names and that transformers' reader does not rebuild. Without the digit split
-# SmolLM2 reads "a  2" as other ids than it was trained on.
-_GGUF_DIGIT_SPLIT = frozenset({"smollm"})
+from .gguf_tokenizer import read_gguf_tokenizer
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -58,42 +57,13 @@ class Tokenizer:
         return cls(_require_fast(backend, folder), read_stop_ids(folder))
 
     @classmethod
-    def from_gguf(cls, path: Path | str, fields: Mapping[str, Any]) -> Tokenizer:
-        """Build from the tokenizer inside a GGUF file (seconds; keep the result with `save`).
-
-        Args:
-            path: the .gguf file.
-            fields: its metadata, key -> value; of the `tokenizer.*` keys, `ggml.pre`, `ggml.eos_token_id`,
-                `ggml.bos_token_id`, `ggml.eot_token_id` and `chat_template` are read.
+    def from_gguf(cls, path: Path | str) -> Tokenizer:
+        """Load the tokenizer inside a GGUF file (seconds; `save` keeps the result for `from_folder`).
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: transformers gave no fast tokenizer for it.
+            FileNotFoundError, ValueError: as `read_gguf_tokenizer`.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; expected a .gguf file")
-        loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        backend = _require_fast(loaded, path)
-        if fields.get("tokenizer.ggml.pre") in _GGUF_DIGIT_SPLIT:
-            from tokenizers import pre_tokenizers
-
-            backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-                ]
-            )
-        # The ids come from the file itself: some transformers releases report another eos for this file.
-        for role in ("bos", "eos"):
-            token_id = fields.get(f"tokenizer.ggml.{role}_token_id")
-            if token_id is not None:
-                setattr(backend, f"{role}_token", backend.convert_ids_to_tokens(int(token_id)))
-        template = fields.get("tokenizer.chat_template")
-        if template:
-            backend.chat_template = template
-        stops = [fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
-        return cls(backend, [int(i) for i in stops if i is not None])
+        return cls(*read_gguf_tokenizer(Path(path)))
 
     @property
     def vocab_size(self) -> int:

@@ -21,16 +21,17 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine import pretrained
+from skipstone.engine.tokenizer import Tokenizer
 from tokenizers import pre_tokenizers
 
 NAME, REAL = "tiny-packaged", "smollm2-135m-instruct"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def write_gguf(path: Path) -> None:
-    """A two-layer Llama, d = 64, with a byte-level tokenizer of the 'smollm' kind. Weights are seeded noise."""
+def write_gguf(path: Path, split: str = "smollm", *, add_bos: bool | None = False) -> None:
+    """A two-layer Llama, d = 64, with a byte-level tokenizer of the given kind. Weights are seeded noise."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĠĠ"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĠĠ", "12", "Ã©"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -43,15 +44,16 @@ def write_gguf(path: Path) -> None:
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_merges(["Ġ Ġ", "1 2", "Ã ©"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
     noise = np.random.default_rng(7)
 
@@ -145,13 +147,53 @@ def test_values_are_the_ggufs_in_fp32_and_rounded_once_in_bf16(packaged: Path) -
 
 
 def test_tokenizer_of_a_gguf_keeps_ids_template_and_digit_split(packaged: Path) -> None:
-    """By name and by file alike. Planted bug: transformers' rebuilt pre-tokenizer, which merges no 'ĠĠ' before a 2."""
+    """By name and by file alike. Planted bug: transformers' reader, which finds no 'ĠĠ' before a 2."""
     for source in (NAME, packaged):
         tokenizer = pretrained.load_pretrained(source, torch.bfloat16, progress=False).tokenizer
         vocabulary = tokenizer.get_vocab()
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
         assert tokenizer.encode("a  2") == [vocabulary["a"], vocabulary["ĠĠ"], vocabulary["2"]]
         assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == [1, vocabulary["a"], 2]
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "expected"),
+    [
+        ("smollm", "a  2", ["a", "ĠĠ", "2"]),  # digits stand alone before anything merges
+        ("smollm", "12", ["1", "2"]),
+        ("gpt-2", "a  2", ["a", "Ġ", "Ġ", "2"]),  # the last space goes with the number
+        ("gpt-2", "12", ["12"]),
+        ("qwen2", "12", ["1", "2"]),
+        ("qwen2", "e\u0301", ["Ã©"]),  # composed first
+        ("llama-bpe", "12", ["<|im_start|>", "12"]),  # BOS is this kind's habit, said or not
+    ],
+)
+def test_kinds_of_byte_level_tokenizers_split_as_trained(
+    tmp_path: Path, split: str, text: str, expected: list[str]
+) -> None:
+    write_gguf(tmp_path / "x.gguf", split, add_bos=None)
+    tokenizer = Tokenizer.from_gguf(tmp_path / "x.gguf")
+    names = {i: token for token, i in tokenizer.get_vocab().items()}
+    assert [names[i] for i in tokenizer.encode(text)] == expected
+    assert tokenizer.encode("<|im_end|>", add_special_tokens=False) == [2] == list(tokenizer.stop_ids)
+
+
+def test_bos_of_a_gguf_follows_its_flag(tmp_path: Path) -> None:
+    for flag, begins in ((True, 1), (False, 0)):
+        write_gguf(tmp_path / "x.gguf", "llama-bpe", add_bos=flag)
+        assert Tokenizer.from_gguf(tmp_path / "x.gguf").encode("12").count(1) == begins
+
+
+def test_gguf_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        Tokenizer.from_gguf(tmp_path / "part.gguf")
+    with pytest.raises(FileNotFoundError, match="expected a .gguf file"):
+        Tokenizer.from_gguf(tmp_path / "absent.gguf")
 
 
 def test_missing_package_names_the_command(packaged: Path) -> None:
