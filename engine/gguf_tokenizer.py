@@ -39,7 +39,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, list[int]]
     if f"{_PREFIX}tokens" not in metadata:
         raise ValueError(f"{path} holds no tokenizer ({_PREFIX}tokens is missing); it may be one part of a split file")
     if metadata.get(f"{_PREFIX}model") == "gpt2" and metadata.get(f"{_PREFIX}pre") in _SPLITS:
-        backend = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(metadata))
+        backend: Any = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(metadata))
     else:
         backend = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         if getattr(backend, "backend_tokenizer", None) is None:
