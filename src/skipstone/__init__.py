@@ -5,13 +5,17 @@
     print(engine.generate("Rainbows form when", max_new_tokens=64).text)
 """
 
-from .engine.cache import ContextTooLong
-from .engine.engine import Engine, Event, Generation, LosslessReport, Stream
-from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, calibrated, fixed_exit
-from .engine.load import load
-from .engine.sampling import SamplingParams, TokenLogprobs
-from .engine.statistics import Statistics
-from .heads.head_set import HeadSet
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.cache import ContextTooLong
+    from .engine.engine import Engine, Event, Generation, LosslessReport, Stream
+    from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, calibrated, fixed_exit
+    from .engine.load import load
+    from .engine.sampling import SamplingParams, TokenLogprobs
+    from .engine.statistics import Statistics
+    from .heads.head_set import HeadSet
 
 __version__ = "0.1.0"
 
@@ -34,3 +38,27 @@ __all__ = [
     "fixed_exit",
     "load",
 ]
+
+# Imported at first use: torch takes seconds, and `skipstone --help` needs none of it.
+_PLACES = {
+    "engine.cache": ("ContextTooLong",),
+    "engine.engine": ("Engine", "Event", "Generation", "LosslessReport", "Stream"),
+    "engine.gate": ("ALWAYS", "PLAIN", "DraftPolicy", "Gate", "calibrated", "fixed_exit"),
+    "engine.load": ("load",),
+    "engine.sampling": ("SamplingParams", "TokenLogprobs"),
+    "engine.statistics": ("Statistics",),
+    "heads.head_set": ("HeadSet",),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PLACE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
