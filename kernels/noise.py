@@ -58,7 +58,9 @@ def philox_reference(
     Returns:
         The four output words, int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    words = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     k0, k1 = key
     for _ in range(NUM_ROUNDS):
         # An int64 product of two 32-bit words wraps, but its 64 bits are right: an arithmetic shift and a mask
