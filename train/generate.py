@@ -106,6 +106,7 @@ class _Batch:
             max=self.capacity
         )  # exclusive, shrinks at a stop
         self.temperatures = torch.tensor(temperatures, device=device)
+        self.is_sampled = any(temperatures)
         self.stops = torch.tensor(sampling.stop_ids, device=device)
         self.alive = torch.arange(len(prompts), device=device)
         self.shortest = min(lens)
@@ -195,10 +196,12 @@ class _Batch:
         if position >= self.capacity:
             return
         logits = self.decoder.lm_head(self.decoder.final_norm(hidden)).float()
-        temperature = self.temperatures[self.alive].unsqueeze(1)
-        noise = torch.empty_like(logits).exponential_(generator=self.generator)
-        noise = noise.clamp_(min=1e-10).log_().neg_()  # a draw of 0 would give inf, and NaN at temperature 0
-        drawn = torch.addcmul(logits, noise, temperature).argmax(-1)  # argmax(logits + T g): Gumbel, greedy at T = 0
+        if self.is_sampled:
+            noise = torch.empty_like(logits).exponential_(generator=self.generator)
+            noise = noise.clamp_(min=1e-10).log_().neg_()  # a draw of 0 would give inf, and NaN at temperature 0
+            # argmax(logits + T g) with Gumbel noise g draws from softmax(logits / T), and is greedy at T = 0
+            logits = logits.addcmul_(noise, self.temperatures[self.alive].unsqueeze(1))
+        drawn = logits.argmax(-1)
         writes = (position >= self.prompt_lens[self.alive]) & (position < self.ends[self.alive])
         self.tokens[self.alive, position] = torch.where(writes, drawn, self.tokens[self.alive, position])
         stopped = writes & torch.isin(drawn, self.stops)
