@@ -235,6 +235,10 @@ class Engine:
         wanted = config.max_context if context is None else context
         return plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False).arithmetic()
 
+    def pace(self, batch: int = 1) -> Pace | None:
+        """What is known of plain steps and of whether drafting pays, for batches of one size; None before the first."""
+        return self._paces.get(batch)
+
     def _decode(
         self, requests: list[Request], speculation: Speculation, policy: DraftPolicy | None
     ) -> Iterator[list[tuple[Request, list[Emission]]]]:
