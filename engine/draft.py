@@ -1,8 +1,8 @@
 """Drafting: exit heads grow a tree of guesses below the pending token.
 
-Frontier by frontier: the newest nodes run to the first exit, its head speaks, the gate answers; nodes that it refuses go
-on to the next exit, and a node refused everywhere is a leaf. The work stays with the nodes: verification goes on from
-the layer that each has reached.
+Frontier by frontier: the newest nodes run to the first exit, its head speaks, the gate answers; nodes that it refuses
+go on to the next exit, and a node refused everywhere is a leaf. The work stays with the nodes: verification goes on
+from the layer that each has reached.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .cache import KVCache
 from .forward import RowTiles, Working, advance
 from .gate import DraftPolicy
 from .model import Decoder
+from .tree import DraftTree
 
 Head = Callable[[Tensor], Tensor]
 Choose = Callable[[Tensor, int, int], list[int]]
@@ -62,7 +63,9 @@ def draft(
             if not any(asked):
                 break
             todo = [(row.work, nodes) for row, nodes in zip(rows, asked, strict=True) if nodes]
-            advance(decoder, cache, todo, exit_layer, tiles)
+            # A parent may have stopped at a shallower exit; the keys of its deeper layers are needed now.
+            paths = [(work, _with_ancestors(work.tree, nodes)) for work, nodes in todo]
+            advance(decoder, cache, paths, exit_layer, tiles)
             hidden = torch.cat([work.hidden[nodes] for work, nodes in todo])
             logits = heads[exit_layer](hidden).float()
             entropies = entropy(logits).tolist()
@@ -84,6 +87,10 @@ def draft(
         for row in rows:
             row.work.embed_new(decoder)
     return stops
+
+
+def _with_ancestors(tree: DraftTree, nodes: Sequence[int]) -> list[int]:
+    return sorted({ancestor for node in nodes for ancestor in tree.path(node)})
 
 
 def entropy(logits: Tensor) -> Tensor:
