@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
 import os
+import threading
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; read when huggingface_hub is imported
@@ -88,8 +93,6 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @functools.cache
 def _tiny_hf(family: str) -> Any:
     """A transformers model, fp32, eval, eager attention, weights drawn so that every part matters to the logits."""
-    import copy
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = _MODELS[family]
@@ -148,6 +151,176 @@ def tiny() -> Callable[[str], tuple[ModelConfig, dict[str, Tensor]]]:
         return config, dict(weights)
 
     return build
+
+
+# ---- engines whose drafts are planned
+
+Plan = Callable[["Place"], "dict[int, float] | None"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a planned head is asked: the next new token's index and id, or None for both on a path that is wrong.
+
+    `salt` is a fixed number of this place, for plans that vary without being random.
+    """
+
+    exit_layer: int
+    index: int | None
+    truth: int | None
+    salt: int
+    vocab_size: int
+
+    @property
+    def wrong(self) -> int:
+        """A token that plain decoding does not write here."""
+        guess = self.salt % self.vocab_size
+        return (guess + 1) % self.vocab_size if guess == self.truth else guess
+
+    @property
+    def guess(self) -> int:
+        """The right token, or any where nothing is right."""
+        return self.wrong if self.truth is None else self.truth
+
+
+class PlannedHeads:
+    """Stands in for a head set: its heads know what plain decoding writes, and a plan says what they make of it.
+
+    `learn` decodes plainly and keeps each step's hidden state at each exit beside the token that follows. A drafted
+    node whose whole path is right has that hidden state bit for bit (design rules 2 and 3), so a head looks its place
+    up; on a wrong path it finds nothing.
+    """
+
+    draft_ids = None
+    calibration = None
+
+    def __init__(self, engine: Any, exits: tuple[int, ...], plan: Plan) -> None:
+        self.engine, self.exits, self.plan = engine, exits, plan
+        self.heads = {exit_layer: functools.partial(self._speak, exit_layer) for exit_layer in exits}
+        self.known: dict[tuple[int, bytes], tuple[int, int]] = {}
+        self.asked: list[Place] = []
+        self._heard: dict[int, list[bytes]] | None = None
+
+    def attach(self, projection: Any) -> None:
+        pass
+
+    def learn(self, prompt: Any, **options: Any) -> Any:
+        """Decode one prompt plainly and remember it. Returns its `Generation`."""
+        from skipstone.engine.gate import NEVER, every
+
+        self.engine.heads, self._heard = self, {}
+        silent = self.engine.generate(prompt, policy=every(self.exits, NEVER), **options)
+        heard, self._heard = self._heard, None
+        assert silent.stats.num_drafted == 0
+        for exit_layer, states in heard.items():
+            for index, (state, token) in enumerate(zip(states, silent.token_ids, strict=False)):
+                self.known[exit_layer, state] = index, token
+        return silent
+
+    def _speak(self, exit_layer: int, hidden: Tensor) -> Tensor:
+        vocab_size = self.engine.decoder.config.vocab_size
+        states = [row.contiguous().numpy().tobytes() for row in hidden]
+        if self._heard is not None:
+            self._heard.setdefault(exit_layer, []).extend(states)
+            return torch.zeros(len(states), vocab_size)
+        logits = torch.full((len(states), vocab_size), -50.0)
+        for row, state in zip(logits, states, strict=True):
+            index, truth = self.known.get((exit_layer, state), (None, None))
+            place = Place(exit_layer, index, truth, zlib.crc32(state, exit_layer), vocab_size)
+            self.asked.append(place)
+            wanted = self.plan(place)
+            if wanted is None:
+                row.fill_(math.nan)
+            else:
+                row[list(wanted)] = torch.tensor(list(wanted.values()))
+        return logits
+
+
+def right(place: Place) -> dict[int, float]:
+    """Always sure, right wherever anything is right."""
+    return {place.guess: 50.0}
+
+
+def mixed(place: Place) -> dict[int, float] | None:
+    """Mostly right; sometimes wrong, of two or three minds (entropies ln 2, ln 3), at a loss (ln 9) or NaN."""
+    other = (place.guess + 1 + place.salt // 7 % 5) % place.vocab_size
+    third = (place.guess + 7) % place.vocab_size
+    return [
+        {place.guess: 50.0},
+        {place.guess: 50.0},
+        {place.guess: 50.0},
+        {place.guess: 50.0},
+        {place.guess: 50.0, other: 50.0},
+        {place.guess: 50.0, other: 50.0, third: 50.0},
+        {place.guess: 50.0, other: 50.0},
+        {place.wrong: 50.0},
+        {(place.guess + i) % place.vocab_size: 50.0 for i in range(9)},
+        None,
+    ][place.salt // 13 % 10]
+
+
+@functools.cache
+def _engine(family: str, dtype: torch.dtype, vocab_size: int | None, deterministic: bool) -> Any:
+    from skipstone.engine.engine import Engine
+    from skipstone.engine.model import Decoder
+
+    config, weights = _tiny(family)
+    weights = dict(weights)
+    if vocab_size is not None:
+        repeats = -(-vocab_size // config.vocab_size)
+        for seed, name in enumerate(("embed.weight", "lm_head.weight", "lm_head.bias")):
+            if name in weights:
+                rows = weights[name].repeat(repeats, *[1] * (weights[name].ndim - 1))[:vocab_size]
+                generator = torch.Generator().manual_seed(seed)
+                weights[name] = rows + 0.3 * rows.std() * torch.randn(rows.shape, generator=generator)
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+    return Engine(Decoder(config, weights, dtype), deterministic=deterministic)
+
+
+@pytest.fixture(scope="session")
+def engine_of() -> Callable[..., Any]:
+    """`engine_of(family, dtype=float32, vocab_size=None, max_context=None, deterministic=True)` -> an engine of its own
+    on a shared decoder; heads, tokenizer and cache may be changed."""
+
+    def build(
+        family: str = "llama2",
+        dtype: torch.dtype = torch.float32,
+        vocab_size: int | None = None,
+        max_context: int | None = None,
+        deterministic: bool = True,
+    ) -> Any:
+        engine = copy.copy(_engine(family, dtype, vocab_size, deterministic))
+        engine._cache, engine._paces, engine._lock = None, {}, threading.Lock()
+        engine.decoder = copy.copy(engine.decoder)
+        if max_context is not None:
+            engine.decoder.config = dataclasses.replace(engine.decoder.config, max_context=max_context)
+        return engine
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def planned() -> Callable[..., PlannedHeads]:
+    """`planned(engine, plan="mixed" | "right" | function of a Place, exits=(1, 2, 3))` -> heads, set on the engine."""
+
+    def build(engine: Any, plan: str | Plan = "mixed", exits: tuple[int, ...] = (1, 2, 3)) -> PlannedHeads:
+        heads = PlannedHeads(engine, exits, {"mixed": mixed, "right": right}[plan] if isinstance(plan, str) else plan)
+        engine.heads = heads
+        return heads
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def assert_same_output() -> Callable[[Any, Any], None]:
+    """`assert_same_output(generation, plain)`: everything that a user sees, logprobs bit for bit."""
+
+    def check(generation: Any, plain: Any) -> None:
+        for name in ("token_ids", "text", "finish_reason", "logprobs", "error"):
+            assert getattr(generation, name) == getattr(plain, name), name
+        assert generation.stats.num_committed == len(generation.token_ids)
+
+    return check
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
