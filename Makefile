@@ -16,6 +16,10 @@ SITE ?=
 WORKERS ?= 2
 ARGS ?=
 
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Another torch than the pinned one brings its own triton and CUDA libraries, so their pins are dropped with it.
+UNPINNED := $(if $(SITE),1,$(if $(TORCH),$(if $(findstring $(PINNED),$(TORCH)),,1)))
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
@@ -39,8 +43,7 @@ help:
 	@echo "EXTRAS=dev,plot     the extras to install: dev, flash, plot, train"
 	@echo "Without SITE or TORCH, Linux takes the CUDA build of torch (about 3 GB with its libraries)."
 
-# pip is quiet, but shows its progress bars in a terminal for torch, the one large download. With SITE or TORCH the
-# torch and triton pins do not apply: triton is then whatever that torch asks for, else the newest.
+# pip is quiet, but shows its progress bars in a terminal for torch, the one large download.
 $(READY): pyproject.toml constraints.txt
 	@start=$$SECONDS; quiet=-qq; if [ -t 1 ]; then quiet=; fi
 	echo "[setup 1/3] environment in $(VENV)"
@@ -52,7 +55,7 @@ $(READY): pyproject.toml constraints.txt
 		exit 1
 	fi
 	pins=$(VENV)/constraints.txt
-	grep -Ev '$(if $(SITE)$(TORCH),^(torch|triton|nvidia-.*|cuda-.*)==,^$$)' constraints.txt > "$$pins"
+	grep -Ev '$(if $(UNPINNED),^(torch|triton|nvidia-.*|cuda-.*)==,^$$)' constraints.txt > "$$pins"
 	$(PIP) install -qq -c "$$pins" setuptools
 	echo "[setup 2/3] torch"
 	$(PIP) install $$quiet -c "$$pins" $(or $(TORCH),torch)
