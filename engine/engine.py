@@ -207,10 +207,11 @@ class Engine:
         self._claim()
         try:
             request = self._requests(prompts, None, ignore_eos, sampling)[0]
+            rounds = self._decode([request], speculation, policy)
         except BaseException:
             self._release()
             raise
-        return Stream(self, request, self._decode([request], speculation, policy))
+        return Stream(self, request, rounds)
 
     def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
         """Decode speculatively and plainly with the same seed, and compare token by token."""
