@@ -323,6 +323,71 @@ def assert_same_output() -> Callable[[Any, Any], None]:
     return check
 
 
+# ---- folders, for what loads a model by path
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model folder as transformers writes it: a random Llama of four layers with a byte-level tokenizer and a chat
+    template. Layers 3 and 4 add little, so that bare exits below them are right often, not always."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["a stone skips over the water and the rain falls on the stones"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=_CHAT_TEMPLATE)
+    config = LlamaConfig(
+        **_SIZES | {"vocab_size": 320, "num_key_value_heads": 2, "max_position_embeddings": 512},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                gain = 1.0 if "embed" in name else 2.5 / math.sqrt(parameter.shape[1])
+                late = any(f"layers.{i}." in name for i in (2, 3)) and ("o_proj" in name or "down_proj" in name)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * (0.1 if late else 1.0))
+    folder = tmp_path_factory.mktemp("tiny-model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_heads_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A head set folder for `tiny_folder`: untrained adapters at exits 2 and 3, with a calibration whose gates are open
+    at every accuracy level up to one nat, and branch from there on."""
+    import numpy as np
+    from skipstone.engine.pretrained import load_pretrained
+    from skipstone.heads.calibration import fit_calibration
+    from skipstone.heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
+    from skipstone.heads.head_set import HeadSet, adapter_config
+
+    base = load_pretrained(tiny_folder, torch.float32, progress=False)
+    fingerprint = base_fingerprint(base.weights, base.config.num_layers)
+    identity = BaseIdentity("tiny", fingerprint, tokenizer_sha256(base.tokenizer))
+    entropy = np.linspace(0.01, 6.0, 600, dtype=np.float32)
+    rank = np.where(entropy < 1.0, 0, 2)  # the best guess is right up to one nat, one of the top four beyond
+    calibration = fit_calibration({2: entropy, 3: entropy}, {2: rank, 3: rank}, source="made up")
+    sizes = adapter_config((2, 3), base.config.hidden_size, base.config.vocab_size, base.config.num_layers, 4, None)
+    folder = tmp_path_factory.mktemp("tiny-heads") / "heads"
+    HeadSet(sizes, None, identity, calibration).save(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device, and say so."""
     if torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """Skipstone: faster generation with no second model and exactly the same output.
 
+Example:
     import skipstone
     engine = skipstone.load("smollm2-135m-instruct")
     print(engine.generate("Rainbows form when", max_new_tokens=64).text)

@@ -1,0 +1,171 @@
+"""What a benchmark compares: ways to decode with one set of weights.
+
+An arm turns prompt ids into an `Outcome`. Arms of our own engine must give the same tokens; the baselines of
+`bench/baselines.py` are other programs and need not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..engine.config import ModelConfig
+from ..engine.engine import Engine, Speculation
+from ..engine.gate import DraftPolicy, calibrated, fixed_exit
+from ..engine.statistics import Statistics
+from ..heads.head_set import HeadSet, adapter_config
+
+ARM_FORMS = "plain, default, always, accuracy:LEVEL, fixed:EXIT:LENGTH, bare:EXIT:LENGTH"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One generated answer and its times.
+
+    Attributes:
+        text, token_ids: the answer.
+        wall_ms: prompt ids in, answer out.
+        decode_ms: the part of it after the prompt was read, in which `decode_tokens` of the tokens came.
+        stats: what drafting did; None for baselines.
+        error: why the request failed, if it did.
+    """
+
+    text: str
+    token_ids: list[int]
+    wall_ms: float
+    decode_ms: float
+    decode_tokens: int
+    stats: Statistics | None = None
+    error: str | None = None
+
+
+class Arm(Protocol):
+    """One way to decode."""
+
+    name: str
+    lossless: bool  # its tokens must equal plain decoding's
+
+    def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
+        """Answer one prompt; `sampling` holds fields of `SamplingParams`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, for the report."""
+
+
+class EngineArm:
+    """Our engine with one setting.
+
+    Args:
+        name: in reports.
+        engine: it may be shared with other arms.
+        speculation, policy: as for `Engine.generate`.
+    """
+
+    lossless = True
+
+    def __init__(
+        self, name: str, engine: Engine, speculation: Speculation = True, policy: DraftPolicy | None = None
+    ) -> None:
+        self.name, self.engine, self.speculation, self.policy = name, engine, speculation, policy
+
+    def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
+        start = time.perf_counter()
+        out = self.engine.generate(prompt_ids, speculation=self.speculation, policy=self.policy, **sampling)
+        wall_ms = 1e3 * (time.perf_counter() - start)
+        return Outcome(out.text, out.token_ids, wall_ms, out.stats.decode_ms, len(out.token_ids), out.stats, out.error)
+
+    def describe(self) -> dict[str, Any]:
+        policy = self.policy or self.engine.policy
+        if self.speculation is False or not policy.exits:
+            return {"speculation": False}
+        return {
+            "speculation": self.speculation,
+            "exits": list(policy.exits),
+            "max_depth": policy.max_depth,
+            "max_nodes": policy.max_nodes,
+            "branch": policy.branch,
+            "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
+            "paced": self.speculation is True and self.policy is None,
+        }
+
+
+def bare_heads(config: ModelConfig, exits: Sequence[int]) -> HeadSet:
+    """Heads without training: final norm and LM head on the exit's hidden state, LayerSkip's draft (arXiv 2404.16710).
+
+    Raises:
+        ValueError: an exit outside 1..num_layers - 1.
+    """
+    wrong = [e for e in exits if not 1 <= e < config.num_layers]
+    if wrong:
+        raise ValueError(f"exit layers {wrong} are outside 1..{config.num_layers - 1} of this model")
+    # An untrained adapter adds nothing, so the narrowest is the bare exit at the least cost.
+    sizes = adapter_config(exits, config.hidden_size, config.vocab_size, config.num_layers, width=1, draft_vocab=None)
+    return HeadSet(sizes)
+
+
+def with_bare_heads(engine: Engine, exits: Sequence[int]) -> Engine:
+    """A second engine over the same weights whose heads are bare exits."""
+    heads = bare_heads(engine.decoder.config, exits)
+    return Engine(engine.decoder, engine.tokenizer, heads, deterministic=engine.deterministic, model_id=engine.model_id)
+
+
+def default_arms(engine: Engine) -> str:
+    """The arms that make sense for an engine: with calibrated heads the default policy, else a bare exit."""
+    if engine.policy.exits:
+        return "plain,default,always"
+    return f"plain,bare:{max(1, 2 * engine.decoder.config.num_layers // 3)}:4"
+
+
+def parse_arms(text: str, engine: Engine) -> list[Arm]:
+    """Arms from a comma-separated list; plain is always there and first, for it is what the others are measured by.
+
+    Raises:
+        ValueError: a form that is unknown, or that this engine's heads cannot serve.
+    """
+    names = list(dict.fromkeys(["plain", *(part.strip() for part in text.split(",") if part.strip())]))
+    bare_exits = sorted({_exit_and_length(name)[0] for name in names if name.startswith("bare:")})
+    bare = with_bare_heads(engine, bare_exits) if bare_exits else None
+    return [_arm(name, engine, bare) for name in names]
+
+
+def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
+    kind, _, rest = name.partition(":")
+    if name == "plain":
+        return EngineArm(name, engine, speculation=False)
+    if name in ("default", "always"):
+        if not engine.policy.exits:
+            raise ValueError(
+                f"arm {name!r} needs calibrated heads, and this engine has none ({engine.warning or 'no head set'}); "
+                "give --heads, or arms such as bare:12:4"
+            )
+        return EngineArm(name, engine, speculation=True if name == "default" else "always")
+    if kind == "accuracy" and rest:
+        if engine.heads is None or engine.heads.calibration is None:
+            raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
+        try:
+            accuracy = float(rest)
+        except ValueError:
+            raise ValueError(f"arm {name!r}: expected a level such as accuracy:0.9") from None
+        return EngineArm(name, engine, "always", calibrated(engine.heads.calibration, accuracy=accuracy))
+    if kind in ("fixed", "bare"):
+        exit_layer, length = _exit_and_length(name)
+        owner = engine if kind == "fixed" else bare
+        exits = owner.heads.exits if owner is not None and owner.heads is not None else ()
+        if owner is None or exit_layer not in exits:
+            raise ValueError(f"arm {name!r}: no trained head at exit {exit_layer}; trained exits are {list(exits)}")
+        return EngineArm(name, owner, "always", fixed_exit(exit_layer, length))
+    raise ValueError(f"unknown arm {name!r}; expected {ARM_FORMS}")
+
+
+def _exit_and_length(name: str) -> tuple[int, int]:
+    parts = name.split(":")
+    if len(parts) != 3 or not parts[1].isdigit() or not parts[2].isdigit() or not 1 <= int(parts[2]) <= 15:
+        raise ValueError(f"arm {name!r}: expected {parts[0]}:EXIT:LENGTH with a length of 1..15, e.g. {parts[0]}:12:4")
+    return int(parts[1]), int(parts[2])
+
+
+def _finite(threshold: float) -> float | None:
+    """JSON has no infinity; None stands for 'no threshold'."""
+    return threshold if abs(threshold) < float("inf") else None

@@ -1,0 +1,151 @@
+"""Other ways to decode the same weights: `transformers` generate, its prompt lookup and its early exit.
+
+They compute in another order, so near-ties may fall differently: their tokens are compared with ours for information
+and never fail a benchmark.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.engine import Engine
+from ..engine.pretrained import PACKAGED, packaged_file
+from .arms import Outcome
+
+BASELINES = ("hf", "hf-lookup", "hf-early-exit")
+LOOKUP_TOKENS = 10  # as the transformers documentation uses it
+
+
+def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The `transformers` model with the same weights.
+
+    Args:
+        model: as given to `skipstone.load`; a packaged model is read from its own GGUF file by transformers.
+
+    Raises:
+        ValueError: weights that transformers cannot load (a folder in this engine's own layout).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = Path(model)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if model in PACKAGED:
+        packaged = packaged_file(PACKAGED[model])
+        if packaged is None:
+            raise ValueError(
+                f"the package {PACKAGED[model].distribution} is not installed, so transformers cannot read it"
+            )
+        path = packaged
+    if path.suffix == ".gguf":
+        model, options["gguf_file"] = str(path.parent), path.name
+    elif (path / "skipstone.json").is_file():
+        raise ValueError(f"{path} is in this engine's own layout, which transformers cannot read")
+    return AutoModelForCausalLM.from_pretrained(model, **options).to(device).eval()
+
+
+class TransformersArm:
+    """`transformers` generate as an arm.
+
+    Args:
+        name: one of `BASELINES`.
+        model: from `load_reference`.
+        engine: whose tokenizer and stop ids are used.
+        exit_layer: of early exit.
+    """
+
+    lossless = False
+
+    def __init__(self, name: str, model: Any, engine: Engine, exit_layer: int) -> None:
+        if name not in BASELINES:
+            raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
+        self.name, self.model, self.engine = name, model, engine
+        self.options: dict[str, Any] = {
+            "hf": {},
+            "hf-lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
+            "hf-early-exit": {"assistant_early_exit": exit_layer},
+        }[name]
+
+    def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
+        from transformers import StoppingCriteriaList
+
+        ids = torch.tensor([prompt_ids], device=self.model.device)
+        clock = _FirstTokens(len(prompt_ids))
+        tokenizer = self.engine.tokenizer
+        stop_ids = list(tokenizer.stop_ids) if tokenizer is not None else []
+        options = dict(self.options) | _translated(sampling)
+        if stop_ids:
+            options |= {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
+        torch.manual_seed(int(sampling.get("seed", 0)) % 2**63)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                stopping_criteria=StoppingCriteriaList([clock]),
+                **options,
+            )
+        token_ids = out[0, len(prompt_ids) :].tolist()
+        end = time.perf_counter()
+        return Outcome(
+            text="" if tokenizer is None else tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            wall_ms=1e3 * (end - start),
+            decode_ms=1e3 * (end - (clock.first or end)),
+            decode_tokens=max(0, len(token_ids) - clock.count),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"program": "transformers", **self.options}
+
+
+class _FirstTokens:
+    """A stopping criterion that stops nothing: it notes when the first tokens stood, which is where prefill ended."""
+
+    def __init__(self, prompt_len: int) -> None:
+        self.prompt_len, self.count, self.first = prompt_len, 0, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if not self.first:
+            self.first, self.count = time.perf_counter(), input_ids.shape[1] - self.prompt_len
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _translated(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Our sampling options in transformers' words.
+
+    Raises:
+        ValueError: one that has no counterpart there.
+    """
+    options: dict[str, Any] = {"max_new_tokens": sampling.get("max_new_tokens", 128), "use_cache": True}
+    temperature = sampling.get("temperature", 0.0)
+    options |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    unknown = set(sampling) - {"max_new_tokens", "temperature", "seed"}
+    if unknown:
+        raise ValueError(f"options {sorted(unknown)} are not passed on to transformers")
+    return options
+
+
+def baseline_arms(names: Sequence[str], model: str, engine: Engine) -> list[TransformersArm]:
+    """The baselines by name, over one model.
+
+    Raises:
+        ValueError: an unknown name, or weights that transformers cannot load.
+    """
+    wrong = [name for name in names if name not in BASELINES]
+    if wrong:
+        raise ValueError(f"unknown baselines {wrong}; expected some of {', '.join(BASELINES)}")
+    if not names:
+        return []
+    reference = load_reference(model, engine.decoder.dtype, engine.decoder.device)
+    exit_layer = max(1, engine.decoder.config.num_layers // 2)
+    if engine.heads is not None:
+        exit_layer = min(engine.heads.exits, key=lambda layer: abs(layer - exit_layer))
+    return [TransformersArm(name, reference, engine, exit_layer) for name in dict.fromkeys(names)]

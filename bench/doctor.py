@@ -1,0 +1,129 @@
+"""Is this machine fit, and does this engine tell the truth here? Checks of under a minute for a small model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..engine.engine import Engine
+from ..engine.gate import DraftPolicy, Gate, every, fixed_exit
+from ..engine.load import load
+from .arms import with_bare_heads
+from .baselines import load_reference
+
+PROMPTS = ("Rainbows form when", "def median(values):\n    ")
+NUM_TOKENS = 24
+# fp32 against fp32 over the same weights: only the order of additions differs.
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `status` is "ok", "failed" or "skipped"."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def examine(engine: Engine, model: str, transformers_too: bool = True) -> Iterator[Check]:
+    """The checks, one after the other.
+
+    Args:
+        engine: loaded from `model`.
+        transformers_too: compare with `transformers` as well, which loads the weights a second time.
+    """
+    yield self_test(engine)
+    yield from lossless_checks(engine)
+    if not transformers_too:
+        yield Check("against transformers", "skipped", "not asked for")
+        return
+    yield against_transformers(engine, model)
+
+
+def self_test(engine: Engine) -> Check:
+    """What the engine found about equal bits when it started."""
+    if engine.warning is not None:
+        return Check("self-test", "failed", engine.warning)
+    tiles = engine.tiles
+    if not tiles.deterministic:
+        return Check("self-test", "skipped", "deterministic=False: bits may differ between widths")
+    rows = "any number of rows" if tiles.least == 1 else f"tiles of {tiles.least} rows"
+    return Check("self-test", "ok", f"a row has the same bits in {rows} up to {tiles.most}")
+
+
+def lossless_checks(engine: Engine) -> Iterator[Check]:
+    """Speculative against plain decoding: chains and trees, greedy and sampled."""
+    if engine.warning is not None:
+        yield Check("speculative against plain", "skipped", "the self-test failed")
+        return
+    layers = engine.decoder.config.num_layers
+    if layers < 2:
+        yield Check("speculative against plain", "skipped", "a model of one layer has no exit")
+        return
+    middle = max(1, 2 * layers // 3)
+    bare = with_bare_heads(engine, [middle])
+    plans: list[tuple[str, Engine, DraftPolicy | None]] = [
+        (f"chains of 4 from the bare exit {middle}", bare, fixed_exit(middle, 4)),
+        (f"trees from the bare exit {middle}", bare, every([middle], Gate(0.5, math.inf), branch=2)),
+    ]
+    if engine.policy.exits:
+        plans.append(("the heads' own policy", engine, None))
+    for name, owner, policy in plans:
+        yield _lossless(name, owner, policy)
+
+
+def _lossless(name: str, engine: Engine, policy: DraftPolicy | None) -> Check:
+    compared = drafted = accepted = 0
+    for prompt in PROMPTS:
+        for temperature in (0.0, 0.8):
+            ids = _ids(engine, prompt)
+            report = engine.verify_lossless(
+                ids, policy=policy, temperature=temperature, max_new_tokens=NUM_TOKENS, ignore_eos=True, seed=1
+            )
+            stats = report.speculative.stats
+            compared += len(report.speculative.token_ids)
+            drafted, accepted = drafted + stats.num_drafted, accepted + stats.num_accepted
+            if not report.equal:
+                margin = "" if report.margin is None else f" (margin {report.margin:.2g} nats)"
+                where = f"new token {report.divergence} of {prompt!r} at temperature {temperature}{margin}"
+                return Check(f"speculative against plain, {name}", "failed", f"first difference: {where}")
+    detail = f"{compared} tokens equal; {accepted} of {drafted} drafted tokens accepted"
+    return Check(f"speculative against plain, {name}", "ok", detail)
+
+
+def against_transformers(engine: Engine, model: str) -> Check:
+    """Our fp32 log-probabilities, from cached steps, against one forward of transformers over the same tokens."""
+    name = "against transformers, fp32"
+    try:
+        reference = load_reference(model, torch.float32, engine.decoder.device)
+    except (ValueError, OSError, ImportError) as error:
+        return Check(name, "skipped", f"transformers cannot load it: {error}")
+    own = engine
+    if engine.decoder.dtype != torch.float32:
+        own = load(model, heads=None, dtype=torch.float32, device=engine.decoder.device, progress=False)
+    worst, wrong, compared = 0.0, 0, 0
+    for prompt in PROMPTS:
+        ids = _ids(own, prompt)
+        out = own.generate(ids, speculation=False, max_new_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids + out.token_ids], device=reference.device)).logits[0].float()
+        rows = logits[len(ids) - 1 : -1].log_softmax(-1)
+        for row, token, found in zip(rows, out.token_ids, out.logprobs or [], strict=True):
+            worst = max(worst, abs(float(row[token]) - found.logprob))
+            wrong += bool(row.max() - row[token] > LOGPROB_TOLERANCE)
+            compared += 1
+    status = "ok" if worst <= LOGPROB_TOLERANCE and not wrong else "failed"
+    detail = f"{compared} greedy tokens, {wrong} wrong; log-probabilities differ by at most {worst:.1e}"
+    return Check(name, status, detail)
+
+
+def _ids(engine: Engine, prompt: str) -> list[int]:
+    encode: Callable[..., Any] | None = None if engine.tokenizer is None else engine.tokenizer.encode
+    if encode is None:
+        return [i % engine.decoder.config.vocab_size for i in range(1, 9)]
+    return list(encode(prompt))

@@ -1,0 +1,175 @@
+"""From answers to numbers: per task and overall, as one JSON document.
+
+Every formula is in docs/benchmarks.md under the name that it has here.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..engine.statistics import Statistics
+from .arms import Arm
+from .measure import Measurements, Record, agreement
+
+SCHEMA_VERSION = 1
+OVERALL = "overall"
+
+
+def summarise(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -> dict[str, dict[str, Any]]:
+    """task -> arm -> metrics, in the order of the records' tasks, `overall` last."""
+    tasks = list(dict.fromkeys(record.question.task for record in records))
+    summary: dict[str, dict[str, Any]] = {}
+    for task in [*tasks, OVERALL]:
+        chosen = [r for r in records if task in (OVERALL, r.question.task)]
+        by_arm = {arm.name: [r for r in chosen if r.arm == arm.name] for arm in arms}
+        plain = by_arm["plain"]
+        summary[task] = {name: _metrics(own, plain, num_layers) for name, own in by_arm.items() if own}
+    return summary
+
+
+def _metrics(records: Sequence[Record], plain: Sequence[Record], num_layers: int) -> dict[str, Any]:
+    own, base = _rates(records), _rates(plain)
+    repeats = sorted(set(own) & set(base))
+    decode = [own[i][0] for i in repeats]
+    end_to_end = [own[i][1] for i in repeats]
+    speedups = [own[i][0] / base[i][0] for i in repeats if base[i][0]]
+    wall_speedups = [own[i][1] / base[i][1] for i in repeats if base[i][1]]
+    per_question = [1e3 * len(r.outcome.token_ids) / r.outcome.wall_ms for r in records if r.outcome.wall_ms]
+    metrics: dict[str, Any] = {
+        "num_answers": len(records),
+        "num_tokens": sum(len(r.outcome.token_ids) for r in records),
+        "num_errors": sum(r.outcome.error is not None for r in records),
+        "decode_tokens_per_second": _median(decode),
+        "end_to_end_tokens_per_second": _median(end_to_end),
+        "mean_question_tokens_per_second": statistics.fmean(per_question) if per_question else None,
+        "speedup": _median(speedups),
+        "speedup_range": [min(speedups), max(speedups)] if speedups else None,
+        "end_to_end_speedup": _median(wall_speedups),
+        "worst_question_time_ratio": _worst_ratio(records, plain),
+    }
+    counted = [r.outcome.stats for r in records if r.outcome.stats is not None]
+    return metrics | (_drafting(Statistics.merge(counted), num_layers) if counted else {})
+
+
+def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
+    """What drafting did; with nothing drafted the rates are None."""
+    drafts = total.drafted_by_position[0] if total.drafted_by_position else 0
+    checks, tokens = total.num_verifications, total.num_committed
+    exits = total.tokens_by_exit
+    return {
+        "num_drafted": total.num_drafted,
+        "num_accepted": total.num_accepted,
+        "num_wasted": total.num_drafted - total.num_accepted,
+        "num_verifications": checks,
+        "acceptance_rate": total.acceptance_rate if total.num_drafted else None,
+        "tokens_per_verification": tokens / checks if checks else None,
+        "tokens_per_verification_without_bonus": total.num_accepted / checks if checks else None,
+        "draft_length": total.num_drafted / drafts if drafts else None,
+        "acceptance_by_position": list(total.acceptance_by_position),
+        "cumulative_acceptance_by_position": [n / drafts for n in total.accepted_by_position] if drafts else [],
+        "tokens_by_exit": {str(layer): count for layer, count in exits.items()},
+        "share_by_exit": {str(layer): count / tokens for layer, count in exits.items()} if tokens else {},
+        "mean_exit_layer": _mean_exit(exits),
+        "row_layers_per_token": num_layers * (checks + total.num_drafted) / tokens if tokens else None,
+        "gate_stops": total.gate_stops,
+        "fallbacks": dict(total.fallbacks),
+    }
+
+
+def _mean_exit(exits: Mapping[int, int]) -> float | None:
+    count = sum(exits.values())
+    return sum(layer * n for layer, n in exits.items()) / count if count else None
+
+
+def _rates(records: Sequence[Record]) -> dict[int, tuple[float, float]]:
+    """repeat -> tokens per second of all its answers together, decode-only and end to end."""
+    rates = {}
+    for repeat in sorted({r.repeat for r in records}):
+        own = [r.outcome for r in records if r.repeat == repeat]
+        decode_ms, wall_ms = sum(o.decode_ms for o in own), sum(o.wall_ms for o in own)
+        tokens, decode_tokens = sum(len(o.token_ids) for o in own), sum(o.decode_tokens for o in own)
+        rates[repeat] = (
+            1e3 * decode_tokens / decode_ms if decode_ms else 0.0,
+            1e3 * tokens / wall_ms if wall_ms else 0.0,
+        )
+    return rates
+
+
+def _worst_ratio(records: Sequence[Record], plain: Sequence[Record]) -> float | None:
+    """The largest wall time of one answer over plain's, medians over the repeats."""
+    worst = []
+    for key in {(r.question.question_id, r.turn) for r in records}:
+        own, base = (
+            [r.outcome.wall_ms for r in part if (r.question.question_id, r.turn) == key] for part in (records, plain)
+        )
+        if own and base:
+            worst.append(statistics.median(own) / statistics.median(base))
+    return max(worst) if worst else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything, raw answers included, in types that strict JSON holds. `settings` says how it was measured."""
+    others = [arm.name for arm in arms if not arm.lossless]
+    whole = {
+        "schema_version": SCHEMA_VERSION,
+        **settings,
+        "arms": {arm.name: arm.describe() for arm in arms},
+        "interrupted": found.interrupted,
+        "skipped_questions": found.skipped,
+        "lossless": {
+            "num_compared": found.num_compared,
+            "num_different": len(found.divergences),
+            "divergences": [vars(d) for d in found.divergences],
+        },
+        "problems": [*map(str, found.divergences), *_errors(found.records)],
+        "equal_to_plain": {name: list(agreement(found.records, name)) for name in others},
+        "summary": summarise(found.records, arms, num_layers),
+        "answers": [_raw(record) for record in found.records],
+    }
+    return dict(strict(whole))
+
+
+def _errors(records: Sequence[Record]) -> list[str]:
+    """Requests that failed, in words."""
+    return [
+        f"arm {r.arm}, question {r.question.question_id}, turn {r.turn + 1}: the request failed: {r.outcome.error}"
+        for r in records
+        if r.outcome.error is not None
+    ]
+
+
+def _raw(record: Record) -> dict[str, Any]:
+    outcome = record.outcome
+    return {
+        "arm": record.arm,
+        "question_id": record.question.question_id,
+        "category": record.question.category,
+        "task": record.question.task,
+        "turn": record.turn,
+        "repeat": record.repeat,
+        "prompt_tokens": record.prompt_tokens,
+        "token_ids": outcome.token_ids,
+        "wall_ms": outcome.wall_ms,
+        "decode_ms": outcome.decode_ms,
+        "decode_tokens": outcome.decode_tokens,
+        "error": outcome.error,
+        "stats": None if outcome.stats is None else outcome.stats.to_dict(),
+    }
+
+
+def strict(value: Any) -> Any:
+    """The same with every NaN and infinity replaced by None: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value

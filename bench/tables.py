@@ -1,0 +1,171 @@
+"""Reports for people, on stdout: tables as wide as the terminal, or of a fixed width in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 150
+OVERALL = "overall"
+
+
+def console() -> Console:
+    """A console on stdout; in a pipe wide enough for every table."""
+    out = Console(highlight=False, markup=False, emoji=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH)
+
+
+def print_inventory(found: Mapping[str, Any]) -> None:
+    """What `engine.inventory.inventory` found."""
+    out, model, heads = console(), found["model"], found["heads"]
+    out.print(
+        f"{model['id']}: {model['family']}, {model['num_parameters']:,} parameters, {model['num_layers']} layers, "
+        f"width {model['hidden_size']}, {model['num_heads']} heads ({model['num_kv_heads']} for keys and values) of "
+        f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']:,}, context "
+        f"{model['max_context']:,}, {model['dtype']} on {model['device']}"
+    )
+    memory = _table("Memory", "what", ">MiB", "arithmetic")
+    for item in found["memory"]["items"]:
+        what = f"{item['what']} (second copy)" if item["second_copy"] else item["what"]
+        memory.add_row(what, f"{item['num_bytes'] / 2**20:.1f}", item["arithmetic"])
+    memory.add_row("in all", f"{found['memory']['total_bytes'] / 2**20:.1f}", "")
+    out.print(memory)
+    if found["warning"]:
+        out.print(f"no speculation: {found['warning']}")
+    if heads is None:
+        out.print("No exit heads: plain decoding.")
+        return
+    levels = next((list(e["gates"]) for e in heads["exits"] if "gates" in e), [])
+    table = _table(
+        f"Heads: {heads['num_parameters']:,} parameters, draft vocabulary {heads['draft_vocab']:,}; thresholds in "
+        "nats: extends below the first, branches below the second",
+        ">exit", "kind", ">agreement", ">in top 4", *(f">at {level}" for level in levels),
+    )  # fmt: skip
+    for entry in heads["exits"]:
+        table.add_row(
+            str(entry["exit_layer"]),
+            entry["kind"],
+            f"{entry['agreement']:.3f}" if "agreement" in entry else "-",
+            f"{entry['top_k'][3]:.3f}" if "top_k" in entry else "-",
+            *(" ".join(f"{t:.2f}" for t in entry["gates"][level]) if "gates" in entry else "-" for level in levels),
+        )
+    out.print(table)
+    if heads["exits_in_use"]:
+        out.print(f"Drafting asks exits {heads['exits_in_use']}. Measured on {heads['calibrated_on']}.")
+    else:
+        out.print("Not calibrated: give --exit, or thresholds through the Python API, to draft with them.")
+
+
+def print_environment(versions: Mapping[str, Any], device: Mapping[str, Any]) -> None:
+    """Versions and device in a few lines."""
+    out = console()
+    out.print("  ".join(f"{name} {version or '(not installed)'}" for name, version in versions.items()))
+    out.print("  ".join(f"{key}: {_shown(key, value)}" for key, value in device.items()))
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "memory_bytes" and value is not None:
+        return f"{value / 2**30:.1f} GiB"
+    return " ".join(map(str, value)) or "none known" if isinstance(value, list) else str(value)
+
+
+def print_bench(document: Mapping[str, Any]) -> None:
+    """Overall first, with what drafting did; then speed and acceptance by task; then what was compared."""
+    out, summary = console(), document["summary"]
+    out.print(
+        f"{document['model']} {document['dtype']}, {document['device']['name']}, {document['threads']} threads; "
+        f"{document['num_questions']} questions ({document['prompts']}), {document['max_new_tokens']} new tokens, "
+        f"temperature {document['temperature']}, seed {document['seed']}, {document['repeats']} repeats"
+    )
+    if document["interrupted"]:
+        out.print("Interrupted: only whole questions count.")
+    if OVERALL in summary:
+        out.print(_overall(summary[OVERALL]))
+        out.print(_drafts(summary[OVERALL]))
+        out.print(_by_task(summary))
+    if document["skipped_questions"]:
+        out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")
+    found = document["lossless"]
+    out.print(f"Lossless check: {found['num_compared']} answers compared, {found['num_different']} different.")
+    for name, (equal, count) in document["equal_to_plain"].items():
+        out.print(f"For information: {equal} of {count} answers of {name} have plain decoding's tokens.")
+
+
+def _overall(arms: Mapping[str, Any]) -> Table:
+    table = _table(
+        "All tasks together (medians of the repeats)",
+        "arm", ">tok/s", ">speedup", ">range", ">tok/s end to end", ">speedup end to end", ">worst question",
+    )  # fmt: skip
+    for name, m in arms.items():
+        spread = m["speedup_range"]
+        table.add_row(
+            name,
+            _number(m["decode_tokens_per_second"], 1),
+            _times(m["speedup"]),
+            "-" if spread is None else f"{spread[0]:.2f}-{spread[1]:.2f}",
+            _number(m["end_to_end_tokens_per_second"], 1),
+            _times(m["end_to_end_speedup"]),
+            _times(m["worst_question_time_ratio"]),
+        )
+    return table
+
+
+def _drafts(arms: Mapping[str, Any]) -> Table:
+    table = _table(
+        "Drafting",
+        "arm", ">acceptance", ">tok/verification", ">without bonus", ">wasted", ">row layers/tok",
+        "acceptance by position", "accepted tokens by exit",
+    )  # fmt: skip
+    for name, m in arms.items():
+        if m.get("num_drafted"):
+            table.add_row(
+                name,
+                _percent(m["acceptance_rate"]),
+                _number(m["tokens_per_verification"], 2),
+                _number(m["tokens_per_verification_without_bonus"], 2),
+                str(m["num_wasted"]),
+                _number(m["row_layers_per_token"], 1),
+                " ".join(f"{a:.2f}" for a in m["acceptance_by_position"]),
+                " ".join(f"{layer}:{share:.0%}" for layer, share in m["share_by_exit"].items()),
+            )
+    return table
+
+
+def _by_task(summary: Mapping[str, Any]) -> Table:
+    names = list(summary[OVERALL])
+    table = _table("By task: tok/s, speedup; acceptance, tokens per verification", "task", *(f">{n}" for n in names))
+    for task, arms in summary.items():
+        if task != OVERALL:
+            table.add_row(task, *(_cell(arms[name]) if name in arms else "-" for name in names))
+    return table
+
+
+def _cell(m: Mapping[str, Any]) -> str:
+    speed = f"{_number(m['decode_tokens_per_second'], 1)} {_times(m['speedup'])}"
+    if not m.get("num_drafted"):
+        return speed
+    return f"{speed}; {_percent(m['acceptance_rate'])} {_number(m['tokens_per_verification'], 2)}"
+
+
+def _table(title: str, *headings: str) -> Table:
+    """A table; headings that begin with > are of numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

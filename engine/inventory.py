@@ -1,0 +1,157 @@
+"""What a loaded engine consists of, and the bytes it takes: weights, second copies, KV cache, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..heads.base import ExitHead
+from ..kernels.linear import PackedLinear
+from .cache import plan_cache
+from .engine import Engine
+from .model import Decoder, Norm
+
+ACCURACIES = (0.60, 0.70, 0.80, 0.90, 0.95)
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """One line of the memory budget. A second copy holds numbers that another item holds too."""
+
+    what: str
+    num_bytes: int
+    arithmetic: str
+    second_copy: bool = False
+
+
+def inventory(
+    engine: Engine, batch: int = 1, context: int | None = None, accuracies: Sequence[float] = ACCURACIES
+) -> dict[str, Any]:
+    """Model, memory for `batch` sequences of `context` tokens, and heads, in types that JSON holds.
+
+    Raises:
+        ContextTooLong: a context beyond the model's.
+        ValueError: an accuracy level that the heads are not calibrated for.
+    """
+    config = engine.decoder.config
+    items = memory_items(engine, batch, config.max_context if context is None else context)
+    return {
+        "model": {
+            "id": engine.model_id,
+            "family": config.family,
+            "num_parameters": num_parameters(engine.decoder),
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "max_context": config.max_context,
+            "tied_head": config.tied_head,
+            "dtype": str(engine.decoder.dtype).removeprefix("torch."),
+            "device": str(engine.decoder.device),
+        },
+        "memory": {
+            "items": [vars(item) for item in items],
+            "total_bytes": sum(item.num_bytes for item in items),
+        },
+        "heads": _heads(engine, accuracies),
+        "warning": engine.warning,
+    }
+
+
+def num_parameters(decoder: Decoder) -> int:
+    """Numbers of the model, a tied head counted once."""
+    total = decoder.embedding.numel() + _norm_size(decoder._final_norm)
+    if not _same(decoder.head_weight, decoder.embedding):
+        total += decoder.head_weight.numel()
+    return total + sum(_layer_size(decoder, i) for i in range(decoder.config.num_layers))
+
+
+def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
+    """The budget, largest parts named one by one."""
+    decoder, config = engine.decoder, engine.decoder.config
+    size, width = decoder.dtype.itemsize, config.hidden_size
+    table = f"{config.vocab_size:,} x {width} x {size} bytes"
+    layers = sum(_layer_size(decoder, i) for i in range(config.num_layers))
+    items = [
+        MemoryItem("embedding", decoder.embedding.numel() * size, table),
+        MemoryItem(f"{config.num_layers} layers", layers * size, f"{layers:,} parameters x {size} bytes"),
+    ]
+    if not _same(decoder.head_weight, decoder.embedding):
+        items.append(MemoryItem("LM head", decoder.head_weight.numel() * size, table))
+    if decoder.output.packed:
+        what = "LM head in the layout its kernel reads"
+        items.append(MemoryItem(what, decoder.head_weight.numel() * size, table, second_copy=True))
+    plan = plan_cache(config, batch, context, decoder.device, decoder.dtype, check_free=False)
+    items.append(MemoryItem(f"KV cache of {batch} x {context} tokens", plan.num_bytes, plan.arithmetic()))
+    return items + _head_items(engine)
+
+
+def _head_items(engine: Engine) -> list[MemoryItem]:
+    heads = engine.heads
+    if heads is None:
+        return []
+    size, width = engine.decoder.dtype.itemsize, engine.decoder.config.hidden_size
+    items = [MemoryItem("heads", 4 * heads.num_parameters, f"{heads.num_parameters:,} parameters x 4 bytes")]
+    packed = sum(p.numel() for head in heads.heads.values() for p in _matrices(head))
+    items.append(
+        MemoryItem("heads' matrices for inference", packed * size, f"{packed:,} x {size} bytes", second_copy=True)
+    )
+    rows = f"{heads.config.num_outputs:,} x {width} x {size} bytes"
+    num_bytes = heads.config.num_outputs * width * size
+    if heads.draft_ids is not None:
+        items.append(MemoryItem("LM head rows of the draft vocabulary", num_bytes, rows, second_copy=True))
+    if engine.decoder.output.packed:
+        items.append(MemoryItem("the heads' LM head in the layout its kernel reads", num_bytes, rows, second_copy=True))
+    return items
+
+
+def _heads(engine: Engine, accuracies: Sequence[float]) -> dict[str, Any] | None:
+    heads = engine.heads
+    if heads is None:
+        return None
+    calibration = heads.calibration
+    exits = []
+    for spec in sorted(heads.config.heads, key=lambda spec: spec.exit_layer):
+        layer = spec.exit_layer
+        entry: dict[str, Any] = {"exit_layer": layer, "kind": spec.kind, "options": dict(spec.options)}
+        if calibration is not None and layer in calibration.exits:
+            measured = calibration.exits[layer]
+            entry |= {"agreement": measured.agreement, "top_k": list(measured.top_k)}
+            entry["gates"] = {f"{a:.2f}": list(calibration.gate(layer, a)) for a in accuracies}
+        exits.append(entry)
+    return {
+        "base": None if heads.base is None else heads.base.model_id,
+        "num_parameters": heads.num_parameters,
+        "draft_vocab": heads.config.num_outputs,
+        "calibrated_on": None if calibration is None else calibration.source,
+        "exits_in_use": list(engine.policy.exits),
+        "exits": exits,
+    }
+
+
+def _matrices(head: ExitHead) -> list[Tensor]:
+    return [p for p in head.parameters() if p.ndim == 2]
+
+
+def _layer_size(decoder: Decoder, index: int) -> int:
+    total = 0
+    for part in vars(decoder.layers[index]).values():
+        if isinstance(part, PackedLinear):
+            total += part.out_features * part.in_features + (0 if part.bias is None else part.bias.numel())
+        elif isinstance(part, Norm):
+            total += _norm_size(part)
+    return total
+
+
+def _norm_size(norm: Norm) -> int:
+    return norm.weight.numel() + (0 if norm.bias is None else norm.bias.numel())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()

@@ -1,0 +1,564 @@
+"""The `skipstone` command: results on stdout, progress and reports on stderr.
+
+Exit codes: 0 done; 1 a request failed, or a check or comparison did; 2 what was given cannot be used; 130 Ctrl-C.
+Whatever needs torch is imported inside the commands, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine, Generation, Stream
+    from .engine.gate import DraftPolicy
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Faster text from a language model, with no second model and exactly the same output.",
+)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+DEFAULT_LENGTH = 4
+
+Model = Annotated[str, typer.Option(help="A packaged model's name, a hub id, a folder or a .gguf file.")]
+Heads = Annotated[
+    str, typer.Option(help="'default' (the shipped set), a folder, 'none', or 'bare' (no training; needs --exit).")
+]
+Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="0 is off.")]
+TopP = Annotated[float, typer.Option(help="1 is off.")]
+MinP = Annotated[float, typer.Option(help="0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="1 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="0 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="0 is off.")]
+LogitBias = Annotated[list[str] | None, typer.Option(metavar="ID=BIAS", help="May be given again.")]
+BadWord = Annotated[list[str] | None, typer.Option(help="Text never written; may be given again.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given again.")]
+StopId = Annotated[list[int] | None, typer.Option(help="Token id that ends the output; may be given again.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the model's own stop ids.")]
+MinNewTokens = Annotated[int, typer.Option()]
+MaxNewTokens = Annotated[int, typer.Option()]
+Seed = Annotated[int, typer.Option()]
+NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Plain decoding.")]
+Always = Annotated[bool, typer.Option("--always-speculate", help="Draft also where it does not pay.")]
+Accuracy = Annotated[
+    float | None, typer.Option(help="Gate: draft where the heads were right this often, 0.60 to 0.99.")
+]
+Exit = Annotated[int | None, typer.Option(help="LayerSkip's scheme: always draft from this exit layer.")]
+Length = Annotated[int | None, typer.Option(min=1, max=15, help="Most tokens drafted in a row.")]
+Branch = Annotated[int | None, typer.Option(min=1, max=15, help="Candidates where a head is unsure; 1 drafts chains.")]
+System = Annotated[str | None, typer.Option(help="A system message for the chat template.")]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
+    app()
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Register a command; what it refuses or cannot do becomes one sentence and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = function(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # The reader has left. What still waits in the buffer must not raise a second time at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except (ValueError, OSError) as error:
+            raise _ended(error, REFUSED) from error
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, typer.Exit | typer.Abort):
+                raise
+            raise _ended(error, FAILED) from error
+
+    return app.command()(run)
+
+
+def _ended(error: Exception, code: int) -> typer.Exit:
+    note(f"skipstone: {str(error) or type(error).__name__}")
+    return typer.Exit(code)
+
+
+def note(text: str) -> None:
+    """A line for the user that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(document: Any, indent: int | None = 1) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=indent), flush=True)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"skipstone {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Faster text from a language model, with no second model and exactly the same output."""
+
+
+@command
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
+    ] = False,
+    system: System = None,
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    bad_word: BadWord = None,
+    stop: Stop = None,
+    stop_id: StopId = None,
+    ignore_eos: IgnoreEos = False,
+    min_new_tokens: MinNewTokens = 0,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: Seed = 0,
+    logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities, and of the N likeliest too.")] = None,
+    no_speculation: NoSpeculation = False,
+    always_speculate: Always = False,
+    accuracy: Accuracy = None,
+    exit_layer: Annotated[
+        int | None, typer.Option("--exit", help="Always draft from this exit layer (LayerSkip).")
+    ] = None,
+    length: Length = None,
+    branch: Branch = None,
+    as_json: AsJson = False,
+    trace: Annotated[Path | None, typer.Option(help="Write one JSON line a token to this file.")] = None,
+) -> None:
+    """Continue a text. An explicit --accuracy, --exit, --length or --branch is followed also where it does not pay."""
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat: only a chat template has a place for it")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
+    engine = _load(model, heads, dtype, device, exit_layer)
+    drafting = _drafting(engine, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    given: Any = text
+    if chat:
+        given = _tokenizer(engine).encode_chat([*messages, {"role": "user", "content": text}])
+    out, interrupted = _stream(engine, given, {**drafting, **sampling}, as_json, trace)
+    if as_json:
+        print_json(_answer(engine, out, drafting, interrupted) | {"prompt": text})
+    if out.error is not None and not interrupted:
+        note(f"skipstone: the request failed: {out.error}")
+    if interrupted or out.finish_reason == "error":
+        raise typer.Exit(INTERRUPTED if interrupted else FAILED)
+
+
+@command
+def chat(
+    system: System = None,
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    stop: Stop = None,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    no_speculation: NoSpeculation = False,
+    always_speculate: Always = False,
+    accuracy: Accuracy = None,
+    exit_layer: Annotated[
+        int | None, typer.Option("--exit", help="Always draft from this exit layer (LayerSkip).")
+    ] = None,
+    length: Length = None,
+    branch: Branch = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document a line, one for each answer.")
+    ] = False,
+) -> None:
+    """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
+    sampling = _sampling(locals())
+    engine = _load(model, heads, dtype, device, exit_layer)
+    drafting = _drafting(engine, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    start = [{"role": "system", "content": system}] if system is not None else []
+    messages, failed = list(start), False
+    if not _tokenizer(engine).has_chat_template:
+        raise ValueError(f"{model} has no chat template (a base model?); use skipstone generate")
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note("/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer")
+    for line in _turns(interactive):
+        if line == "/reset":
+            messages = list(start)
+            continue
+        ids = _tokenizer(engine).encode_chat([*messages, {"role": "user", "content": line}])
+        try:
+            out, interrupted = _stream(engine, ids, {**drafting, **sampling}, as_json, None)
+        except ValueError as error:  # too long, for example: the conversation can go on after /reset
+            if not interactive:
+                raise
+            note(f"skipstone: {error}")
+            continue
+        if as_json:
+            print_json(_answer(engine, out, drafting, interrupted) | {"prompt": line}, indent=None)
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": out.text}]
+        if out.error is not None and not interrupted:
+            note(f"skipstone: the request failed: {out.error}")
+            failed = True
+        if interrupted and not interactive:
+            raise typer.Exit(INTERRUPTED)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@command
+def inspect(
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Model, memory and heads: sizes, exits, agreement, thresholds by accuracy."""
+    engine = _load(model, heads, dtype, device)
+    from .engine.inventory import inventory
+
+    found = inventory(engine, batch, context)
+    if as_json:
+        print_json(found)
+        return
+    from .bench.tables import print_inventory
+
+    print_inventory(found)
+
+
+@command
+def doctor(
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    no_transformers: Annotated[
+        bool, typer.Option("--no-transformers", help="Leave out the comparison that loads the weights twice.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, device, and whether decoding is exact on this machine. Exit code 1 if a check fails."""
+    from .bench.environment import describe_device, versions
+    from .bench.tables import print_environment
+
+    engine = _load(model, heads, dtype, device)
+    from .bench.doctor import examine
+
+    about = {"versions": versions(), "device": describe_device(engine.decoder.device), "model": model, "dtype": dtype}
+    if not as_json:
+        print_environment(about["versions"], about["device"])
+    checks = []
+    for check in examine(engine, model, not no_transformers):
+        checks.append(check)
+        if not as_json:
+            print(f"{check.status:8}{check.name}: {check.detail}", flush=True)
+    failed = any(check.status == "failed" for check in checks)
+    if as_json:
+        print_json({**about, "ok": not failed, "checks": [vars(check) for check in checks]})
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@command
+def bench(
+    prompts: Annotated[
+        Path | None, typer.Argument(help="JSON lines with question_id, category and turns; a built-in set by default.")
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Of plain, default, always, accuracy:LEVEL, fixed:EXIT:LENGTH, bare:EXIT:LENGTH."),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="hf, hf-lookup, hf-early-exit; may be given again.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks or categories, comma-separated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions in all, evenly over the tasks.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Every answer this often; the median is reported.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plain against speculative decoding. Exit code 1 if any answer differs from plain decoding's."""
+    from .bench.questions import built_in, choose, read_questions
+
+    chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
+    questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    engine = _load(model, heads, dtype, device)
+    from .bench.run import Settings, run
+    from .bench.tables import print_bench
+
+    settings = Settings(
+        model=model,
+        heads=heads,
+        prompts="built-in" if prompts is None else prompts.name,
+        command=shlex.join(["skipstone", *sys.argv[1:]]),
+        arms=arms,
+        baselines=tuple(baseline or []),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        repeats=repeats,
+    )
+    document = run(engine, questions, settings)
+    if out is not None:
+        out.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(document, indent=None)
+    else:
+        print_bench(document)
+    for problem in document["problems"]:
+        note(f"skipstone: {problem}")
+    if document["problems"]:
+        raise typer.Exit(FAILED)
+    if document["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _load(model: str, heads: str, dtype: str, device: str | None, bare_exit: int | None = None) -> Engine:
+    """The engine; says on stderr why it will not speculate, if so."""
+    import torch
+
+    from .engine.load import load
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype is {dtype!r}, expected one of {', '.join(dtypes)}")
+    if heads == "bare" and bare_exit is None:
+        raise ValueError("--heads bare needs --exit: which layer's hidden state to read")
+    wanted = None if heads in ("none", "bare") else heads
+    engine = load(model, heads=wanted, dtype=dtypes[dtype], device=device)
+    if heads == "bare" and bare_exit is not None:
+        from .bench.arms import with_bare_heads
+
+        engine = with_bare_heads(engine, [bare_exit])
+    if engine.warning is not None:
+        note(f"no speculation: {engine.warning}")
+    elif engine.heads is None and heads == "default":
+        note("no speculation: no exit heads are shipped for this model; give --heads, or --heads bare with --exit")
+    return engine
+
+
+def _drafting(
+    engine: Engine,
+    never: bool,
+    always: bool,
+    accuracy: float | None,
+    exit_layer: int | None,
+    length: int | None,
+    branch: int | None,
+) -> dict[str, Any]:
+    """`speculation` and `policy` for the engine."""
+    shaped = [value is not None for value in (accuracy, exit_layer, length, branch)]
+    if never:
+        if always or any(shaped):
+            raise ValueError("--no-speculation excludes the options that shape drafts")
+        return {"speculation": False, "policy": None}
+    policy: DraftPolicy | None = None
+    if any(shaped):
+        policy = _policy(engine, accuracy, exit_layer, length, branch)
+    return {"speculation": "always" if always else True, "policy": policy}
+
+
+def _policy(
+    engine: Engine, accuracy: float | None, exit_layer: int | None, length: int | None, branch: int | None
+) -> DraftPolicy:
+    from .engine.gate import DEFAULT_ACCURACY, calibrated, fixed_exit
+
+    if exit_layer is not None:
+        if accuracy is not None or branch is not None:
+            raise ValueError("--exit drafts always and in chains: it excludes --accuracy and --branch")
+        return fixed_exit(exit_layer, DEFAULT_LENGTH if length is None else length)
+    if engine.heads is None or engine.heads.calibration is None:
+        raise ValueError("--accuracy, --length and --branch need calibrated heads, and this model has none here")
+    shape = {name: value for name, value in (("max_depth", length), ("branch", branch)) if value is not None}
+    return calibrated(engine.heads.calibration, accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy, **shape)
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams` from a command's options, by name; checked before a model is loaded."""
+    plain = (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "min_new_tokens", "max_new_tokens", "seed",
+    )  # fmt: skip
+    found = {name: given[name] for name in plain if name in given}
+    found["logit_bias"] = dict(_bias(entry) for entry in given.get("logit_bias") or ())
+    found["stop"], found["stop_ids"] = tuple(given.get("stop") or ()), tuple(given.get("stop_id") or ())
+    from .engine.sampling import SamplingParams
+
+    SamplingParams(**found)
+    return found | {"bad_words": list(given.get("bad_word") or ())}
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, bias = entry.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ValueError(f"--logit-bias is {entry!r}, expected ID=BIAS such as 42=-5 or 42=-inf") from None
+
+
+def _tokenizer(engine: Engine) -> Any:
+    if engine.tokenizer is None:
+        raise ValueError("this model has no tokenizer, so it cannot read text")
+    return engine.tokenizer
+
+
+def _stream(
+    engine: Engine, prompt: Any, options: dict[str, Any], quiet: bool, trace: Path | None
+) -> tuple[Generation, bool]:
+    """Stream one answer to stdout (unless quiet) and to the trace; whether Ctrl-C ended it."""
+    from .bench.transcript import Transcript, last_line
+
+    policy = options["policy"] or engine.policy
+    transcript = None if quiet else Transcript(sys.stdout, policy.exits)
+    paced = options["speculation"] is True and options["policy"] is None
+    interrupted = False
+    with _tracing(trace) as write, engine.stream(prompt, **options) as stream:
+        try:
+            for event in stream:
+                if transcript is not None:
+                    transcript.event(event)
+                write(event)
+        except KeyboardInterrupt:
+            interrupted = True
+    out = _result(stream)
+    if transcript is not None:
+        transcript.finish(out.text)
+        if transcript.tinted and out.stats.num_accepted:
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(transcript.legend())
+    note(last_line(out, engine, paced) if not interrupted else f"interrupted; {last_line(out, engine, paced)}")
+    return out, interrupted
+
+
+def _result(stream: Stream) -> Generation:
+    assert stream.result is not None
+    return stream.result
+
+
+@contextmanager
+def _tracing(path: Path | None) -> Iterator[Callable[[Any], None]]:
+    if path is None:
+        yield lambda event: None
+        return
+    from .bench.transcript import trace_record
+
+    count = 0
+    with open(path, "w", encoding="utf-8") as lines:
+
+        def write(event: Any) -> None:
+            nonlocal count
+            lines.write(json.dumps(trace_record(count, event), ensure_ascii=False) + "\n")
+            lines.flush()
+            count += 1
+
+        yield write
+
+
+def _answer(engine: Engine, out: Generation, drafting: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+    """One answer in types that strict JSON holds."""
+    from .bench.report import strict
+    from .bench.transcript import speed
+
+    paced = drafting["speculation"] is True and drafting["policy"] is None
+    answer = {
+        "schema_version": 1,
+        "model": engine.model_id,
+        "text": out.text,
+        "token_ids": out.token_ids,
+        "prompt_ids": out.prompt_ids,
+        "finish_reason": "cancelled" if interrupted else out.finish_reason,
+        "error": out.error,
+        "exit_layers": out.exit_layers,
+        "logprobs": None if out.logprobs is None else [vars(entry) for entry in out.logprobs],
+        "stats": out.stats.to_dict(),
+        **speed(out, engine, paced),
+    }
+    return dict(strict(answer))
+
+
+def _turns(interactive: bool) -> Iterator[str]:
+    """What the user says, line by line, until /exit or the end."""
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            if interactive:
+                note("")
+            return
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line:
+            yield line
