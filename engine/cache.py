@@ -134,13 +134,19 @@ class KVCache:
             self.k[layer, sequence, group, :, place : place + count] = k[first : first + count].transpose(0, 1)
             self.v[layer, sequence, group, :, place : place + count] = v[first : first + count].transpose(0, 1)
 
-    def clear_open(self, sequence: int) -> None:
-        """Zero the values from the committed length to the end of the last group that a round can read (rule 4)."""
+    def clear_open(self, sequence: int, keys: bool = False) -> None:
+        """Zero the values from the committed length to the end of the last group that a round can read (rule 4).
+
+        Args:
+            keys: zero the keys too, for attention that adds its mask to the scores: NaN plus -inf is NaN.
+        """
         base = self.lens[sequence]
         end = -(-(base + MAX_NODES) // self.group) * self.group
         for group in range(base // self.group, end // self.group):
             place = max(0, base - group * self.group)
             self.v[:, sequence, group, :, place:].zero_()
+            if keys:
+                self.k[:, sequence, group, :, place:].zero_()
 
     def commit(self, sequence: int, path: list[int]) -> None:
         """Accept the nodes `path` (root first): their rows move to slots base, base + 1, ... and the length grows.

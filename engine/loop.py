@@ -189,7 +189,7 @@ def _begin(on: Machinery, request: Request) -> Working:
     hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
     work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden)
     work.embed_new(on.decoder)
-    on.cache.clear_open(request.sequence)
+    on.cache.clear_open(request.sequence, keys=not on.tiles.deterministic)
     return work
 
 
