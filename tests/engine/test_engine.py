@@ -1,7 +1,7 @@
 """The engine against interrupts, faults, bad input, and its own statistics.
 
-Planted bugs seen to fail here: a lock kept when a stream cannot start; an interrupted call that leaves lengths behind; a
-NaN row that ends the whole batch; a NaN left in a stale slot; statistics that count tokens past the end.
+Planted bugs seen to fail here: a lock kept when a stream cannot start; a NaN row that ends the whole batch; a NaN left
+in a stale slot; statistics that count tokens past the end.
 """
 
 import threading
@@ -74,10 +74,9 @@ def test_fault_in_a_phase_leaves_the_engine_as_it_was(phase, error, how, engine,
     with monkeypatch.context() as patch:
         calls = fail_on_call(patch, *PHASES[phase], error, call=1 if phase == "prefill" else 2)
         with pytest.raises(type(error)):
-            if how == "generate":
-                engine.generate([PROMPT, *OTHERS], policy=TREES, max_new_tokens=NEW)
-            else:
-                list(engine.stream(PROMPT, policy=TREES, max_new_tokens=NEW))
+            list(
+                getattr(engine, how)(PROMPT if how == "stream" else [PROMPT, *OTHERS], policy=TREES, max_new_tokens=NEW)
+            )
         assert calls[0] >= 1
     assert is_free(engine)
     for policy in (TREES, fixed_exit(2, 4)):
