@@ -6,6 +6,7 @@ and never fail a benchmark.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from ..engine.engine import Engine
-from ..engine.pretrained import PACKAGED, packaged_file
+from ..engine.pretrained import PACKAGED, Pretrained, load_pretrained
+from ..engine.recipes import hf_recipes
 from .arms import Outcome
 
 BASELINES = ("hf", "hf-lookup", "hf-early-exit")
@@ -25,30 +27,81 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The `transformers` model with the same weights.
 
     Args:
-        model: as given to `skipstone.load`; a packaged model is read from its own GGUF file by transformers.
+        model: as given to `skipstone.load`. Hub ids and transformers' folders are read by transformers itself;
+            what it cannot read (packaged models, .gguf files, converted folders) is put into its own Llama.
 
     Raises:
-        ValueError: weights that transformers cannot load (a folder in this engine's own layout).
+        ValueError: a model that cannot be brought over.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = Path(model)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if model in PACKAGED:
-        packaged = packaged_file(PACKAGED[model])
-        if packaged is None:
-            raise ValueError(
-                f"the package {PACKAGED[model].distribution} is not installed, so transformers cannot read it"
-            )
-        path = packaged
-    if path.suffix == ".gguf":
-        model, options["gguf_file"] = str(path.parent), path.name
-    elif (path / "skipstone.json").is_file():
-        raise ValueError(f"{path} is in this engine's own layout, which transformers cannot read")
-    return AutoModelForCausalLM.from_pretrained(model, **options).to(device).eval()
+    if model in PACKAGED or path.suffix == ".gguf" or (path / "skipstone.json").is_file():
+        reference: Any = _as_llama(load_pretrained(model, dtype, progress=False), dtype)
+    else:
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    return reference.to(device).eval()
+
+
+def _as_llama(loaded: Pretrained, dtype: torch.dtype) -> Any:
+    """Canonical weights in transformers' Llama, by the recipes read backwards."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = loaded.config
+    if config.family != "llama" or config.qkv_bias != config.o_bias:
+        raise ValueError(
+            f"{loaded.model_id} is not a plain Llama ({config.family}), the only kind brought over from here"
+        )
+    settings = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_context,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_base(loaded)},
+        attention_bias=config.qkv_bias,
+        mlp_bias=config.mlp_bias,
+        tie_word_embeddings=config.tied_head,
+    )
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(settings)
+    state = {}
+    for target, parts in hf_recipes(config).items():
+        pieces = loaded.weights[target].split([part.shape[0] for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
+            state[part.name if part.name.startswith("lm_head") else f"model.{part.name}"] = piece
+    if config.tied_head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    expected = set(skeleton.state_dict())
+    if expected != set(state):
+        raise ValueError(
+            f"transformers' Llama has other tensors than {loaded.model_id}: {sorted(expected ^ set(state))[:5]}"
+        )
+    model = LlamaForCausalLM(settings).to(dtype)
+    model.load_state_dict(state)
+    return model
+
+
+def _rope_base(loaded: Pretrained) -> float:
+    """The base whose powers are the rotary frequencies.
+
+    Raises:
+        ValueError: scaled or per-layer frequencies.
+    """
+    (spec, *others) = set(loaded.config.ropes)
+    count = len(spec.inv_freq)
+    base = float(round(spec.inv_freq[1] ** -count)) if count > 1 else 10_000.0
+    plain = all(math.isclose(f, base ** (-i / count), rel_tol=1e-5) for i, f in enumerate(spec.inv_freq))
+    if others or spec.attention_factor != 1.0 or not plain:
+        raise ValueError(f"{loaded.model_id} scales its rotary frequencies, which is not brought over from here")
+    return base
 
 
 class TransformersArm:

@@ -86,6 +86,14 @@ def print_bench(document: Mapping[str, Any]) -> None:
     if OVERALL in summary:
         out.print(_overall(summary[OVERALL]))
         out.print(_drafts(summary[OVERALL]))
+        for name, m in summary[OVERALL].items():
+            if m.get("fallbacks"):
+                reasons = ", ".join(f"{reason} ({count} times)" for reason, count in m["fallbacks"].items())
+                out.print(f"Arm {name} fell back to less drafting: {reasons}.")
+            elif not m.get("num_drafted") and document["arms"][name].get("exits"):
+                out.print(
+                    f"Arm {name} drafted nothing: it was paused from the warm-up on, as drafting does not pay here."
+                )
         out.print(_by_task(summary))
     if document["skipped_questions"]:
         out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -300,9 +301,9 @@ def doctor(
     engine = _load(model, heads, dtype, device)
     from .bench.doctor import examine
 
-    about = {"versions": versions(), "device": describe_device(engine.decoder.device), "model": model, "dtype": dtype}
+    installed, place = versions(), describe_device(engine.decoder.device)
     if not as_json:
-        print_environment(about["versions"], about["device"])
+        print_environment(installed, place)
     checks = []
     for check in examine(engine, model, not no_transformers):
         checks.append(check)
@@ -310,6 +311,7 @@ def doctor(
             print(f"{check.status:8}{check.name}: {check.detail}", flush=True)
     failed = any(check.status == "failed" for check in checks)
     if as_json:
+        about = {"model": model, "dtype": dtype, "versions": installed, "device": place}
         print_json({**about, "ok": not failed, "checks": [vars(check) for check in checks]})
     if failed:
         raise typer.Exit(FAILED)
@@ -439,8 +441,12 @@ def _policy(
         return fixed_exit(exit_layer, DEFAULT_LENGTH if length is None else length)
     if engine.heads is None or engine.heads.calibration is None:
         raise ValueError("--accuracy, --length and --branch need calibrated heads, and this model has none here")
-    shape = {name: value for name, value in (("max_depth", length), ("branch", branch)) if value is not None}
-    return calibrated(engine.heads.calibration, accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy, **shape)
+    policy = calibrated(engine.heads.calibration, accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy)
+    return replace(
+        policy,
+        max_depth=policy.max_depth if length is None else length,
+        branch=policy.branch if branch is None else branch,
+    )
 
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""What `make demo` shows: one answer written plainly and with drafting, equal, with both speeds.
+
+python examples/demo.py [MODEL [HEADS]]
+"""
+
+import sys
+
+import skipstone
+
+PROMPT = "Explain in a few sentences how a rainbow forms, then list its seven colours."
+TOKENS = 96
+
+
+def rate(out: skipstone.Generation) -> float:
+    """Tokens per second of decoding, without reading the prompt."""
+    return 1e3 * out.stats.num_committed / out.stats.decode_ms
+
+
+model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
+heads = sys.argv[2] if len(sys.argv) > 2 else "default"
+engine = skipstone.load(model, heads=heads)
+messages = [{"role": "user", "content": PROMPT}]
+for speculation in (False, True):  # the first calls of a process are slow, drafted or not
+    engine.chat(messages, max_new_tokens=12, speculation=speculation)
+
+plain = engine.chat(messages, max_new_tokens=TOKENS, speculation=False)
+drafted = engine.chat(messages, max_new_tokens=TOKENS)
+stats, pace = drafted.stats, engine.pace()
+
+print(f"You ask {model}: {PROMPT}\n")
+print(f"Plain decoding, {rate(plain):.1f} tokens/s:\n{plain.text.strip()}\n")
+print(f"With exit heads drafting, {rate(drafted):.1f} tokens/s:\n{drafted.text.strip()}\n")
+same = plain.token_ids == drafted.token_ids
+print(f"Equal token for token: {'yes' if same else 'NO'} ({len(drafted.token_ids)} tokens)")
+print(f"Speed: {rate(plain):.1f} -> {rate(drafted):.1f} tokens/s, {rate(drafted) / rate(plain):.2f}x")
+if stats.num_drafted:
+    print(
+        f"Acceptance rate {stats.acceptance_rate:.0%} ({stats.num_accepted} of {stats.num_drafted} drafted tokens), "
+        f"{stats.tokens_per_verification:.2f} tokens per verification"
+    )
+if not engine.policy.exits:
+    print(f"Nothing was drafted: {engine.warning or 'there are no calibrated exit heads for this model here'}.")
+elif pace is not None and pace.paused:
+    print("Drafting is paused: on this machine it does not pay.")
+sys.exit(0 if same else 1)
