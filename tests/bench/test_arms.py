@@ -1,0 +1,105 @@
+"""Arms from their names, bare exits, and transformers' baselines on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from skipstone.bench.arms import bare_heads, default_arms, parse_arms
+from skipstone.bench.baselines import BASELINES, baseline_arms, load_reference
+from skipstone.engine.engine import Engine
+from skipstone.engine.load import load
+from skipstone.engine.pretrained import load_pretrained
+from skipstone.engine.weights import save_converted
+
+SAMPLING = {"max_new_tokens": 12, "seed": 0, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path, tiny_heads_folder: Path) -> Engine:
+    return load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)
+
+
+def ids_of(engine: Engine) -> list[int]:
+    assert engine.tokenizer is not None
+    return engine.tokenizer.encode("a stone skips over")
+
+
+def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
+    arms = parse_arms("fixed:2:3, bare:1:2,default,always,accuracy:0.7", engine)
+    assert [arm.name for arm in arms] == ["plain", "fixed:2:3", "bare:1:2", "default", "always", "accuracy:0.7"]
+    outcomes = [arm.run(ids_of(engine), SAMPLING) for arm in arms]
+    assert len({tuple(outcome.token_ids) for outcome in outcomes}) == 1
+    stats = {arm.name: outcome.stats for arm, outcome in zip(arms, outcomes, strict=True)}
+    assert stats["plain"].num_drafted == 0
+    assert len(stats["fixed:2:3"].drafted_by_position) == 3 and len(stats["bare:1:2"].drafted_by_position) == 2
+    assert set(stats["fixed:2:3"].tokens_by_exit) <= {2} and set(stats["bare:1:2"].tokens_by_exit) <= {1}
+    assert arms[2].describe()["exits"] == [1] and arms[2].describe()["gates"] == {"1": [None, None]}
+    assert arms[0].describe() == {"speculation": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast", "unknown arm 'fast'"),
+        ("fixed:1:3", "no trained head at exit 1"),
+        ("fixed:2", "expected fixed:EXIT:LENGTH"),
+        ("bare:2:16", "length of 1..15"),
+        ("bare:9:2", "outside 1..3"),
+        ("accuracy:high", "expected a level"),
+        ("accuracy:0.2", "accuracy is 0.2"),
+    ],
+)
+def test_a_bad_arm_is_refused(engine: Engine, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arms(text, engine)
+
+
+def test_without_heads_there_is_a_bare_exit_to_measure(tiny_folder: Path) -> None:
+    engine = load(tiny_folder, heads=None, dtype=torch.float32, device="cpu", progress=False)
+    assert default_arms(engine) == "plain,bare:2:4"
+    with pytest.raises(ValueError, match="needs calibrated heads"):
+        parse_arms("default", engine)
+
+
+def test_a_bare_exit_is_the_final_norm_and_the_lm_head(engine: Engine) -> None:
+    decoder = engine.decoder
+    heads = parse_arms("bare:2:1", engine)[1].engine.heads  # type: ignore[attr-defined]
+    hidden = 3.0 * torch.randn(5, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = decoder.lm_head(decoder.final_norm(hidden))
+        torch.testing.assert_close(heads.logits(2, hidden), expected, rtol=1e-4, atol=1e-4)
+    assert bare_heads(decoder.config, [1, 3]).exits == (1, 3)
+
+
+def test_baselines_write_what_plain_decoding_writes(engine: Engine, tiny_folder: Path) -> None:
+    """fp32 on a small model without near-ties: other arithmetic, the same tokens."""
+    plain = parse_arms("plain", engine)[0].run(ids_of(engine), SAMPLING)
+    for arm in baseline_arms(BASELINES, str(tiny_folder), engine):
+        outcome = arm.run(ids_of(engine), SAMPLING)
+        assert outcome.token_ids == plain.token_ids and outcome.text == plain.text, arm.name
+        assert 0 < outcome.decode_ms < outcome.wall_ms
+        assert 0 < outcome.decode_tokens < len(outcome.token_ids)
+        assert not arm.lossless
+
+
+def test_a_converted_folder_reaches_transformers_with_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    """What a packaged model takes: canonical weights, put back under transformers' names."""
+    loaded = load_pretrained(tiny_folder, torch.float32, progress=False)
+    folder = tmp_path / "converted"
+    save_converted(folder, loaded.config, loaded.weights, loaded.tokenizer.save)
+    direct, through = (load_reference(str(f), torch.float32, torch.device("cpu")) for f in (tiny_folder, folder))
+    ids = torch.tensor([[3, 5, 80, 200]])
+    with torch.inference_mode():
+        assert torch.equal(direct(ids).logits, through(ids).logits)
+
+
+def test_unknown_baselines_and_options_are_refused(engine: Engine, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="unknown baselines \\['vllm'\\]"):
+        baseline_arms(["hf", "vllm"], str(tiny_folder), engine)
+    (arm,) = baseline_arms(["hf"], str(tiny_folder), engine)
+    odd: dict[str, Any] = SAMPLING | {"top_k": 3}
+    with pytest.raises(ValueError, match="top_k"):
+        arm.run(ids_of(engine), odd)

@@ -1,0 +1,328 @@
+"""The command line: what stands on stdout and stderr, exit codes, and that it says what the Python API says.
+
+Commands run in this process, on a tiny model; what needs signals, pipes or a fresh interpreter runs in another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from skipstone import cli
+from skipstone.engine import loop
+from skipstone.engine.engine import Engine
+from skipstone.engine.load import load
+from skipstone.engine.tree import Acceptance
+from typer.testing import CliRunner
+
+Run = Callable[..., Any]
+PROMPT = "a stone skips"
+SHORT = ("--max-new-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, tiny_heads_folder: Path) -> Run:
+    """`run(command, ..., input=None)`: a command on the tiny model with its heads, fp32, on the CPU."""
+
+    def invoke(command: str, *args: str, model: str = "", heads: str = "", **options: Any) -> Any:
+        where = ["--model", model or str(tiny_folder), "--heads", heads or str(tiny_heads_folder)]
+        return CliRunner().invoke(cli.app, [command, *args, *where, "--dtype", "fp32", "--device", "cpu"], **options)
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path, tiny_heads_folder: Path) -> Engine:
+    return load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)
+
+
+def strict_json(text: str) -> Any:
+    def refuse(name: str) -> NoReturn:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def command_line(*args: str) -> list[str]:
+    return [sys.executable, "-c", "from skipstone.cli import main; main()", *args]
+
+
+def test_help_needs_no_torch() -> None:
+    """Planted bug: an import of the engine at the top of cli.py, or an eager skipstone/__init__.py."""
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom skipstone import cli\n"
+        "for args in (['--help'], ['generate', '--help'], ['bench', '--help'], ['--version']):\n"
+        "    assert CliRunner().invoke(cli.app, args).exit_code == 0, args\n"
+        "assert CliRunner().invoke(cli.app, ['generate', '--nope']).exit_code == 2\n"
+        "print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_generate_prints_the_text_and_one_line_about_it(run: Run, engine: Engine) -> None:
+    done = run("generate", PROMPT, "--always-speculate", *SHORT)
+    out = engine.generate(PROMPT, max_new_tokens=12)
+    assert done.exit_code == 0 and done.stdout == out.text + "\n"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("12 tokens, ") and "tokens/s, acceptance rate " in last
+    assert "tokens per verification, speed against plain not measured" in last
+
+
+def test_speed_against_plain_comes_from_timed_plain_steps(run: Run) -> None:
+    done = strict_json(run("generate", PROMPT, "--json", "--max-new-tokens", "40", "--ignore-eos").stdout)
+    assert done["stats"]["num_drafted"] > 0 and done["speedup"] > 0
+    plain = strict_json(run("generate", PROMPT, "--json", "--no-speculation", *SHORT).stdout)
+    assert plain["stats"]["num_drafted"] == 0 and plain["speedup"] is None
+
+
+def test_json_and_trace_hold_the_same_tokens(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    args = (PROMPT, "--always-speculate", "--json", "--trace", str(trace), "--logprobs", "2", *SHORT)
+    document = strict_json(run("generate", *args).stdout)
+    events = [strict_json(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+    assert [e["token_id"] for e in events] == document["token_ids"]
+    assert "".join(e["text"] for e in events) == document["text"]
+    assert [e["exit_layer"] for e in events] == document["exit_layers"]
+    assert [e["logprob"] for e in events] == [entry["logprob"] for entry in document["logprobs"]]
+    assert all((e["entropy"] is not None) == e["drafted"] for e in events) and any(e["drafted"] for e in events)
+    assert document["finish_reason"] == "length" and document["prompt"] == PROMPT
+
+
+def test_every_sampling_option_arrives(run: Run, engine: Engine) -> None:
+    """Planted bug: an option that is accepted and dropped."""
+    line = (
+        "--temperature 0.9 --top-k 40 --top-p 0.95 --min-p 0.01 --repetition-penalty 1.3 --presence-penalty 0.2 "
+        "--frequency-penalty 0.1 --logit-bias 270=4 --logit-bias 9=-inf --bad-word stone --stop-id 77 "
+        "--min-new-tokens 3 --seed 5 --max-new-tokens 24"
+    )
+    out = engine.generate(
+        PROMPT, speculation=False, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3,
+        presence_penalty=0.2, frequency_penalty=0.1, logit_bias={270: 4.0, 9: float("-inf")}, bad_words=["stone"],
+        stop_ids=(77,), min_new_tokens=3, seed=5, max_new_tokens=24,
+    )  # fmt: skip
+    given = line.split()
+    whole = strict_json(run("generate", PROMPT, "--json", "--always-speculate", *given).stdout)
+    assert whole["token_ids"] == out.token_ids
+    assert out.token_ids != engine.generate(PROMPT, max_new_tokens=24).token_ids
+
+
+def test_stop_and_ignore_eos_arrive(run: Run, engine: Engine) -> None:
+    text = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).text
+    done = run("generate", PROMPT, "--ignore-eos", "--stop", text[4:6], *SHORT)
+    assert done.stdout == engine.generate(PROMPT, max_new_tokens=12, stop=text[4:6], ignore_eos=True).text + "\n"
+    assert len(done.stdout) < len(text)
+
+
+def test_stdin_and_chat_template(run: Run, engine: Engine) -> None:
+    assert engine.tokenizer is not None
+    done = strict_json(run("generate", "-", "--json", *SHORT, input="two words").stdout)
+    assert done["prompt_ids"] == engine.tokenizer.encode("two words")
+    done = strict_json(run("generate", "hi", "--chat", "--system", "be brief", "--json", *SHORT).stdout)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert done["prompt_ids"] == engine.tokenizer.encode_chat(messages)
+
+
+def test_options_that_shape_drafts_shape_them_and_nothing_else(run: Run) -> None:
+    """The same tokens under every policy; the statistics show that each was followed."""
+    shapes = {
+        "plain": ("--no-speculation",),
+        "fixed": ("--exit", "3", "--length", "2"),
+        "chains": ("--accuracy", "0.6", "--branch", "1"),
+        "trees": ("--accuracy", "0.6", "--branch", "3", "--length", "2"),
+    }
+    found = {
+        name: strict_json(run("generate", PROMPT, "--json", *SHORT, *args).stdout) for name, args in shapes.items()
+    }
+    found["bare"] = strict_json(run("generate", PROMPT, "--json", *SHORT, "--exit", "1", heads="bare").stdout)
+    assert len({tuple(f["token_ids"]) for f in found.values()}) == 1
+    stats = {name: f["stats"] for name, f in found.items()}
+    assert stats["plain"]["num_drafted"] == 0
+    assert len(stats["fixed"]["drafted_by_position"]) == 2 and set(found["fixed"]["exit_layers"]) <= {3, None}
+    assert set(found["bare"]["exit_layers"]) <= {1, None} and len(stats["bare"]["drafted_by_position"]) == 4
+    trees = stats["trees"]
+    assert trees["num_drafted"] > sum(trees["drafted_by_position"]), "siblings"
+    assert stats["chains"]["num_drafted"] == sum(stats["chains"]["drafted_by_position"])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["x", "--model", "nosuch"], "no model named 'nosuch'"),
+        (["x", "--heads", "nosuch"], "no head set at nosuch"),
+        (["x", "--dtype", "int8"], "--dtype is 'int8', expected one of bf16"),
+        (["x", "--temperature", "-1"], "temperature is -1.0, expected at least 0"),
+        (["x", "--logit-bias", "5"], "--logit-bias is '5', expected ID=BIAS"),
+        (["x", "--system", "s"], "--system needs --chat"),
+        (["x", "--heads", "bare"], "--heads bare needs --exit"),
+        (["x", "--no-speculation", "--exit", "2"], "--no-speculation excludes"),
+        (["x", "--exit", "2", "--branch", "2"], "excludes --accuracy and --branch"),
+        (["x", "--exit", "1"], "no heads at exits [1]"),
+        (["x", "--accuracy", "0.2"], "accuracy is 0.2"),
+        (["x", "--heads", "none", "--accuracy", "0.8"], "need calibrated heads"),
+        (["", "--max-new-tokens", "4"], "the prompt is empty"),
+        (["x", "--max-new-tokens", "4", "--trace", "no/such/folder/t.jsonl"], "No such file"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence_and_code_2(
+    args: list[str], words: str, tiny_folder: Path, tiny_heads_folder: Path
+) -> None:
+    where = [] if "--model" in args else ["--model", str(tiny_folder)]
+    where += [] if "--heads" in args else ["--heads", str(tiny_heads_folder)]
+    dtype = [] if "--dtype" in args else ["--dtype", "fp32"]
+    done = CliRunner().invoke(cli.app, ["generate", *args, *where, *dtype, "--device", "cpu"])
+    assert done.exit_code == 2 and done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("reading ")]
+    assert len(said) == 1 and said[0].startswith("skipstone: ") and words in said[0]
+
+
+@pytest.mark.hazard(14)
+def test_a_failed_request_is_code_1_and_says_why(run: Run) -> None:
+    banned = [item for i in range(320) for item in ("--logit-bias", f"{i}=-inf")]
+    done = run("generate", PROMPT, "--json", *banned, *SHORT)
+    assert done.exit_code == 1
+    assert "the request failed: " in done.stderr.splitlines()[-1]
+    assert strict_json(done.stdout)["finish_reason"] == "error"
+
+
+def test_chat_remembers_until_reset(run: Run, engine: Engine) -> None:
+    """Piped lines are turns; what follows /exit is not read."""
+    assert engine.tokenizer is not None
+    lines = "one\ntwo\n\n/reset\nthree\n/exit\nfour\n"
+    done = run("chat", "--json", "--max-new-tokens", "6", "--seed", "2", "--temperature", "0.5", input=lines)
+    assert done.exit_code == 0
+    answers = [strict_json(line) for line in done.stdout.splitlines()]
+    assert [a["prompt"] for a in answers] == ["one", "two", "three"]
+    first = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answers[0]["text"]}]
+    second = [*first, {"role": "user", "content": "two"}]
+    assert answers[1]["prompt_ids"] == engine.tokenizer.encode_chat(second)
+    assert answers[2]["prompt_ids"] == engine.tokenizer.encode_chat([{"role": "user", "content": "three"}])
+    out = engine.generate(answers[1]["prompt_ids"], max_new_tokens=6, seed=2, temperature=0.5)
+    assert answers[1]["text"] == out.text
+
+
+def test_inspect_counts_what_the_model_has(run: Run, tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    found = strict_json(run("inspect", "--json", "--context", "100", "--batch", "3").stdout)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert found["model"]["num_parameters"] == sum(p.numel() for p in reference.parameters())
+    items = {item["what"]: item["num_bytes"] for item in found["memory"]["items"]}
+    assert found["memory"]["total_bytes"] == sum(items.values())
+    # 100 tokens and 16 for a draft are two groups of 64; keys and values, 4 layers, 3 sequences, 2 heads of 12, fp32
+    assert items["KV cache of 3 x 100 tokens"] == 2 * 4 * 3 * 128 * 2 * 12 * 4
+    heads = found["heads"]
+    assert [e["exit_layer"] for e in heads["exits"]] == [2, 3] == heads["exits_in_use"]
+    assert heads["exits"][0]["gates"]["0.95"][0] >= 1.0
+    shown = run("inspect").stdout
+    assert f"{found['model']['num_parameters']:,} parameters" in shown and "adapter" in shown
+    assert "No exit heads" in run("inspect", heads="none").stdout
+    refused = run("inspect", "--context", "9999")
+    assert refused.exit_code == 2 and "9999" in refused.stderr
+
+
+def accept_everything(tree: Any, targets: Any) -> Acceptance:
+    """The planted bug of hazard 15: the first child of every node is accepted, whatever the target says."""
+    nodes, node = [], 0
+    while (children := [i for i in range(len(tree)) if tree.parents[i] == node and i != node]) != []:
+        node = children[0]
+        nodes.append(node)
+    return Acceptance(tuple(nodes), tuple(tree.tokens[n] for n in nodes), targets(node))
+
+
+def test_doctor_finds_a_sound_machine(run: Run) -> None:
+    found = strict_json(run("doctor", "--json").stdout)
+    assert found["ok"] and {c["status"] for c in found["checks"]} == {"ok"}
+    assert len([c for c in found["checks"] if "speculative against plain" in c["name"]]) == 3
+    assert found["versions"]["torch"] == torch.__version__ and found["device"]["type"] == "cpu"
+
+
+@pytest.mark.hazard(15)
+def test_doctor_and_bench_catch_a_verifier_that_accepts_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "accept", accept_everything)
+    done = run("doctor", "--no-transformers")
+    assert done.exit_code == 1 and "failed  speculative against plain" in done.stdout
+    assert "new token" in done.stdout
+    done = run("bench", "--limit", "2", "--repeats", "1", "--arms", "bare:1:3", *SHORT)
+    assert done.exit_code == 1
+    assert "skipstone: arm bare:1:3, question 1, turn 1, repeat 1: new token" in done.stderr
+    assert ", 0 different" not in done.stdout
+
+
+def test_bench_measures_and_compares(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    args = ("--limit", "3", "--repeats", "2", "--arms", "default,fixed:2:3,bare:3:2", "--baseline", "hf", *SHORT)
+    done = run("bench", *args, "--out", str(out))
+    assert done.exit_code == 0
+    document = strict_json(out.read_text(encoding="utf-8"))
+    assert list(document["arms"]) == ["plain", "default", "fixed:2:3", "bare:3:2", "hf"]
+    turns = sum(a["arm"] == "plain" and a["repeat"] == 0 for a in document["answers"])
+    assert document["lossless"] == {"num_compared": 2 * 3 * turns, "num_different": 0, "divergences": []}
+    assert f"{2 * 3 * turns} answers compared, 0 different" in done.stdout
+    assert "fixed:2:3" in done.stdout and "multi_turn" in done.stdout
+    assert document["equal_to_plain"]["hf"][1] == 2 * turns
+    assert document["schema_version"] == 1 and document["repeats"] == 2 and document["versions"]["torch"]
+    overall = document["summary"]["overall"]
+    assert overall["plain"]["speedup"] == 1.0 and overall["fixed:2:3"]["num_drafted"] > 0
+    assert set(overall["fixed:2:3"]["tokens_by_exit"]) == {"2"}
+
+
+def test_bench_reads_spec_bench_files_and_refuses_others(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question_id": 81, "category": "writing", "turns": ["a stone", "again"]}\n', encoding="utf-8")
+    done = run("bench", str(path), "--json", "--repeats", "1", *SHORT)
+    assert done.exit_code == 0
+    document = strict_json(done.stdout)
+    assert {(a["question_id"], a["turn"]) for a in document["answers"]} == {(81, 0), (81, 1)}
+    path.write_text("{}\n", encoding="utf-8")
+    done = run("bench", str(path))
+    assert done.exit_code == 2 and "line 1: expected JSON with question_id" in done.stderr
+    done = run("bench", "--tasks", "cooking")
+    assert done.exit_code == 2 and "no questions of ['cooking']" in done.stderr
+
+
+def start(tiny_folder: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
+    where = ("--model", str(tiny_folder), "--heads", "none", "--dtype", "fp32", "--device", "cpu")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.Popen(
+        command_line("generate", PROMPT, "--ignore-eos", "--max-new-tokens", "490", *where, *args),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.hazard(16)
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_prints_what_there_is(tiny_folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    process = start(tiny_folder, "--json", "--trace", str(trace))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (trace.exists() and trace.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    document = strict_json(stdout)
+    events = [strict_json(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+    assert document["finish_reason"] == "cancelled" and 0 < len(document["token_ids"]) < 490
+    assert document["text"].startswith("".join(e["text"] for e in events))
+    assert "interrupted; " in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+def test_a_reader_that_leaves_is_no_error(tiny_folder: Path) -> None:
+    process = start(tiny_folder)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert "Traceback" not in said and "Exception" not in said and "Broken" not in said
