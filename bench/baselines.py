@@ -36,8 +36,8 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     path = Path(model)
     if model in PACKAGED or path.suffix == ".gguf" or (path / "skipstone.json").is_file():
         reference: Any = _as_llama(load_pretrained(model, dtype, progress=False), dtype)
@@ -84,8 +84,8 @@ def _as_llama(loaded: Pretrained, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"transformers' Llama has other tensors than {loaded.model_id}: {sorted(expected ^ set(state))[:5]}"
         )
-    model = LlamaForCausalLM(settings).to(dtype)
-    model.load_state_dict(state)
+    model: Any = LlamaForCausalLM(settings)
+    model.to(dtype).load_state_dict(state)
     return model
 
 
