@@ -77,7 +77,7 @@ def plan_cache(
         context=context,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        group=64 if on_cpu else 256,
+        group=64,
         dtype=torch.float32 if on_cpu else dtype,
     )
     free = free_memory(device) if check_free else None
@@ -133,6 +133,11 @@ class KVCache:
         for group, place, first, count in slots.runs:
             self.k[layer, sequence, group, :, place : place + count] = k[first : first + count].transpose(0, 1)
             self.v[layer, sequence, group, :, place : place + count] = v[first : first + count].transpose(0, 1)
+
+    def write_rows(self, layer: int, sequences: Tensor, groups: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """`write` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]` each)."""
+        self.k[layer][sequences, groups, :, places] = k.to(self.k.dtype)
+        self.v[layer][sequences, groups, :, places] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
     def clear_open(self, sequence: int, keys: bool = False) -> None:
         """Zero the values from the committed length to the end of the last group that a round can read (rule 4).

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.attention import RowKeys, decode_attention, full_attention
+from ..kernels.attention import GATHER_CHUNK, RowKeys, decode_attention, full_attention, gathered_attention
 from .cache import KVCache, Slots
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
@@ -30,14 +30,14 @@ class RowTiles:
         least: fewest rows of a tile; shorter ones are padded with copies of their last row.
         most: most rows of a tile; equal to `least` where the shape must never change (CUDA).
         least_attention: the same lower bound for rows times query heads per KV head in attention's products.
-        groups_per_call: see `decode_attention`.
+        gathered: attention by `gathered_attention`, whose products have one fixed shape (CUDA).
         deterministic: False drops padding and uses torch's fused attention.
     """
 
     least: int = MAX_NODES
     most: int = MAX_NODES
     least_attention: int = 4
-    groups_per_call: int | None = None
+    gathered: bool = False
     deterministic: bool = True
 
 
@@ -113,12 +113,13 @@ def _run_tile(
         hidden = torch.cat([hidden, hidden[-1:].expand(padding, -1)])
         positions += positions[-1:] * padding
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_by_span(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = [span.attend(layer, q[span.rows], k[span.rows], v[span.rows]) for span in spans]
         if len(q) > num_rows:
             outs.append(outs[-1][-1:].expand(len(q) - num_rows, -1, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
+    attend = _GatheredRows(cache, spans, len(hidden)).attend if tiles.gathered else attend_by_span
     at = torch.tensor(positions, device=decoder.device)
     hidden = decoder.run_layers(hidden, start, end, at, attend)
     for span in spans:
@@ -137,7 +138,7 @@ class _Span:
         self.rows = slice(first, first + len(nodes))
         self.index = torch.tensor(nodes, device=decoder.device)
         self.slots = Slots([work.base + node for node in nodes], cache.group)
-        want = MAX_NODES if tiles.groups_per_call else -(-tiles.least_attention // self.config.group_size)
+        want = -(-tiles.least_attention // self.config.group_size)
         self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
         self._keys: dict[int | None, RowKeys] = {}
 
@@ -154,10 +155,8 @@ class _Span:
         if self.padding:
             q = torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
         keys, values = self.cache.layer(layer, self.work.sequence)
-        out = decode_attention(
-            q, keys, values, self._keys[window], config.attention_scale, config.attention_softcap,
-            self.tiles.groups_per_call,
-        )  # fmt: skip
+        keys_seen = self._keys[window]
+        out = decode_attention(q, keys, values, keys_seen, config.attention_scale, config.attention_softcap)
         return out[: len(self.nodes)]
 
     def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:
@@ -173,6 +172,43 @@ class _Span:
         if window is not None:
             visible &= key_at > at - window
         return masked_attention(q, k, v, visible, self.config.attention_scale, self.config.attention_softcap)
+
+
+class _GatheredRows:
+    """All rows of one tile, of any sequences, for `gathered_attention`; rows beyond the spans' repeat the last one."""
+
+    def __init__(self, cache: KVCache, spans: Sequence[_Span], num_rows: int) -> None:
+        self.cache, self.config = cache, spans[0].config
+        rows = [(span.work, node) for span in spans for node in span.nodes]
+        device, count = cache.device, len(rows)
+        rows += rows[-1:] * (num_rows - count)
+        positions = torch.tensor([work.base + work.tree.depths[node] for work, node in rows])
+        width = -(-(int(positions.max()) + 1) // GATHER_CHUNK) * GATHER_CHUNK
+        key_at = torch.arange(width)
+        own = torch.tensor([work.base + node for work, node in rows])
+        slots = torch.where(key_at <= positions.unsqueeze(1), key_at, own.unsqueeze(1))
+        for row, (work, node) in enumerate(rows):
+            path = work.tree.path(node)
+            slots[row, work.base : work.base + len(path)] = torch.tensor(path) + work.base
+        self._key_at, self._positions = key_at.to(device), positions.to(device).unsqueeze(1)
+        self._slots, self._sequences = slots.to(device), torch.tensor([w.sequence for w, _ in rows], device=device)
+        self._hidden: dict[int | None, Tensor] = {}
+        written = own[:count].to(device)
+        self._target = self._sequences[:count], written // cache.group, written % cache.group
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequences, groups, places = self._target
+        self.cache.write_rows(layer, sequences, groups, places, k[: len(places)], v[: len(places)])
+        window = self.config.windows[layer]
+        if window not in self._hidden:
+            hidden = self._key_at > self._positions
+            if window is not None:
+                hidden |= self._key_at <= self._positions - window
+            self._hidden[window] = hidden
+        return gathered_attention(
+            q, self.cache.k[layer], self.cache.v[layer], self._sequences, self._slots, self._hidden[window],
+            self.config.attention_scale, self.config.attention_softcap,
+        )  # fmt: skip
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -32,8 +32,8 @@ def find_tiles(decoder: Decoder) -> RowTiles:
         NotDeterministic: rows disagree even in tiles of exactly 16.
     """
     if decoder.device.type == "cuda":
-        # Other widths take other cuBLAS kernels: one shape for everything, one group of keys a call.
-        candidates = [RowTiles(groups_per_call=1)]
+        # Other widths take other cuBLAS kernels: one shape for everything.
+        candidates = [RowTiles(gathered=True)]
     else:
         candidates = [RowTiles(least=1), RowTiles(least=MAX_NODES, least_attention=MAX_NODES)]
         _pad_projections(decoder)

@@ -74,9 +74,9 @@ def decode_attention(
     keys: RowKeys,
     scale: float,
     softcap: float | None = None,
-    groups_per_call: int | None = None,
 ) -> Tensor:
-    """Attention of M rows of one sequence.
+    """Attention of M rows of one sequence, for devices where a batched product's bits do not depend on the batch count
+    and on M from some small M on (CPU, measured by `engine/selftest.py`).
 
     Args:
         q: `[M, H, d]` fp32, rotated.
@@ -84,8 +84,6 @@ def decode_attention(
         keys: what each row sees.
         scale: factor on q . k.
         softcap: cap * tanh(score / cap) when given (Gemma 2).
-        groups_per_call: groups in one batched product. None takes all at once, which is right where the
-            bits of a batched product do not depend on the batch count (CPU); 1 keeps every call's shape fixed (CUDA).
 
     Returns:
         `[M, H, d]` fp32.
@@ -95,9 +93,8 @@ def decode_attention(
     lo, hi = keys.first_group, keys.num_groups
     rows = num_rows * (num_heads // num_kv)
     q = (q * scale).view(num_rows, num_kv, -1, head_dim).transpose(0, 1).reshape(1, num_kv, rows, head_dim)
-    step = groups_per_call or hi - lo
 
-    scores = _by_groups(q, k[lo:hi].float().transpose(2, 3), step)
+    scores = _by_groups(q, k[lo:hi].float().transpose(2, 3))
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     per_row = scores.view(hi - lo, num_kv, num_rows, -1, group)
@@ -108,27 +105,18 @@ def decode_attention(
 
     weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
     split = hi if keys.order is None else keys.open_group
-    products = [_by_groups(weights[: split - lo], v[lo:split].float(), step)] if split > lo else []
+    products = [_by_groups(weights[: split - lo], v[lo:split].float())] if split > lo else []
     if keys.order is not None:
         products.append(_per_path(weights[split - lo :], v[split:hi], keys, num_rows))
-    if groups_per_call is None:
-        totals = weights.sum(-1)
-    else:
-        totals = torch.stack([part.sum(-1) for part in weights])
-    denominator = _serial_sum([totals])
-    out = _serial_sum(products) / denominator.unsqueeze(-1)
+    out = _serial_sum(products) / _serial_sum([weights.sum(-1)]).unsqueeze(-1)
     return out.view(num_kv, num_rows, -1, head_dim).transpose(0, 1).reshape(num_rows, num_heads, head_dim)
 
 
-def _by_groups(a: Tensor, b: Tensor, step: int) -> Tensor:
-    """`a [G or 1, KV, M, x] @ b [G, KV, x, y] -> [G, KV, M, y]`, `step` groups a call."""
+def _by_groups(a: Tensor, b: Tensor) -> Tensor:
+    """`a [G or 1, KV, M, x] @ b [G, KV, x, y] -> [G, KV, M, y]`."""
     num_groups, num_kv = b.shape[:2]
     a = a.expand(num_groups, -1, -1, -1)
-    parts = [
-        torch.bmm(a[i : i + step].reshape(-1, *a.shape[2:]), b[i : i + step].reshape(-1, *b.shape[2:]))
-        for i in range(0, num_groups, step)
-    ]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
     return out.view(num_groups, num_kv, a.shape[2], b.shape[3])
 
 
@@ -148,7 +136,7 @@ def _per_path(weights: Tensor, v: Tensor, keys: RowKeys, num_rows: int) -> Tenso
     kept = []
     for path in keys.path_slots:
         values = by_slot[path].view(num_open, group, num_kv, -1).transpose(1, 2)
-        kept.append(_by_groups(weights, values, 1 if v.is_cuda else num_open))
+        kept.append(_by_groups(weights, values))
     stacked = torch.stack(kept)  # [P, U, KV, M*g, d]
     path_of = keys.path_of_row.repeat_interleave(rows // num_rows)
     return stacked[path_of, :, :, torch.arange(rows, device=v.device)].permute(1, 2, 0, 3)
@@ -162,6 +150,63 @@ def _serial_sum(parts: list[Tensor]) -> Tensor:
             total = group if total is None else total + group
     assert total is not None
     return total
+
+
+GATHER_CHUNK = 512  # positions in one product of `gathered_attention`; boundaries are absolute
+
+
+def gathered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Tensor,
+    slots: Tensor,
+    hidden: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same attention for rows of any sequences, each row with its own keys gathered into position order.
+
+    Every product has the fixed shape of one chunk of positions whatever the context, the tree and the sequences in
+    the tile, which is what keeps a row's bits on a GPU as long as M is fixed; it reads more memory than `decode_attention`.
+
+    Args:
+        q: `[M, H, d]` fp32, rotated.
+        k, v: `[B, G, KV, group, d]`, one layer of the cache.
+        sequences: long `[M]`, each row's place in the cache.
+        slots: long `[M, S]`, the slot that holds each position for this row, S a multiple of `GATHER_CHUNK`; hidden positions
+            name any finite slot.
+        hidden: bool `[M, S]`, positions the row must not see.
+        scale, softcap: as in `decode_attention`.
+
+    Returns:
+        `[M, H, d]` fp32.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv, group = k.shape[2], k.shape[3]
+    q = (q * scale).view(num_rows * num_kv, -1, head_dim)
+    owner = sequences.unsqueeze(1)
+
+    def gather(store: Tensor, chunk: Tensor) -> Tensor:
+        rows = store[owner, chunk // group, :, chunk % group]  # [M, chunk, KV, d]
+        return rows.transpose(1, 2).float().reshape(num_rows * num_kv, -1, head_dim)
+
+    chunks = slots.split(GATHER_CHUNK, 1)
+    scores = []
+    for chunk, unseen in zip(chunks, hidden.split(GATHER_CHUNK, 1), strict=True):
+        part = torch.bmm(q, gather(k, chunk).transpose(1, 2))
+        if softcap is not None:
+            part = part.div_(softcap).tanh_().mul_(softcap)
+        scores.append(part.view(num_rows, num_kv, -1, GATHER_CHUNK).masked_fill_(unseen[:, None, None], float("-inf")))
+    largest = scores[0].amax(-1, keepdim=True)
+    for part in scores[1:]:
+        largest = torch.maximum(largest, part.amax(-1, keepdim=True))
+    total, out = torch.zeros_like(largest), torch.zeros_like(q)
+    for chunk, part in zip(chunks, scores, strict=True):
+        weights = part.sub_(largest).exp_()
+        total = total + weights.sum(-1, keepdim=True)
+        out = out + torch.bmm(weights.view(*q.shape[:2], GATHER_CHUNK), gather(v, chunk))
+    return out.view(num_rows, num_heads, head_dim) / total.view(num_rows, num_heads, 1)
 
 
 def full_attention(

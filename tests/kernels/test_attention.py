@@ -1,7 +1,7 @@
 """Grouped decode attention against its fp64 reference, and the bits that must not move.
 
 Regimes: prefix lengths 0, 1, around a group's edge; one row to sixteen; chains, stars and bushy trees; windows; soft-cap;
-MHA and GQA; the two ways of calling (all groups at once, one at a time). Slots that no row may see hold NaN keys;
+MHA and GQA; by groups and gathered by row. Slots that no row may see hold NaN keys;
 unseen values are zero, as `KVCache.clear_open` leaves them.
 """
 
@@ -10,7 +10,13 @@ import torch
 
 from skipstone.engine.forward import row_keys
 from skipstone.engine.tree import DraftTree
-from skipstone.kernels.attention import decode_attention, decode_attention_reference, full_attention
+from skipstone.kernels.attention import (
+    GATHER_CHUNK,
+    decode_attention,
+    decode_attention_reference,
+    full_attention,
+    gathered_attention,
+)
 
 TOLERANCE = 2e-5  # fp32 products of up to 130 keys with scores of a few units, against fp64
 GROUP = 16
@@ -40,20 +46,43 @@ def visible_slots(tree: DraftTree, node: int, base: int, window: int | None) -> 
     return slots if window is None else slots[-window:]
 
 
-@pytest.mark.parametrize("groups_per_call", [None, 1])
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("kind", ["chain", "star", "bushy"])
 @pytest.mark.parametrize("base", [0, 1, 15, 16, 17, 63, 100])
-def test_matches_reference(kind, base, window, groups_per_call):
+def test_matches_reference(kind, base, window):
     for heads, kv, dim, softcap in [(4, 2, 16, None), (3, 3, 8, 20.0)]:
         tree = make_tree(kind, 12)
         k, v, flat_k, flat_v = poisoned_store(tree, base, kv, dim)
         q = torch.randn(len(tree), heads, dim, generator=torch.Generator().manual_seed(1))
         keys = row_keys(tree, range(len(tree)), base, GROUP, window, q.device)
-        out = decode_attention(q, k, v, keys, 0.3, softcap, groups_per_call)
+        out = decode_attention(q, k, v, keys, 0.3, softcap)
         slots = [visible_slots(tree, node, base, window) for node in range(len(tree))]
         expected = decode_attention_reference(q, flat_k, flat_v, slots, 0.3, softcap)
         assert torch.isfinite(out).all()
+        assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kind", ["chain", "bushy"])
+@pytest.mark.parametrize("base", [0, 17, GATHER_CHUNK - 3])
+def test_gathered_matches_reference(kind, base, window):
+    heads, kv, dim, tree = 4, 2, 8, make_tree(kind, 9)
+    k, v, flat_k, flat_v = poisoned_store(tree, base, kv, dim)
+    q = torch.randn(len(tree), heads, dim, generator=torch.Generator().manual_seed(4))
+    slots = [visible_slots(tree, node, base, None) for node in range(len(tree))]
+    width = -(-max(map(len, slots)) // GATHER_CHUNK) * GATHER_CHUNK
+    table = torch.tensor([[*row, *[base] * (width - len(row))] for row in slots])
+    at = torch.tensor([len(row) - 1 for row in slots]).unsqueeze(1)
+    hidden = torch.arange(width) > at
+    if window is not None:
+        hidden |= torch.arange(width) <= at - window
+    other = torch.full_like(k, float("nan"))  # another sequence's cache
+    sequences = torch.ones(len(tree), dtype=torch.int64)
+    for softcap in (None, 20.0):
+        stores = torch.stack([other, k]), torch.stack([other, v])
+        out = gathered_attention(q, *stores, sequences, table, hidden, 0.3, softcap)
+        seen = [visible_slots(tree, node, base, window) for node in range(len(tree))]
+        expected = decode_attention_reference(q, flat_k, flat_v, seen, 0.3, softcap)
         assert (out - expected).abs().max() < TOLERANCE
 
 
