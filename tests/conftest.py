@@ -292,6 +292,7 @@ def engine_of() -> Callable[..., Any]:
         engine = copy.copy(_engine(family, dtype, vocab_size, deterministic))
         engine._cache, engine._paces, engine._lock = None, {}, threading.Lock()
         engine.decoder = copy.copy(engine.decoder)
+        engine.decoder._tables, engine.decoder._rope_rows = {}, 0
         if max_context is not None:
             engine.decoder.config = dataclasses.replace(engine.decoder.config, max_context=max_context)
         return engine

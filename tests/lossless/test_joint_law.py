@@ -1,9 +1,11 @@
 """The law of what is written: three tokens, exactly, against the plain model (hazard 25).
 
-Vocabulary 12, T = 0.8. The model's 157 conditional distributions over the first three new tokens are read from the plain
-engine, their product is the exact joint law. Draws come from the real `candidates`, `Gate`, `DraftTree`, `accept_block`
-and noise, with those logits in place of the forward pass; a test ties them to the engine's own draws seed by seed. The
-draft's distribution is another than the target's, so that drafts are accepted about half of the time.
+Vocabulary 12, T = 0.8. The model's 157 conditional distributions over the first three new tokens are read from the
+plain engine, their product is the exact joint law. Draws come from the real `candidates`, `Gate`, `DraftTree`,
+`accept_block` and noise, with those logits in place of the forward pass; a test ties them to the engine's own draws
+seed by seed. The draft's distribution is another than the target's, so that drafts are accepted about half of the time.
+
+Planted bugs seen to fail here: noise keyed by round; every draft accepted.
 """
 
 from types import SimpleNamespace
@@ -82,7 +84,7 @@ def law(target_logits):
 
 
 def write(sampler, noise, gate, target_logits, draft_logits):
-    """Three tokens of one seed, in rounds: draft by the gate, verify, accept. Returns them and how many were drafted."""
+    """Three tokens of one seed, in rounds: draft by the gate, verify, accept. Returns them and the accepted drafts."""
     sampler._noise = dict(enumerate(noise, len(PROMPT)))  # as the sampler itself fills it
     request = SimpleNamespace(history=History(PROMPT), sampler=sampler)
     num_accepted = 0
