@@ -7,7 +7,7 @@ import sys
 
 import skipstone
 
-PROMPT = "Explain in a few sentences how a rainbow forms, then list its seven colours."
+PROMPT = "Write a Python function that returns the largest number in a list, and explain it."
 TOKENS = 96
 
 
