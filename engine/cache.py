@@ -122,20 +122,16 @@ class KVCache:
     def group(self) -> int:
         return self.plan.group
 
-    def layer(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer of one sequence, `[G, KV, group, d]` each (views)."""
-        return self.k[layer, sequence], self.v[layer, sequence]
+    def layers(self, sequence: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of one sequence, layer by layer, `[G, KV, group, d]` each (views)."""
+        return list(zip(self.k[:, sequence].unbind(), self.v[:, sequence].unbind(), strict=True))
 
-    def write(self, layer: int, sequence: int, slots: Slots, k: Tensor, v: Tensor) -> None:
-        """Store `k, v [w, KV, d]` at the slots. Values that are not finite are stored as zero: such a row shows in its own
-        logits, and a NaN times a zero weight would otherwise reach rows that must not see it."""
-        v = v.nan_to_num(0.0, 0.0, 0.0)
-        for group, place, first, count in slots.runs:
-            self.k[layer, sequence, group, :, place : place + count] = k[first : first + count].transpose(0, 1)
-            self.v[layer, sequence, group, :, place : place + count] = v[first : first + count].transpose(0, 1)
+    def writer(self, sequence: int, slots: list[int]) -> Writer:
+        """What stores rows of one sequence at these slots, in any layer."""
+        return Writer(self, sequence, slots)
 
     def write_rows(self, layer: int, sequences: Tensor, groups: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """`write` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]` each)."""
+        """`Writer` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]` each)."""
         self.k[layer][sequences, groups, :, places] = k.to(self.k.dtype)
         self.v[layer][sequences, groups, :, places] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
@@ -177,16 +173,43 @@ class KVCache:
         return k[:, :length], v[:, :length]
 
 
-class Slots:
-    """Slots of the rows of one write, split where slots or groups break: `(group, place, first row, count)` runs."""
+class Writer:
+    """Stores `[w, KV, d]` keys and values of w rows at fixed slots; views of all layers are made once.
 
-    def __init__(self, slots: list[int], group: int) -> None:
-        self.runs: list[tuple[int, int, int, int]] = []
-        for row, slot in enumerate(slots):
-            at, place = divmod(slot, group)
-            if self.runs:
-                last_at, last_place, first, count = self.runs[-1]
-                if at == last_at and place == last_place + count:
-                    self.runs[-1] = (last_at, last_place, first, count + 1)
-                    continue
-            self.runs.append((at, place, row, 1))
+    Values that are not finite are stored as zero: such a row shows in its own logits, and a NaN times a zero weight would
+    otherwise reach rows that must not see it.
+    """
+
+    def __init__(self, cache: KVCache, sequence: int, slots: list[int]) -> None:
+        self._parts = []
+        for group, place, first, count in runs(slots, cache.group):
+            views = [
+                store[:, sequence, group, :, place : place + count].transpose(1, 2).unbind()
+                for store in (cache.k, cache.v)
+            ]
+            self._parts.append((views[0], views[1], slice(first, first + count)))
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
+        v = v.nan_to_num(0.0, 0.0, 0.0)
+        if len(self._parts) == 1:
+            keys, values, _ = self._parts[0]
+            keys[layer].copy_(k)
+            values[layer].copy_(v)
+            return
+        for keys, values, rows in self._parts:
+            keys[layer].copy_(k[rows])
+            values[layer].copy_(v[rows])
+
+
+def runs(slots: list[int], group: int) -> list[tuple[int, int, int, int]]:
+    """Slots as `(group, place, first row, count)`, split where slots or groups break."""
+    found: list[tuple[int, int, int, int]] = []
+    for row, slot in enumerate(slots):
+        at, place = divmod(slot, group)
+        if found:
+            last_at, last_place, first, count = found[-1]
+            if at == last_at and place == last_place + count:
+                found[-1] = (last_at, last_place, first, count + 1)
+                continue
+        found.append((at, place, row, 1))
+    return found

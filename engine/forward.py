@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import GATHER_CHUNK, RowKeys, decode_attention, full_attention, gathered_attention
-from .cache import KVCache, Slots
+from .cache import KVCache, Writer
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
 
@@ -114,6 +114,8 @@ def _run_tile(
         positions += positions[-1:] * padding
 
     def attend_by_span(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if len(spans) == 1 and len(q) == num_rows:
+            return spans[0].attend(layer, q, k, v)
         outs = [span.attend(layer, q[span.rows], k[span.rows], v[span.rows]) for span in spans]
         if len(q) > num_rows:
             outs.append(outs[-1][-1:].expand(len(q) - num_rows, -1, -1))
@@ -137,13 +139,14 @@ class _Span:
         self.config, self.cache, self.work, self.nodes, self.tiles = decoder.config, cache, work, nodes, tiles
         self.rows = slice(first, first + len(nodes))
         self.index = torch.tensor(nodes, device=decoder.device)
-        self.slots = Slots([work.base + node for node in nodes], cache.group)
+        self._write = cache.writer(work.sequence, [work.base + node for node in nodes])
+        self._stored = cache.layers(work.sequence)
         want = -(-tiles.least_attention // self.config.group_size)
         self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
         self._keys: dict[int | None, RowKeys] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache.write(layer, self.work.sequence, self.slots, k, v)
+        self._write(layer, k, v)
         window, config = self.config.windows[layer], self.config
         if not self.tiles.deterministic:
             return self._fused(layer, q, window)
@@ -154,10 +157,10 @@ class _Span:
             )  # fmt: skip
         if self.padding:
             q = torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
-        keys, values = self.cache.layer(layer, self.work.sequence)
-        keys_seen = self._keys[window]
-        out = decode_attention(q, keys, values, keys_seen, config.attention_scale, config.attention_softcap)
-        return out[: len(self.nodes)]
+        keys, values = self._stored[layer]
+        seen = self._keys[window]
+        out = decode_attention(q, keys, values, seen, config.attention_scale, config.attention_softcap)
+        return out[: len(self.nodes)] if self.padding else out
 
     def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:
         """torch's own attention in slot order: faster on a GPU, bits depend on the width (`deterministic=False`)."""
@@ -271,10 +274,10 @@ def prefill(decoder: Decoder, cache: KVCache, sequence: int, ids: Sequence[int])
     for first in range(0, len(ids), PREFILL_CHUNK):
         chunk = torch.tensor(ids[first : first + PREFILL_CHUNK], device=decoder.device)
         positions = torch.arange(first, first + len(chunk), device=decoder.device)
-        slots = Slots(list(range(first, first + len(chunk))), cache.group)
+        write = cache.writer(sequence, list(range(first, first + len(chunk))))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, first: int = first, slots: Slots = slots) -> Tensor:
-            cache.write(layer, sequence, slots, k, v)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, first: int = first, write: Writer = write) -> Tensor:
+            write(layer, k, v)
             keys, values = cache.read(layer, sequence, first + len(q))
             out = full_attention(
                 q.transpose(0, 1).unsqueeze(0).to(keys.dtype), keys.unsqueeze(0), values.unsqueeze(0),

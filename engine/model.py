@@ -178,11 +178,11 @@ class Decoder:
         config = self.config
         num_rows, num_q, num_kv = normed.shape[0], config.num_heads, config.num_kv_heads
         qkv = layer.qkv(normed.to(self.dtype)).float().view(num_rows, num_q + 2 * num_kv, config.head_dim)
-        qk, v = qkv[:, : num_q + num_kv], qkv[:, num_q + num_kv :]
+        qk, v = qkv.split((num_q + num_kv, num_kv), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             qk = torch.cat([layer.q_norm(qk[:, :num_q]), layer.k_norm(qk[:, num_q:])], 1)
-        qk = _rotate(qk, *rotary)
-        out = attend(index, qk[:, :num_q], qk[:, num_q:], v)
+        q, k = _rotate(qk, *rotary).split((num_q, num_kv), 1)
+        out = attend(index, q, k, v)
         return layer.o(out.reshape(num_rows, -1).to(self.dtype)).float()
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
@@ -198,8 +198,9 @@ class Decoder:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first rotary_dim places of each head; pairs are (i, i + rotary_dim / 2)."""
     width = cos.shape[-1]
-    head = x[..., :width]
-    swapped = torch.cat([head[..., width // 2 :], head[..., : width // 2]], -1)
+    head = x if width == x.shape[-1] else x[..., :width]
+    low, high = head.chunk(2, -1)
+    swapped = torch.cat((high, low), -1)
     turned = (head * cos).add_(swapped.mul_(sin))
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 

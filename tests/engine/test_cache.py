@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipstone.engine.cache import CachePlan, ContextTooLong, KVCache, Slots, plan_cache
+from skipstone.engine.cache import CachePlan, ContextTooLong, KVCache, plan_cache, runs
 from skipstone.engine.forward import prefill
 from skipstone.engine.gate import Gate, every, fixed_exit
 from skipstone.engine.tree import MAX_NODES
@@ -46,7 +46,7 @@ def test_context_that_cannot_fit_says_the_arithmetic(tiny, monkeypatch):
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=20, unique=True), st.sampled_from([4, 64]))
 def test_runs_of_slots_cover_every_row_once(slots, group):
     covered = {}
-    for at, place, first, count in Slots(slots, group).runs:
+    for at, place, first, count in runs(slots, group):
         assert place + count <= group
         covered |= {first + i: at * group + place + i for i in range(count)}
     assert [covered[row] for row in range(len(slots))] == slots
@@ -80,7 +80,7 @@ def test_commit_puts_the_path_into_place(base, data):
 
 def test_write_and_read_agree_across_a_group_border(cache):
     k = torch.randn(10, cache.plan.num_kv_heads, cache.plan.head_dim)
-    cache.write(1, 1, Slots(list(range(60, 70)), cache.group), k, k + 1)
+    cache.writer(1, list(range(60, 70)))(1, k, k + 1)
     keys, values = cache.read(1, 1, 70)
     assert torch.equal(keys[:, 60:].transpose(0, 1), k) and torch.equal(values[:, 60:].transpose(0, 1), k + 1)
     assert not cache.k[0].any() and not cache.k[1, 0].any()
@@ -89,7 +89,7 @@ def test_write_and_read_agree_across_a_group_border(cache):
 @pytest.mark.hazard(14)
 def test_values_that_are_not_finite_are_not_stored(cache):
     v = torch.full((1, cache.plan.num_kv_heads, cache.plan.head_dim), float("nan"))
-    cache.write(0, 0, Slots([5], cache.group), v, v)
+    cache.writer(0, [5])(0, v, v)
     assert cache.v.isfinite().all()
 
 
