@@ -407,8 +407,8 @@ class Stream:
                 raise StopIteration
             try:
                 released = next(self._rounds, None)
-            except BaseException:
-                self._end("error")
+            except BaseException as error:
+                self._end("error" if isinstance(error, Exception) else "cancelled")
                 raise
             if released is None:
                 self._end("cancelled")

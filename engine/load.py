@@ -51,7 +51,9 @@ def load(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but torch {torch.__version__} sees no GPU")
-    pretrained = load_pretrained(model, dtype, revision=revision, progress=progress)
+    # float16 would round away what the fingerprint reads; the decoder converts.
+    stored = torch.float32 if dtype == torch.float16 else dtype
+    pretrained = load_pretrained(model, stored, revision=revision, progress=progress)
     head_set = heads if isinstance(heads, HeadSet) else None
     if heads is not None and head_set is None:
         base = BaseIdentity(
