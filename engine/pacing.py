@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 SHARE = 0.01  # of decoding time, that trials may cost
 CREDIT_STEPS = 2.0  # plain steps that one trial may lose before it is given up
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
-WARM_STEPS = 3  # plain steps timed before the first draft
+WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 
 
@@ -39,7 +39,7 @@ class Pace:
         if self.plain_ms is None:
             self._warm.append(ms)
             if len(self._warm) >= WARM_STEPS:
-                self.plain_ms = sorted(self._warm)[len(self._warm) // 2]
+                self.plain_ms = min(self._warm)
             return
         # A shared host's outliers would otherwise make drafting look good.
         self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
