@@ -11,6 +11,7 @@ import random
 
 import pytest
 import torch
+from skipstone.engine import forward
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.forward import RowTiles, Working, advance, node_logits, prefill, row_keys
 from skipstone.engine.tree import MAX_NODES, DraftTree
@@ -207,3 +208,19 @@ def test_rope_tables_do_not_depend_on_how_far_they_reach(engine_of):
         tables, others = short.decoder.rotary(at), long.decoder.rotary(at)
         for spec, (cos, sin) in tables.items():
             assert torch.equal(cos, others[spec][0]) and torch.equal(sin, others[spec][1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_in_chunks(family, engine_of, monkeypatch):
+    """Near the whole forward; and what prompts share in whole chunks has equal bits (rule 6)."""
+    monkeypatch.setattr(forward, "PREFILL_CHUNK", 16)
+    engine = engine_of(family)
+    decoder, layers = engine.decoder, range(engine.decoder.config.num_layers)
+    ids = text(80, decoder.config.vocab_size)
+    long, short = (Rounds(engine, engine.tiles, ids, base) for base in (100, 70))
+    reference = decoder.encode(torch.tensor([ids]), [len(layers)])[len(layers)][0]
+    row = long.verify(DraftTree(ids[100]))[0, : decoder.config.hidden_size]
+    assert (row - reference[100]).abs().max() < 2e-4 * reference.abs().max()
+    for layer in layers:
+        for one, other in zip(long.cache.read(layer, 0, 64), short.cache.read(layer, 0, 64), strict=True):
+            assert torch.equal(one, other)

@@ -229,12 +229,12 @@ def test_a_width_that_changes_bits_is_caught(setting, monkeypatch):
 def test_rows_that_read_a_neighbours_cache_are_caught(setting, monkeypatch):
     """The last sequence of a batch reads the first one's keys."""
     engine, heads = setting
-    original = cache_module.KVCache.layer
+    original = cache_module.KVCache.layers
     options = {"seeds": [0, 1]}
     solo = [observe(engine, [ids], speculation=False, seeds=[i]) for i, ids in enumerate(PROMPTS)]
     together = observe(engine, PROMPTS, speculation=False, **options)
     assert [rows[0][:2] for rows in solo] == [row[:2] for row in together]
-    monkeypatch.setattr(cache_module.KVCache, "layer", lambda cache, layer, sequence: original(cache, layer, 0))
+    monkeypatch.setattr(cache_module.KVCache, "layers", lambda cache, sequence: original(cache, 0))
     together = observe(engine, PROMPTS, speculation=False, **options)
     assert solo[1][0][0] != together[1][0]
 
