@@ -117,6 +117,7 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=plan.dtype, device=device)
         self.v = torch.zeros(shape, dtype=plan.dtype, device=device)
         self.lens = [0] * plan.batch
+        self._cleared = [0] * plan.batch  # slots from the committed length up to here hold finite values
 
     @property
     def group(self) -> int:
@@ -136,18 +137,25 @@ class KVCache:
         self.v[layer][sequences, groups, :, places] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
     def clear_open(self, sequence: int, keys: bool = False) -> None:
-        """Zero the values from the committed length to the end of the last group that a round can read (rule 4).
+        """Zero what a round can read beyond the committed length, to the end of its last group (rule 4), unless that was
+        done in an earlier round: rejected rows leave finite values (`Writer`), and a finite value times zero is zero.
 
         Args:
             keys: zero the keys too, for attention that adds its mask to the scores: NaN plus -inf is NaN.
         """
         base = self.lens[sequence]
         end = -(-(base + MAX_NODES) // self.group) * self.group
-        for group in range(base // self.group, end // self.group):
-            place = max(0, base - group * self.group)
+        start = base if keys else max(base, self._cleared[sequence])
+        for group in range(start // self.group, end // self.group):
+            place = max(0, start - group * self.group)
             self.v[:, sequence, group, :, place:].zero_()
             if keys:
                 self.k[:, sequence, group, :, place:].zero_()
+        self._cleared[sequence] = end
+
+    def restart(self, sequence: int) -> None:
+        """Forget a sequence. What its slots hold is not trusted any more."""
+        self.lens[sequence] = self._cleared[sequence] = 0
 
     def commit(self, sequence: int, path: list[int]) -> None:
         """Accept the nodes `path` (root first): their rows move to slots base, base + 1, ... and the length grows.

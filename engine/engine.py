@@ -275,7 +275,8 @@ class Engine:
             rounded = min(config.max_context, -(-context // CONTEXT_STEP) * CONTEXT_STEP)
             plan = plan_cache(config, len(requests), rounded, self.decoder.device, self.decoder.dtype)
             self._cache = cache = KVCache(plan, self.decoder.device)
-        cache.lens = [0] * cache.plan.batch
+        for sequence in range(cache.plan.batch):
+            cache.restart(sequence)
         return cache
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[list[int]]]:

@@ -141,6 +141,7 @@ class _Span:
         self.index = torch.tensor(nodes, device=decoder.device)
         self._write = cache.writer(work.sequence, [work.base + node for node in nodes])
         self._stored = cache.layers(work.sequence)
+        self._scale = torch.full((1,), self.config.attention_scale, device=decoder.device)
         want = -(-tiles.least_attention // self.config.group_size)
         self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
         self._keys: dict[int | None, RowKeys] = {}
@@ -159,7 +160,7 @@ class _Span:
             q = torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
         keys, values = self._stored[layer]
         seen = self._keys[window]
-        out = decode_attention(q, keys, values, seen, config.attention_scale, config.attention_softcap)
+        out = decode_attention(q, keys, values, seen, self._scale, config.attention_softcap)
         return out[: len(self.nodes)] if self.padding else out
 
     def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:

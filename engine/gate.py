@@ -83,19 +83,31 @@ def every(exits: Sequence[int], gate: Gate, **options: int) -> DraftPolicy:
     return DraftPolicy(tuple(exits), dict.fromkeys(exits, gate), **options)
 
 
-DEFAULT_ACCURACY = 0.80
+DEFAULT_ACCURACY = 0.90
+LEAST_COVERAGE = 0.2  # an exit that is sure of fewer nodes costs more to ask than its drafts bring
 
 
 def calibrated(
-    calibration: Calibration, exits: Sequence[int] | None = None, accuracy: float = DEFAULT_ACCURACY, **options: int
+    calibration: Calibration,
+    exits: Sequence[int] | None = None,
+    accuracy: float = DEFAULT_ACCURACY,
+    branch: int = 1,
+    **options: int,
 ) -> DraftPolicy:
     """DSSD's policy: every exit with the thresholds that its calibration gives for one accuracy level (0.60..0.99).
 
-    Exits whose gate is closed at that level are left out: asking them costs a head and never drafts.
+    Without `exits`, those that were sure of at least `LEAST_COVERAGE` of the tokens that reached them are asked.
+    With `branch` above 1, nodes between an exit's two thresholds get that many siblings; with 1 they go on to the next exit.
+
+    Exits whose gate is closed at that level are left out.
 
     Raises:
         ValueError: an exit or a level that was not calibrated.
     """
-    wanted = tuple(sorted(calibration.exits if exits is None else exits))
-    gates = {exit_layer: Gate(*calibration.gate(exit_layer, accuracy)) for exit_layer in wanted}
-    return DraftPolicy(tuple(e for e in wanted if gates[e].high > 0), gates, **options)
+    if exits is None:
+        exits = [e for e in calibration.exits if calibration.coverage(e, accuracy) >= LEAST_COVERAGE]
+    wanted, gates = tuple(sorted(exits)), {}
+    for exit_layer in wanted:
+        low, high = calibration.gate(exit_layer, accuracy)
+        gates[exit_layer] = Gate(low, high if branch > 1 else low)
+    return DraftPolicy(tuple(e for e in wanted if gates[e].high > 0), gates, branch=branch, **options)

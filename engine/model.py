@@ -28,13 +28,17 @@ class Norm:
         self.bias = None if bias is None else bias.float()
         self.eps = config.norm_eps
         self.layer_norm = config.norm == "layer"
+        # x / rms(x) * w = x / sqrt(sum(x^2) + D eps) * (w sqrt(D)). Constants are tensors: a Python number in an operation is
+        # converted at each call, which for one row costs more than the operation.
+        self._floor = self.weight.new_full((1,), self.weight.numel() * self.eps)
+        self._scaled_weight = self.weight * self.weight.numel() ** 0.5
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.layer_norm:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         # Spelled out: torch's rms_norm takes three times as long for a single row on the CPU.
-        scale = (x * x).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).mul_(self.weight)
+        scale = (x * x).sum(-1, keepdim=True).add_(self._floor).rsqrt_()
+        return (x * scale).mul_(self._scaled_weight)
 
 
 class Layer:
@@ -82,6 +86,8 @@ class Decoder:
         self.output = PackedLinear(self.head_weight, weights.get("lm_head.bias"))
         # Gemma multiplies embeddings by sqrt(D) rounded to the model's dtype, as transformers does.
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale != 1.0 else 1.0
+        self._activation = ACTIVATIONS[config.activation]
+        self._one = torch.ones(1, device=self.device)
         self._tables: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
         self._rope_rows = 0
 
@@ -178,10 +184,10 @@ class Decoder:
         config = self.config
         num_rows, num_q, num_kv = normed.shape[0], config.num_heads, config.num_kv_heads
         qkv = layer.qkv(normed.to(self.dtype)).float().view(num_rows, num_q + 2 * num_kv, config.head_dim)
-        qk, v = qkv.split((num_q + num_kv, num_kv), 1)
+        qk, v = qkv.split_with_sizes((num_q + num_kv, num_kv), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             qk = torch.cat([layer.q_norm(qk[:, :num_q]), layer.k_norm(qk[:, num_q:])], 1)
-        q, k = _rotate(qk, *rotary).split((num_q, num_kv), 1)
+        q, k = _rotate(qk, *rotary).split_with_sizes((num_q, num_kv), 1)
         out = attend(index, q, k, v)
         return layer.o(out.reshape(num_rows, -1).to(self.dtype)).float()
 
@@ -189,9 +195,9 @@ class Decoder:
         hidden = layer.up(normed.to(self.dtype)).float()
         if self.config.gated_mlp:
             gate, up = hidden.chunk(2, -1)
-            hidden = ACTIVATIONS[self.config.activation](gate).mul_(up)
+            hidden = self._activation(gate, self._one).mul_(up)
         else:
-            hidden = ACTIVATIONS[self.config.activation](hidden)
+            hidden = self._activation(hidden, self._one)
         return layer.down(hidden.to(self.dtype)).float()
 
 
@@ -205,22 +211,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 
-# Activations are spelled with operations whose vector and scalar forms agree to the bit: torch's fused SiLU and GELU give
+# Activations (of x and a tensor that holds 1) are spelled with operations whose vector and scalar forms agree to the bit: torch's fused SiLU and GELU give
 # an element other bits at the ragged end of a vectorised loop than in its middle (measured, CPU), so a row's
 # result would depend on its place.
 
 
-def _silu(x: Tensor) -> Tensor:
-    return x / x.neg().exp_().add_(1.0)
+def _silu(x: Tensor, one: Tensor) -> Tensor:
+    return x / x.neg().exp_().add_(one)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
+def _gelu_tanh(x: Tensor, one: Tensor) -> Tensor:
     inner = (x * x).mul_(x).mul_(0.044715).add_(x).mul_(0.7978845608028654)
-    return inner.tanh_().add_(1.0).mul_(x).mul_(0.5)
+    return inner.tanh_().add_(one).mul_(x).mul_(0.5)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return (x * 0.7071067811865476).erf_().add_(1.0).mul_(x).mul_(0.5)
+def _gelu(x: Tensor, one: Tensor) -> Tensor:
+    return (x * 0.7071067811865476).erf_().add_(one).mul_(x).mul_(0.5)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu}

@@ -81,14 +81,21 @@ class Calibration:
         Raises:
             ValueError: an exit without calibration, or an accuracy outside 0.60..0.99.
         """
+        found = self._at(exit_layer, accuracy)
+        return found.low, found.high
+
+    def coverage(self, exit_layer: int, accuracy: float) -> float:
+        """Share of the tokens that reached an exit of which it was sure at this level. Raises as `gate` does."""
+        return self._at(exit_layer, accuracy).coverage
+
+    def _at(self, exit_layer: int, accuracy: float) -> Gate:
         if exit_layer not in self.exits:
             raise ValueError(f"no calibration for exit layer {exit_layer}; calibrated: {sorted(self.exits)}")
         gates = self.exits[exit_layer].gates
         levels = sorted(gates)
         if not levels or not levels[0] - 1e-9 <= accuracy <= levels[-1] + 1e-9:
             raise ValueError(f"accuracy is {accuracy}, expected within {levels[:1]}..{levels[-1:]}")
-        level = next(x for x in levels if x >= accuracy - 1e-9)
-        return gates[level].low, gates[level].high
+        return gates[next(x for x in levels if x >= accuracy - 1e-9)]
 
     def to_json(self) -> str:
         exits = {

@@ -72,7 +72,7 @@ def decode_attention(
     k: Tensor,
     v: Tensor,
     keys: RowKeys,
-    scale: float,
+    scale: float | Tensor,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention of M rows of one sequence, for devices where a batched product's bits do not depend on the batch count
@@ -82,7 +82,7 @@ def decode_attention(
         q: `[M, H, d]` fp32, rotated.
         k, v: `[G, KV, group, d]`, G >= keys.num_groups; unseen slots of v are finite.
         keys: what each row sees.
-        scale: factor on q . k.
+        scale: factor on q . k; as a tensor `[1]` it need not be converted at each call.
         softcap: cap * tanh(score / cap) when given (Gemma 2).
 
     Returns:

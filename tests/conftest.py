@@ -370,7 +370,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def tiny_heads_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A head set folder for `tiny_folder`: untrained adapters at exits 2 and 3, with a calibration whose gates are open
-    at every accuracy level up to one nat, and branch from there on."""
+    at every accuracy level up to some nats, and branch from there on."""
     import numpy as np
     from skipstone.engine.pretrained import load_pretrained
     from skipstone.heads.calibration import fit_calibration
@@ -381,8 +381,9 @@ def tiny_heads_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory
     fingerprint = base_fingerprint(base.weights, base.config.num_layers)
     identity = BaseIdentity("tiny", fingerprint, tokenizer_sha256(base.tokenizer))
     entropy = np.linspace(0.01, 6.0, 600, dtype=np.float32)
-    rank = np.where(entropy < 1.0, 0, 2)  # the best guess is right up to one nat, one of the top four beyond
-    calibration = fit_calibration({2: entropy, 3: entropy}, {2: rank, 3: rank}, source="made up")
+    rank = np.where(entropy < 3.0, 0, 2)  # the best guess is right up to three nats, one of the top four beyond
+    # Exit 3 meets what exit 2 refused in falling order, so that both are sure of half of their tokens.
+    calibration = fit_calibration({2: entropy, 3: 9.0 - entropy}, {2: rank, 3: rank[::-1]}, source="made up")
     sizes = adapter_config((2, 3), base.config.hidden_size, base.config.vocab_size, base.config.num_layers, 4, None)
     folder = tmp_path_factory.mktemp("tiny-heads") / "heads"
     HeadSet(sizes, None, identity, calibration).save(folder)

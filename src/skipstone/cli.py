@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -433,7 +432,7 @@ def _drafting(
 def _policy(
     engine: Engine, accuracy: float | None, exit_layer: int | None, length: int | None, branch: int | None
 ) -> DraftPolicy:
-    from .engine.gate import DEFAULT_ACCURACY, calibrated, fixed_exit
+    from .engine.gate import DEFAULT_ACCURACY, DraftPolicy, calibrated, fixed_exit
 
     if exit_layer is not None:
         if accuracy is not None or branch is not None:
@@ -441,11 +440,11 @@ def _policy(
         return fixed_exit(exit_layer, DEFAULT_LENGTH if length is None else length)
     if engine.heads is None or engine.heads.calibration is None:
         raise ValueError("--accuracy, --length and --branch need calibrated heads, and this model has none here")
-    policy = calibrated(engine.heads.calibration, accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy)
-    return replace(
-        policy,
-        max_depth=policy.max_depth if length is None else length,
-        branch=policy.branch if branch is None else branch,
+    return calibrated(
+        engine.heads.calibration,
+        accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy,
+        branch=branch or 1,
+        max_depth=DraftPolicy.max_depth if length is None else length,
     )
 
 

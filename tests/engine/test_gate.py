@@ -65,9 +65,15 @@ class Thresholds:
         )
 
 
-def test_calibrated_policy_leaves_out_closed_exits():
-    assert calibrated(Thresholds(), accuracy=0.7).exits == (4, 8)
-    policy = calibrated(Thresholds(), accuracy=0.9, max_depth=3)
+    def coverage(self, exit_layer, accuracy):
+        return {4: 0.1, 8: 0.5}[exit_layer]
+
+
+def test_calibrated_policy_leaves_out_closed_and_rarely_sure_exits():
+    assert calibrated(Thresholds(), (8, 4), accuracy=0.7).exits == (4, 8)
+    assert calibrated(Thresholds(), accuracy=0.7).exits == (8,)
+    policy = calibrated(Thresholds(), (4, 8), accuracy=0.9, branch=2, max_depth=3)
     assert policy.exits == (8,) and policy.gates[8] == Gate(0.2, 0.9) and policy.max_depth == 3
+    assert calibrated(Thresholds(), accuracy=0.9).gates[8] == Gate(0.2, 0.2), "one candidate: no branching"
     with pytest.raises(ValueError, match="accuracy"):
         calibrated(Thresholds(), accuracy=0.5)
