@@ -1,8 +1,8 @@
 """KV cache of a batch: preallocated, committed by length, keys in groups of absolute positions.
 
-Slot s of a sequence is place s % group of its group s // group; committed tokens stand at slot == position. The nodes of
-a draft tree write at base + node, beyond the committed length; commit moves the accepted path into position order and
-everything else is overwritten later. Nothing here decides what may be seen: `engine/forward.py` builds the masks.
+Slot s of a sequence is place s % group of its group s // group; committed tokens stand at slot == position. The nodes
+of a draft tree write at base + node, beyond the committed length; commit moves the accepted path into position order
+and everything else is overwritten later. Nothing here decides what may be seen: `engine/forward.py` builds the masks.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class CachePlan:
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.num_layers * self.batch * self.num_groups * self.group * self.num_kv_heads * (
-            self.head_dim * self.dtype.itemsize
-        )
+        slots = self.num_layers * self.batch * self.num_groups * self.group
+        return 2 * slots * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def arithmetic(self) -> str:
         """The size in words and factors, for reports and errors."""
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
         return (
             f"KV cache 2 x {self.num_layers} layers x {self.batch} sequences x {self.num_groups * self.group} slots x "
-            f"{self.num_kv_heads} heads x {self.head_dim} x {self.dtype.itemsize} bytes = {self.num_bytes / 2**20:.1f} MiB"
+            f"{self.num_kv_heads} heads x {self.head_dim} x {self.dtype.itemsize} bytes = {size}"
         )
 
 
@@ -132,12 +132,14 @@ class KVCache:
         return Writer(self, sequence, slots)
 
     def write_rows(self, layer: int, sequences: Tensor, groups: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """`Writer` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]` each)."""
+        """`Writer` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]`
+        each)."""
         self.k[layer][sequences, groups, :, places] = k.to(self.k.dtype)
         self.v[layer][sequences, groups, :, places] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
     def clear_open(self, sequence: int, keys: bool = False) -> None:
-        """Zero what a round can read beyond the committed length, to the end of its last group (rule 4), unless that was
+        """Zero what a round can read beyond the committed length, to the end of its last group (rule 4), unless that
+        was
         done in an earlier round: rejected rows leave finite values (`Writer`), and a finite value times zero is zero.
 
         Args:
@@ -184,8 +186,8 @@ class KVCache:
 class Writer:
     """Stores `[w, KV, d]` keys and values of w rows at fixed slots; views of all layers are made once.
 
-    Values that are not finite are stored as zero: such a row shows in its own logits, and a NaN times a zero weight would
-    otherwise reach rows that must not see it.
+    Values that are not finite are stored as zero: such a row shows in its own logits, and a NaN times a zero weight
+    would otherwise reach rows that must not see it.
     """
 
     def __init__(self, cache: KVCache, sequence: int, slots: list[int]) -> None:

@@ -73,8 +73,9 @@ class Event:
 class LosslessReport:
     """Speculative against plain decoding of one prompt.
 
-    `divergence` is the index of the first differing new token, None if there is none; `margin` is how far apart (nats) the
-    plain model's two best tokens stood there: a near-tie is a fraction of a percent, a fault can be anything.
+    `divergence` is the index of the first differing new token, None if there is none; `margin` is how far apart
+    (nats) the plain model's two best tokens stood there: a near-tie is a fraction of a percent, a fault can be
+    anything.
     """
 
     equal: bool
@@ -216,7 +217,9 @@ class Engine:
     def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
         """Decode speculatively and plainly with the same seed, and compare token by token."""
         speculative = self.generate(prompt, speculation="always", policy=policy, **sampling)
-        plain = self.generate(prompt, speculation=False, **{**sampling, "logprobs": max(2, sampling.get("logprobs") or 0)})
+        plain = self.generate(
+            prompt, speculation=False, **{**sampling, "logprobs": max(2, sampling.get("logprobs") or 0)}
+        )
         pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shorter = min(len(speculative.token_ids), len(plain.token_ids))

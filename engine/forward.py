@@ -1,9 +1,9 @@
 """Running rows of draft trees through the decoder, and prompts through prefill.
 
-A *row* is one node of one sequence's tree. `advance` takes nodes of any sequences from the layer that each has reached up to
-`stop`, in tiles of at most 16 rows. Because a row's bits do not depend on the tile it runs in (`engine/selftest.py`
-checks that on the machine), a node that a draft took to layer 12 is the very row that verification needs there and
-goes on from 12 (design rule 5).
+A *row* is one node of one sequence's tree. `advance` takes nodes of any sequences from the layer that each has
+reached up to `stop`, in tiles of at most 16 rows. Because a row's bits do not depend on the tile it runs in
+(`engine/selftest.py` checks that on the machine), a node that a draft took to layer 12 is the very row that
+verification needs there and goes on from 12 (design rule 5).
 """
 
 from __future__ import annotations

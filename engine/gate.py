@@ -1,8 +1,8 @@
 """The gate: from a head's entropy, extend the draft, branch it or stop.
 
-It reads the head's distribution only, never which token was drawn. One candidate a node is DSSD's gate (arXiv 2407.21082);
-one exit with `ALWAYS` and a fixed depth is LayerSkip's scheme (arXiv 2404.16710); no exits is plain decoding. All are
-settings of one `DraftPolicy`.
+It reads the head's distribution only, never which token was drawn. One candidate a node is DSSD's gate (arXiv
+2407.21082); one exit with `ALWAYS` and a fixed depth is LayerSkip's scheme (arXiv 2404.16710); no exits is plain
+decoding. All are settings of one `DraftPolicy`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def calibrated(
     """DSSD's policy: every exit with the thresholds that its calibration gives for one accuracy level (0.60..0.99).
 
     Without `exits`, those that were sure of at least `LEAST_COVERAGE` of the tokens that reached them are asked.
-    With `branch` above 1, nodes between an exit's two thresholds get that many siblings; with 1 they go on to the next exit.
+    With `branch` above 1, nodes between an exit's two thresholds get that many siblings; with 1 they go on to the
+    next exit.
 
     Exits whose gate is closed at that level are left out.
 

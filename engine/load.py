@@ -70,6 +70,4 @@ def load(
                 raise ArtefactError(f"no head set at {folder}: expected a folder with manifest.json, 'default' or None")
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
-    return Engine(
-        decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id
-    )
+    return Engine(decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id)

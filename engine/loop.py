@@ -27,7 +27,8 @@ from .tree import MAX_NODES, Acceptance, DraftTree, accept
 
 @dataclass(frozen=True)
 class Origin:
-    """How one committed token came about. `exit_layer` and `entropy` are None for a bonus token, which no head drafted."""
+    """How one committed token came about. `exit_layer` and `entropy` are None for a bonus token, which no head
+    drafted."""
 
     exit_layer: int | None
     entropy: float | None
@@ -61,7 +62,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Machinery:
-    """What rounds run on. `heads` maps exit layers to `hidden [N, D] -> logits [N, Vd]`; `draft_ids` long `[Vd]` or None."""
+    """What rounds run on. `heads` maps exit layers to `hidden [N, D] -> logits [N, Vd]`; `draft_ids` long `[Vd]` or
+    None."""
 
     decoder: Decoder
     cache: KVCache
@@ -72,7 +74,8 @@ class Machinery:
 
 @dataclass(frozen=True)
 class Block:
-    """What one round gave one request: the accepted path with the bonus, where each token came from, or why it ended."""
+    """What one round gave one request: the accepted path with the bonus, where each token came from, or why it
+    ended."""
 
     tree: DraftTree
     acceptance: Acceptance
@@ -160,8 +163,8 @@ def verify(on: Machinery, works: Sequence[Working]) -> list[Tensor]:
 def accept_block(request: Request, tree: DraftTree, logits: Tensor, num_refused: int = 0) -> Block:
     """Follow the target's own tokens down the tree.
 
-    A target is computed only where plain decoding would compute it: at the root and at accepted nodes. If none can be drawn
-    there, what was accepted before stands and the request ends.
+    A target is computed only where plain decoding would compute it: at the root and at accepted nodes. If none can be
+    drawn there, what was accepted before stands and the request ends.
     """
     errors: list[str] = []
 

@@ -28,8 +28,8 @@ class Norm:
         self.bias = None if bias is None else bias.float()
         self.eps = config.norm_eps
         self.layer_norm = config.norm == "layer"
-        # x / rms(x) * w = x / sqrt(sum(x^2) + D eps) * (w sqrt(D)). Constants are tensors: a Python number in an operation is
-        # converted at each call, which for one row costs more than the operation.
+        # x / rms(x) * w = x / sqrt(sum(x^2) + D eps) * (w sqrt(D)). Constants are tensors: a Python number in an
+        # operation is converted at each call, which for one row costs more than the operation.
         self._floor = self.weight.new_full((1,), self.weight.numel() * self.eps)
         self._scaled_weight = self.weight * self.weight.numel() ** 0.5
 
@@ -211,9 +211,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 
-# Activations (of x and a tensor that holds 1) are spelled with operations whose vector and scalar forms agree to the bit: torch's fused SiLU and GELU give
-# an element other bits at the ragged end of a vectorised loop than in its middle (measured, CPU), so a row's
-# result would depend on its place.
+# Activations (of x and a tensor that holds 1) are spelled with operations whose vector and scalar forms agree to the
+# bit: torch's fused SiLU and GELU give an element other bits at the ragged end of a vectorised loop than in its
+# middle (measured, CPU), so a row's result would depend on its place.
 
 
 def _silu(x: Tensor, one: Tensor) -> Tensor:

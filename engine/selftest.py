@@ -1,9 +1,9 @@
 """The start-up self-test: in which tiles a row has the same bits, measured on this machine with this model.
 
-Losslessness rests on one property: a row's result does not depend on how many rows run beside it, on its place among them,
-or on the tree it belongs to. Which widths have it depends on the matrix library, so it is measured and not assumed:
-every projection is padded to the narrowest width from which all wider ones agree bit for bit, and whole rows are then
-run in several groupings. If not even the
+Losslessness rests on one property: a row's result does not depend on how many rows run beside it, on its place among
+them, or on the tree it belongs to. Which widths have it depends on the matrix library, so it is measured and not
+assumed: every projection is padded to the narrowest width from which all wider ones agree bit for bit, and whole rows
+are then run in several groupings. If not even the
 fixed tile of 16 agrees, the engine decodes plainly and says so.
 """
 

@@ -9,8 +9,9 @@ with one product of fixed shape `[rows, group] x [group, d]` per group and a ser
 only keys a row must not see adds exact zeros, so the bits depend on the row's own tokens and positions and on nothing
 else: not on cache length, round start, tree shape, or other rows.
 
-The one place where a tree differs from a chain: siblings share a position, so the groups that hold uncommitted positions
-(at most two) are multiplied once per root-to-leaf path, with that path's keys gathered into their positions' places.
+The one place where a tree differs from a chain: siblings share a position, so the groups that hold uncommitted
+positions (at most two) are multiplied once per root-to-leaf path, with that path's keys gathered into their
+positions' places.
 """
 
 from __future__ import annotations
@@ -168,14 +169,15 @@ def gathered_attention(
     """The same attention for rows of any sequences, each row with its own keys gathered into position order.
 
     Every product has the fixed shape of one chunk of positions whatever the context, the tree and the sequences in
-    the tile, which is what keeps a row's bits on a GPU as long as M is fixed; it reads more memory than `decode_attention`.
+    the tile, which is what keeps a row's bits on a GPU as long as M is fixed; it reads more memory than
+    `decode_attention`.
 
     Args:
         q: `[M, H, d]` fp32, rotated.
         k, v: `[B, G, KV, group, d]`, one layer of the cache.
         sequences: long `[M]`, each row's place in the cache.
-        slots: long `[M, S]`, the slot that holds each position for this row, S a multiple of `GATHER_CHUNK`; hidden positions
-            name any finite slot.
+        slots: long `[M, S]`, the slot that holds each position for this row, S a multiple of `GATHER_CHUNK`; hidden
+            positions name any finite slot.
         hidden: bool `[M, S]`, positions the row must not see.
         scale, softcap: as in `decode_attention`.
 
@@ -210,7 +212,13 @@ def gathered_attention(
 
 
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, first: int = 0, window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    first: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of T consecutive rows over S keys: prefill chunks and training.
 

@@ -1,10 +1,10 @@
 """Projection of a few rows, the same bits whatever stands beside a row.
 
 `y = x @ W.T + b` for `x [N, K]`, `W [M, K]`. On the CPU the weight is repacked once into oneDNN's blocked layout:
-besides being faster, a packed weight makes a row's bits independent of how many rows run with it, from some small count on (measured on AVX-512: mostly from 1 in
-bf16 and from 2 in fp32; with many inputs a single row takes another summation order). `find_least_rows` measures that count for
-a weight on the machine at hand, and calls with fewer rows are padded to it. Elsewhere the caller keeps the row
-count fixed. Plain `F.linear` is the reference.
+besides being faster, a packed weight makes a row's bits independent of how many rows run with it, from some small
+count on (measured on AVX-512: mostly from 1 in bf16 and from 2 in fp32; with many inputs a single row takes another
+summation order). `find_least_rows` measures that count for a weight on the machine at hand, and calls with fewer rows
+are padded to it. Elsewhere the caller keeps the row count fixed. Plain `F.linear` is the reference.
 """
 
 from __future__ import annotations

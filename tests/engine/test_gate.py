@@ -64,7 +64,6 @@ class Thresholds:
             (0.2, 0.0 if exit_layer == 4 and accuracy == 0.9 else 0.9) if exit_layer == 8 or accuracy == 0.7 else (0, 0)
         )
 
-
     def coverage(self, exit_layer, accuracy):
         return {4: 0.1, 8: 0.5}[exit_layer]
 

@@ -1,13 +1,12 @@
 """Grouped decode attention against its fp64 reference, and the bits that must not move.
 
-Regimes: prefix lengths 0, 1, around a group's edge; one row to sixteen; chains, stars and bushy trees; windows; soft-cap;
-MHA and GQA; by groups and gathered by row. Slots that no row may see hold NaN keys;
+Regimes: prefix lengths 0, 1, around a group's edge; one row to sixteen; chains, stars and bushy trees; windows;
+soft-cap; MHA and GQA; by groups and gathered by row. Slots that no row may see hold NaN keys;
 unseen values are zero, as `KVCache.clear_open` leaves them.
 """
 
 import pytest
 import torch
-
 from skipstone.engine.forward import row_keys
 from skipstone.engine.tree import DraftTree
 from skipstone.kernels.attention import (

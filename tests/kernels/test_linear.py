@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from skipstone.kernels.linear import PackedLinear, linear_reference
 
 # bf16 and fp16 round the output once (2**-9, 2**-12 relative, of values up to about 4); fp32 only reorders a sum.

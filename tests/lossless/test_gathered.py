@@ -1,4 +1,5 @@
-"""The GPU's way of attending (`gathered_attention` in fixed tiles of 16), run on the CPU where its shapes prove the same.
+"""The GPU's way of attending (`gathered_attention` in fixed tiles of 16), run on the CPU where its shapes prove the
+same.
 
 Regimes: every family; trees in batches against solo plain runs, and the tokens of the CPU's own way (fp32: both are
 within rounding of each other, and no near-tie stands in these outputs).
