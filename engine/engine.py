@@ -215,7 +215,13 @@ class Engine:
         return Stream(self, request, rounds)
 
     def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
-        """Decode speculatively and plainly with the same seed, and compare token by token."""
+        """Decode one prompt speculatively and plainly with the same seed, and compare token by token.
+
+        Raises:
+            ValueError: several prompts or outputs were asked for; or as `generate`.
+        """
+        if not self._prompts(prompt)[0] or sampling.get("num_return_sequences", 1) != 1:
+            raise ValueError("verify_lossless compares one output of one prompt; call it once for each")
         speculative = self.generate(prompt, speculation="always", policy=policy, **sampling)
         plain = self.generate(
             prompt, speculation=False, **{**sampling, "logprobs": max(2, sampling.get("logprobs") or 0)}
@@ -284,6 +290,8 @@ class Engine:
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[list[int]]]:
         """Whether one prompt was given, and the prompts as checked token ids."""
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         given: Sequence[Any] = [prompt] if single else prompt
         if len(given) == 0:
@@ -333,6 +341,8 @@ class Engine:
         if isinstance(options.get("stop"), str):
             options["stop"] = (options["stop"],)
         if "bad_words" in options:
+            if isinstance(options["bad_words"], str):
+                raise ValueError(f"bad_words is {options['bad_words']!r}, expected a list of strings or of id lists")
             options["bad_words"] = [ids for word in options["bad_words"] for ids in self._spellings(word)]
         own = () if ignore_eos or self.tokenizer is None else self.tokenizer.stop_ids
         options["stop_ids"] = tuple(dict.fromkeys((*own, *options.get("stop_ids", ()))))
