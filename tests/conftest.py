@@ -91,6 +91,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept for later tests, which may train with it
 def _tiny_hf(family: str) -> Any:
     """A transformers model, fp32, eval, eager attention, weights drawn so that every part matters to the logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -118,6 +119,7 @@ def _tiny_hf(family: str) -> Any:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept for later tests, which may train with it
 def _tiny(family: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     model = _tiny_hf(family)
     config = from_hf(model.config)
@@ -260,6 +262,7 @@ def mixed(place: Place) -> dict[int, float] | None:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept for later tests, which may train with it
 def _engine(family: str, dtype: torch.dtype, vocab_size: int | None, deterministic: bool) -> Any:
     from skipstone.engine.engine import Engine
     from skipstone.engine.model import Decoder

@@ -351,3 +351,13 @@ def test_rows_that_ran_stay_as_they_are(engine):
         before = work.hidden.clone()
         advance(on.decoder, on.cache, [(work, [0])], 1, on.tiles)
     assert torch.equal(work.hidden, before) and work.reached == [2]
+
+
+def test_inputs_that_would_be_misread_are_refused(engine_of):
+    engine = engine_of()
+    with pytest.raises(ValueError, match="one output of one prompt"):
+        engine.verify_lossless([[1, 2], [3]])
+    with pytest.raises(ValueError, match="bad_words is 'abc'"):
+        engine.generate([1, 2], bad_words="abc")
+    ids = engine.generate([1, 2], max_new_tokens=4).token_ids
+    assert engine.generate(torch.tensor([1, 2]), max_new_tokens=4).token_ids == ids
