@@ -55,7 +55,8 @@ def test_demo_shows_both_texts_and_that_they_are_equal(
 ) -> None:
     run("demo.py", str(tiny_folder), str(tiny_heads_folder), monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
-    assert "Equal token for token: yes (96 tokens)" in shown and "Speed: " in shown
+    assert "Equal token for token: yes (96 tokens)" in shown and "Speed against plain: " in shown
+    assert "tokens per verification" in shown
 
 
 def test_demo_says_so_without_heads(
