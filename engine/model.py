@@ -96,7 +96,15 @@ class Decoder:
         hidden = self.embedding[ids].float()
         return hidden * self._embed_scale if self._embed_scale != 1.0 else hidden
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, attend: Attend) -> Tensor:
+    def run_layers(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        positions: Tensor,
+        attend: Attend,
+        taps: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Run layers start..stop-1.
 
         Args:
@@ -104,6 +112,7 @@ class Decoder:
             start, stop: 0 <= start <= stop <= num_layers.
             positions: absolute position of each row, long `[N]`.
             attend: `(layer, q [N, H, d], k [N, KV, d], v [N, KV, d]) -> [N, H, d]`, all fp32.
+            taps: exit layers in start + 1..stop as keys; each value is replaced by the residual stream `[N, D]` there.
 
         Returns:
             The residual stream `[N, D]` fp32 after `stop` layers.
@@ -116,10 +125,12 @@ class Decoder:
             if self.config.parallel_residual:
                 assert layer.mlp_norm is not None
                 hidden = hidden + attended + self._mlp(layer, layer.mlp_norm(hidden))
-                continue
-            hidden = hidden + (layer.attn_post_norm(attended) if layer.attn_post_norm else attended)
-            out = self._mlp(layer, layer.mlp_norm(hidden) if layer.mlp_norm else hidden)
-            hidden = hidden + (layer.mlp_post_norm(out) if layer.mlp_post_norm else out)
+            else:
+                hidden = hidden + (layer.attn_post_norm(attended) if layer.attn_post_norm else attended)
+                out = self._mlp(layer, layer.mlp_norm(hidden) if layer.mlp_norm else hidden)
+                hidden = hidden + (layer.mlp_post_norm(out) if layer.mlp_post_norm else out)
+            if taps is not None and index + 1 in taps:
+                taps[index + 1] = hidden
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:

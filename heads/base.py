@@ -23,7 +23,8 @@ class HeadSpec:
 
     Args:
         kind: a registered kind, see `head_kinds()`.
-        exit_layer: number of layers executed before the head reads the residual stream, >= 1.
+        exit_layer: number of layers executed before the head reads a token's residual stream; 0 (the embedding) only
+            where the kind allows it.
         options: the kind's own settings; unknown ones are refused by the kind.
     """
 
@@ -32,8 +33,8 @@ class HeadSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.exit_layer < 1:
-            raise ValueError(f"exit_layer is {self.exit_layer}, expected at least 1 (layers executed before the head)")
+        if self.exit_layer < 0:
+            raise ValueError(f"exit_layer is {self.exit_layer}, expected at least 0 (layers executed before the head)")
 
 
 class Projection:
@@ -101,9 +102,12 @@ class ExitHead(nn.Module):
     kind: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Any]] = {}
     stateful: ClassVar[bool] = False
+    least_exit: ClassVar[int] = 1
 
     def __init__(self, spec: HeadSpec, hidden_size: int, num_outputs: int) -> None:
         super().__init__()
+        if spec.exit_layer < self.least_exit:
+            raise ValueError(f"{spec.kind} head: exit_layer is {spec.exit_layer}, expected at least {self.least_exit}")
         unknown = sorted(set(spec.options) - set(self.options))
         if unknown:
             raise ValueError(f"{spec.kind} head: unknown options {unknown}; it knows {sorted(self.options)}")
