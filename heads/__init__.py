@@ -7,25 +7,32 @@ from .calibration import Calibration, ExitCalibration, Gate, fit_calibration
 from .fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from .head_set import HeadSet, HeadSetConfig, adapter_config, shipped_folders
 from .linear import LinearHead
+from .stateful import BlockHead, Entries, HeadCache, RecurrentHead, StatefulHead, layer_options
 
 __all__ = [
     "AdapterHead",
     "ArtefactError",
     "BaseIdentity",
+    "BlockHead",
     "Calibration",
+    "Entries",
     "ExitCalibration",
     "ExitHead",
     "Gate",
+    "HeadCache",
     "HeadSet",
     "HeadSetConfig",
     "HeadSpec",
     "LinearHead",
     "Projection",
+    "RecurrentHead",
+    "StatefulHead",
     "adapter_config",
     "base_fingerprint",
     "build_head",
     "fit_calibration",
     "head_kinds",
+    "layer_options",
     "register_head",
     "shipped_folders",
     "tokenizer_sha256",

@@ -115,8 +115,13 @@ class ExitHead(nn.Module):
         self.hidden_size, self.num_outputs = hidden_size, num_outputs
         self.projection: Projection | None = None
 
-    def initialise(self, projection: Projection) -> None:
-        """Start from the base's weights where the kind does so; parameters are already at their default start."""
+    def initialise(self, projection: Projection, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Start from the base's weights where the kind does so; parameters are already at their default start.
+
+        Args:
+            projection: restricted to the head's outputs.
+            weights: the base's tensors by canonical name, for kinds that take over layers.
+        """
 
     def attach(self, projection: Projection) -> None:
         """Bind the base's projection, already restricted to the draft vocabulary, and prepare for inference.

@@ -53,6 +53,9 @@ class HeadSetConfig:
             raise ValueError(f"exit layers are {layers}, expected at least one and no layer twice")
         if max(layers) >= self.num_layers:
             raise ValueError(f"exit layers are {layers}, expected below the model's {self.num_layers} layers")
+        taps = [layer for spec in self.heads for layer in spec.options.get("taps", ())]
+        if max(taps, default=0) > self.num_layers:
+            raise ValueError(f"taps are {taps}, expected at most the model's {self.num_layers} layers")
         if self.draft_vocab is not None and not 1 <= self.draft_vocab <= self.vocab_size:
             raise ValueError(f"draft_vocab is {self.draft_vocab}, expected within 1..{self.vocab_size}")
 
@@ -95,11 +98,11 @@ class HeadSet:
     def num_parameters(self) -> int:
         return sum(p.numel() for head in self.heads.values() for p in head.parameters())
 
-    def initialise(self, projection: Projection) -> None:
-        """Start every head from the base's weights where its kind does so, before training."""
+    def initialise(self, projection: Projection, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Start every head from the base's weights where its kind does so, before training; see `ExitHead`."""
         restricted = projection.restrict(self.draft_ids)
         for head in self.heads.values():
-            head.initialise(restricted)
+            head.initialise(restricted, weights)
 
     def attach(self, projection: Projection) -> HeadSet:
         """Bind all heads to the base: LM head rows gathered once and shared, heads on the projection's device."""

@@ -5,7 +5,7 @@ Source: DSSD, arXiv 2407.21082 v2, section 3. It holds Vd x D numbers an exit, m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class LinearHead(ExitHead):
         self.weight = nn.Parameter(torch.zeros(num_outputs, hidden_size))
         self._project: Callable[[Tensor], Tensor] | None = None
 
-    def initialise(self, projection: Projection) -> None:
+    def initialise(self, projection: Projection, weights: Mapping[str, Tensor] | None = None) -> None:
         """Rows of the LM head. Of the final norm only a pure gain is taken (what it makes of a flat positive row)."""
         with torch.no_grad():
             flat = torch.ones(1, self.hidden_size, device=projection.head_weight.device)

@@ -1,0 +1,414 @@
+"""Heads that remember: one or a few transformer layers with their own keys and values.
+
+    block      runs on the exit's hidden state of each token, and sees those of the tokens before it.
+    recurrent  runs on the token's own input (its embedding, or an early layer) joined with a *context*: what the
+               full model knew one token earlier where that is verified, the head's own output where it is a draft.
+
+An *entry* is one token of one sequence: its key and value in the head's cache and its output, from which the draft logits
+come. Entries of verified tokens are made from the full model's states ("true"); those of drafted tokens are overwritten by
+true ones when the token is committed (design rule 10). Nothing here may change what is written, only how much is accepted.
+
+Recurrent drafting and its unrolled training follow the line of EAGLE (arXiv 2401.15077; training on own outputs:
+arXiv 2503.01840).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import ExitHead, HeadSpec, Projection, register_head, rms_normalise
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class HeadCache:
+    """Keys and values of one head: `k, v [layers, B, KV, capacity, d]`, in the head's matmul dtype.
+
+    Slot i of a sequence holds position i's true entry; slots beyond the true ones are scratch for drafts.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The rows that one sequence gives to a call of `StatefulHead.extend`.
+
+    Attributes:
+        sequence: its row in the cache.
+        slots: where each row's key and value go.
+        positions: absolute position of each row's token.
+        visible: bool `[n, S]` over the first S slots (S > every slot written); None: a row sees slots up to its own.
+    """
+
+    sequence: int
+    slots: Sequence[int]
+    positions: Sequence[int]
+    visible: Tensor | None = None
+
+
+class StatefulHead(ExitHead):
+    """Common parts of `block` and `recurrent`: the layers, their cache, decoding and training passes.
+
+    Options: `depth`, transformer layers; `num_heads`, `num_kv_heads`, `head_dim`, `ff`, `rope_theta`, `qkv_bias`:
+    their sizes, normally those of the base's layers (`layer_options`); `source`, the base layer whose weights the first
+    layer starts from, -1 for a random start (further layers follow it).
+    """
+
+    stateful = True
+    options: ClassVar[Mapping[str, Any]] = {
+        "depth": 1,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+        "ff": 1024,
+        "rope_theta": 10_000.0,
+        "qkv_bias": False,
+        "source": -1,
+    }
+
+    def __init__(self, spec: HeadSpec, hidden_size: int, num_outputs: int) -> None:
+        super().__init__(spec, hidden_size, num_outputs)
+        chosen = {**self.options, **spec.options}
+        if int(chosen["depth"]) < 1:
+            raise ValueError(f"{self.kind} head: depth is {chosen['depth']}, expected at least 1")
+        self.source = int(chosen["source"])
+        sizes = _Sizes(*(int(chosen[name]) for name in ("num_heads", "num_kv_heads", "head_dim", "ff")))
+        bias = bool(chosen["qkv_bias"])
+        self.layers = nn.ModuleList(_Layer(hidden_size, sizes, bias) for _ in range(int(chosen["depth"])))
+        self.gain = nn.Parameter(torch.ones(hidden_size))
+        half = torch.arange(0, sizes.head_dim, 2, dtype=torch.float64) / sizes.head_dim
+        self._inv_freq = (float(chosen["rope_theta"]) ** -half).float()
+        self._sizes = sizes
+        self._products: list[dict[str, Product]] | None = None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Exit layers whose true states make up a verified token's context, ascending; empty where there is none."""
+        return ()
+
+    def initialise(self, projection: Projection, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Take over the base's layers `source`, `source + 1`, ... as far as names and shapes fit.
+
+        Args:
+            weights: canonical names -> tensors of the base (`engine/weights.py`), norm weights as they multiply (the
+                family's offset added); None keeps the random start.
+        """
+        if weights is None or self.source < 0:
+            return
+        for offset, layer in enumerate(self.layers):
+            prefix = f"layers.{self.source + offset}."
+            with torch.no_grad():
+                for name, parameter in layer.named_parameters():
+                    found = weights.get(prefix + name)
+                    if found is not None and found.shape == parameter.shape:
+                        parameter.copy_(found)
+
+    def attach(self, projection: Projection) -> None:
+        super().attach(projection)
+        projection.prepare()
+        self._inv_freq = self._inv_freq.to(projection.head_weight.device)
+        self._products = None
+        if projection.linear is not None:
+            self._products = [layer.products(self.prepared) for layer in self._layers()]
+
+    def new_state(self, num_rows: int, capacity: int, device: torch.device | str = "cpu") -> HeadCache:
+        """An empty cache for `num_rows` sequences of `capacity` slots (true entries and scratch)."""
+        shape = len(self.layers), num_rows, self._sizes.num_kv_heads, capacity, self._sizes.head_dim
+        # fp32 on the CPU for the same reason as the model's own cache there; zeros, so that no stale NaN is ever read
+        dtype = torch.float32 if torch.device(device).type == "cpu" else self.attached().dtype
+        return HeadCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    def context(self, taps: Tensor) -> Tensor:
+        """A verified token's context from the full model's states at it.
+
+        Args:
+            taps: `[N, len(self.taps), D]` fp32.
+
+        Returns:
+            `[N, D]` fp32.
+        """
+        raise NotImplementedError(f"{self.kind} heads have no context")
+
+    def enter(self, hidden: Tensor, context: Tensor | None) -> Tensor:
+        """The layers' input `[..., D]` fp32 from a token's own hidden state and the context of the token before it."""
+        return hidden
+
+    def extend(self, hidden: Tensor, context: Tensor | None, entries: Sequence[Entries], state: HeadCache) -> Tensor:
+        """Make entries; within a sequence, rows may see each other as `visible` says.
+
+        Args:
+            hidden: each row's residual stream after `exit_layer` layers, `[N, D]` fp32, sequences one after another.
+            context: `[N, D]` fp32: `context(taps of the token before)` where that is verified (zeros for position 0), the
+                output of the parent's entry where it is a draft. None for kinds without `taps`.
+            entries: where the rows stand, N in all.
+
+        Returns:
+            The entries' outputs `[N, D]` fp32, for `draft_logits` and as context of drafted children.
+        """
+        out = self.enter(hidden, context)
+        positions = torch.tensor([p for e in entries for p in e.positions], device=out.device)
+        rotary = self._rotary(positions)
+        places = [torch.tensor(list(e.slots), device=out.device) for e in entries]
+        for index, layer in enumerate(self._layers()):
+            products = None if self._products is None else self._products[index]
+            q, k, v = layer.project(out, rotary, products)
+            attended, first = [], 0
+            for own, place in zip(entries, places, strict=True):
+                rows = slice(first, first + len(place))
+                first += len(place)
+                keys, values = state.k[index, own.sequence], state.v[index, own.sequence]
+                keys[:, place] = k[rows].transpose(0, 1).to(keys.dtype)
+                values[:, place] = v[rows].transpose(0, 1).to(values.dtype)
+                attended.append(_attend(q[rows], keys, values, place, own.visible))
+            out = layer.finish(out, torch.cat(attended), products)
+        return out
+
+    def draft_logits(self, out: Tensor) -> Tensor:
+        """Entries' outputs `[N, D]` fp32 -> draft logits `[N, num_outputs]`."""
+        return self.attached().logits(rms_normalise(out, None) * self.gain)
+
+    def forward(self, hidden: Tensor, state: Any = None) -> Tensor:
+        raise RuntimeError(f"{self.kind} heads keep state: call extend and draft_logits")
+
+    def unroll(self, hidden: Tensor, taps: Tensor | None, num_steps: int) -> list[Tensor]:
+        """Entries of whole sequences as drafting would make them, for training and measuring; differentiable.
+
+        Result s (from 0) at position u is the entry of token u as the (s + 1)-th of a chain: its context is result s - 1
+        at u - 1 (the true context for s = 0); it sees the true entries up to u - s and the chain's own between. With the
+        true tokens as drafts this is exact for every chain that is accepted so far.
+
+        Args:
+            hidden: residual stream after `exit_layer` layers, `[B, T, D]` fp32.
+            taps: true states `[B, T, len(self.taps), D]` fp32, or None for kinds without.
+            num_steps: chain length; kinds without a context give one result, theirs do not depend on it.
+
+        Returns:
+            `[B, T, D]` fp32 each; positions u < s belong to no chain and mean nothing.
+        """
+        true = None if taps is None else _shift(self.context(taps.flatten(0, 1)).view(hidden.shape))
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        rotary = self._rotary(positions)
+        steps: list[Tensor] = []
+        keys: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]  # by layer, by step
+        for step in range(num_steps if self.taps else 1):
+            out = self.enter(hidden, true if step == 0 else _shift(steps[-1]))
+            for layer, made in zip(self._layers(), keys, strict=True):
+                q, k, v = layer.project(out, rotary, None)
+                made.append((k, v))
+                out = layer.finish(out, _attend_unrolled(q, made), None)
+            steps.append(out)
+        return steps
+
+    def _layers(self) -> list[_Layer]:
+        return [layer for layer in self.layers if isinstance(layer, _Layer)]
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin `[N, 1, d]` fp32."""
+        angles = positions.unsqueeze(-1).float() * self._inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
+
+
+@register_head
+class BlockHead(StatefulHead):
+    """Transformer layers on the exit's hidden state, with keys and values of their own."""
+
+    kind = "block"
+
+
+@register_head
+class RecurrentHead(StatefulHead):
+    """Drafts on from its own state, without trunk layers per draft token when `exit_layer` is 0.
+
+    Options beside those of `StatefulHead`: `taps`, the exit layers whose states of the last verified token are joined into
+    the first context (num_layers is the final norm's input).
+    """
+
+    kind = "recurrent"
+    least_exit = 0
+    options = {**StatefulHead.options, "taps": ()}
+
+    def __init__(self, spec: HeadSpec, hidden_size: int, num_outputs: int) -> None:
+        super().__init__(spec, hidden_size, num_outputs)
+        self._taps = tuple(int(layer) for layer in spec.options.get("taps", ()))
+        if not self._taps or list(self._taps) != sorted(set(self._taps)) or self._taps[0] < 1:
+            raise ValueError(f"recurrent head: taps are {self._taps}, expected rising exit layers, at least one")
+        self.token_norm = nn.Parameter(torch.ones(hidden_size))
+        self.context_norm = nn.Parameter(torch.ones(hidden_size))
+        # the deepest state alone at the start: what an untrained head should draft from
+        self.fuse = nn.Parameter(torch.cat([torch.zeros(hidden_size, (len(self._taps) - 1) * hidden_size),
+                                            torch.eye(hidden_size)], 1))  # fmt: skip
+        self.join = nn.Parameter(torch.cat([torch.eye(hidden_size), torch.eye(hidden_size)], 1))
+        self._fuse: Product | None = None
+        self._join: Product | None = None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self._taps
+
+    def attach(self, projection: Projection) -> None:
+        super().attach(projection)
+        packed = projection.linear is not None
+        self._fuse = self.prepared(self.fuse) if packed else None
+        self._join = self.prepared(self.join) if packed else None
+
+    def context(self, taps: Tensor) -> Tensor:
+        normed = rms_normalise(taps, None).flatten(1)
+        return _apply(self._fuse, normed, self.fuse, self.attached().dtype)
+
+    def enter(self, hidden: Tensor, context: Tensor | None) -> Tensor:
+        assert context is not None
+        both = torch.cat([rms_normalise(hidden, self.token_norm), rms_normalise(context, self.context_norm)], -1)
+        return _apply(self._join, both, self.join, self.attached().dtype)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ff: int
+
+
+class _Layer(nn.Module):
+    """A pre-norm layer: grouped-query attention and a gated SiLU MLP. Parameters have the base's canonical names."""
+
+    def __init__(self, hidden_size: int, sizes: _Sizes, qkv_bias: bool) -> None:
+        super().__init__()
+        self.sizes = sizes
+        num_qkv = (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+        self.attn_norm = _Weight(torch.ones(hidden_size))
+        self.mlp_norm = _Weight(torch.ones(hidden_size))
+        self.qkv = _Weight(_random(num_qkv, hidden_size), torch.zeros(num_qkv) if qkv_bias else None)
+        self.o = _Weight(_random(hidden_size, sizes.num_heads * sizes.head_dim) * 0.1)
+        self.up = _Weight(_random(2 * sizes.ff, hidden_size))
+        self.down = _Weight(_random(hidden_size, sizes.ff) * 0.1)
+
+    def products(self, prepared: Callable[[Tensor], Product]) -> dict[str, Product]:
+        """Inference projections of the four matrices."""
+        return {name: prepared(getattr(self, name).weight) for name in ("qkv", "o", "up", "down")}
+
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], products: dict[str, Product] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x [..., D]` -> q `[..., H, d]`, k and v `[..., KV, d]`, q and k rotated."""
+        s = self.sizes
+        qkv = self._product("qkv", rms_normalise(x, self.attn_norm.weight), products)
+        if self.qkv.bias is not None:
+            qkv = qkv + self.qkv.bias
+        qkv = qkv.view(*x.shape[:-1], s.num_heads + 2 * s.num_kv_heads, s.head_dim)
+        qk, v = qkv.split([s.num_heads + s.num_kv_heads, s.num_kv_heads], -2)
+        low, high = qk.chunk(2, -1)
+        qk = qk * rotary[0] + torch.cat([high, low], -1) * rotary[1]
+        q, k = qk.split([s.num_heads, s.num_kv_heads], -2)
+        return q, k, v
+
+    def finish(self, x: Tensor, attended: Tensor, products: dict[str, Product] | None) -> Tensor:
+        """Output projection, MLP and both residuals: `attended [..., H, d]` -> `[..., D]`."""
+        x = x + self._product("o", attended.flatten(-2), products)
+        gate, up = self._product("up", rms_normalise(x, self.mlp_norm.weight), products).chunk(2, -1)
+        return x + self._product("down", F.silu(gate) * up, products)
+
+    def _product(self, name: str, x: Tensor, products: dict[str, Product] | None) -> Tensor:
+        weight = getattr(self, name).weight
+        return _apply(None if products is None else products[name], x, weight, weight.dtype)
+
+
+class _Weight(nn.Module):
+    """Only there so that parameters are named as in the base: `qkv.weight`, `qkv.bias`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+def layer_options(
+    num_heads: int, num_kv_heads: int, head_dim: int, ff: int, rope_theta: float, qkv_bias: bool
+) -> dict[str, Any]:
+    """The options of a stateful head whose layers have the base's sizes."""
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "ff": ff,
+        "rope_theta": rope_theta,
+        "qkv_bias": qkv_bias,
+    }
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns) * columns**-0.5
+
+
+def _apply(packed: Product | None, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x [..., K] @ weight.T` in fp32: through the packed inference product, or differentiable."""
+    if packed is None:
+        return F.linear(x, weight).float()
+    return packed(x.reshape(-1, x.shape[-1]).to(dtype)).float().view(*x.shape[:-1], -1)
+
+
+def _shift(x: Tensor) -> Tensor:
+    """`[B, T, ...]` moved one position later; position 0, which has none before it, gets zeros."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor | None) -> Tensor:
+    """`q [n, H, d]` over the first slots of `keys, values [KV, capacity, d]` -> `[n, H, d]` fp32."""
+    if visible is None:
+        num_slots = int(slots.max()) + 1
+        visible = torch.arange(num_slots, device=q.device) <= slots.unsqueeze(1)
+    num_slots = visible.shape[1]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0).to(keys.dtype),
+        keys[:, :num_slots].unsqueeze(0),
+        values[:, :num_slots].unsqueeze(0),
+        attn_mask=visible,
+        enable_gqa=q.shape[1] != keys.shape[0],
+    )
+    return out[0].transpose(0, 1).float()
+
+
+def _attend_unrolled(q: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The newest step's queries over true keys and the chain's own.
+
+    Args:
+        q: `[B, T, H, d]` of step s = len(made) - 1.
+        made: of each step, k and v `[B, T, KV, d]`.
+
+    Returns:
+        `[B, T, H, d]`. Position u sees the true keys j <= u - s, and of step m = 1..s the key at u - (s - m).
+    """
+    step, (batch, length, num_heads, head_dim) = len(made) - 1, q.shape
+    num_kv = made[0][0].shape[2]
+    q = q.view(batch, length, num_kv, num_heads // num_kv, head_dim) * head_dim**-0.5
+    at = torch.arange(length, device=q.device)
+    visible = at <= (at - step).unsqueeze(1)
+    scores = torch.einsum("btkgd,bskd->bkgts", q, made[0][0]).float()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    own = [(_roll(k, step - m), _roll(v, step - m)) for m, (k, v) in enumerate(made) if m]
+    if own:
+        beside = torch.stack([(q * k.unsqueeze(3)).sum(-1).float() for k, _ in own], -1)  # [B, T, KV, G, s]
+        scores = torch.cat([scores, beside.permute(0, 2, 3, 1, 4)], -1)
+    probs = scores.softmax(-1)
+    out = torch.einsum("bkgts,bskd->btkgd", probs[..., :length].to(made[0][1].dtype), made[0][1])
+    for place, (_, v) in enumerate(own):
+        share = probs[..., length + place].permute(0, 3, 1, 2).unsqueeze(-1)
+        out = out + share.to(v.dtype) * v.unsqueeze(3)
+    return out.reshape(batch, length, num_heads, head_dim)
+
+
+def _roll(x: Tensor, count: int) -> Tensor:
+    """`[B, T, ...]` moved `count` positions later, zeros before."""
+    if count == 0:
+        return x
+    return torch.cat([torch.zeros_like(x[:, :count]), x[:, : x.shape[1] - count]], 1) if count < x.shape[1] else x * 0
