@@ -175,19 +175,24 @@ class Decoder:
     def rotary(self, positions: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         """cos and signed sin of each row, `[N, 1, rotary_dim]` fp32 for each distinct rope of the model.
 
-        Tables are made once in fp64 for a stretch of positions, so a position always reads the same numbers.
+        Tables grow with the positions asked for; with a full one (`reserve_rotary`) the device is not waited for.
         """
-        needed = int(positions.max()) + 1
-        if needed > self._rope_rows:
-            self._rope_rows = max(needed, min(self.config.max_context + 16, 2 * needed + 1024))
-            for spec in set(self.config.ropes):
-                angles = torch.outer(
-                    torch.arange(self._rope_rows, dtype=torch.float64), torch.tensor(spec.inv_freq, dtype=torch.float64)
-                )
-                cos, sin = angles.cos() * spec.attention_factor, angles.sin() * spec.attention_factor
-                table = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
-                self._tables[spec] = table[0].float().to(self.device), table[1].float().to(self.device)
+        if self._rope_rows < self.config.max_context + 16:
+            self.reserve_rotary(int(positions.max()) + 1)
         return {s: (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)) for s, (cos, sin) in self._tables.items()}
+
+    def reserve_rotary(self, rows: int) -> None:
+        """Make the rotary tables reach `rows` positions. Made in fp64, so a position always reads the same numbers."""
+        if rows <= self._rope_rows:
+            return
+        self._rope_rows = max(rows, min(self.config.max_context + 16, 2 * rows + 1024))
+        for spec in set(self.config.ropes):
+            angles = torch.outer(
+                torch.arange(self._rope_rows, dtype=torch.float64), torch.tensor(spec.inv_freq, dtype=torch.float64)
+            )
+            cos, sin = angles.cos() * spec.attention_factor, angles.sin() * spec.attention_factor
+            table = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+            self._tables[spec] = table[0].float().to(self.device), table[1].float().to(self.device)
 
     def _attention(
         self, layer: Layer, index: int, normed: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend
