@@ -17,7 +17,7 @@ from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
 from .forward import RowTiles
 from .gate import PLAIN, DraftPolicy, calibrated
-from .loop import Machinery, Origin, Request, decode
+from .loop import Machinery, Observer, Origin, Request, decode
 from .model import Decoder
 from .pacing import Pace
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
@@ -97,6 +97,7 @@ class Engine:
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
+        observer: called with every verified round, see `loop.Machinery`; for measurements.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Engine:
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
         self.model_id, self.deterministic = model_id, deterministic
         self.warning: str | None = None
+        self.observer: Observer | None = None
         with torch.inference_mode():
             self.tiles = self._find_tiles()
             if heads is not None:
@@ -271,6 +273,7 @@ class Engine:
             self.tiles,
             {} if self.heads is None else self.heads.heads,
             None if self.heads is None else self.heads.draft_ids,
+            self.observer,
         )
         return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
 

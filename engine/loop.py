@@ -7,7 +7,7 @@ them is a tree, its logits and a committed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,16 +60,20 @@ class Request:
         return len(self.history) - 1
 
 
+Observer = Callable[["Machinery", Sequence[Working], Sequence[Tensor]], None]
+
+
 @dataclass(frozen=True)
 class Machinery:
     """What rounds run on. `heads` maps exit layers to `hidden [N, D] -> logits [N, Vd]`; `draft_ids` long `[Vd]` or
-    None."""
+    None. `observer` sees every verified round before it is committed: trees and each tree's logits `[nodes, V]`."""
 
     decoder: Decoder
     cache: KVCache
     tiles: RowTiles
     heads: Mapping[int, Head]
     draft_ids: Tensor | None
+    observer: Observer | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
         rows = [_draft_row(on, request, work) for request, work in zip(requests, works, strict=True)]
         refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles)
     logits = verify(on, works)
+    if on.observer is not None:
+        on.observer(on, works, logits)
     return [
         accept_block(request, work.tree, own, count)
         for request, work, own, count in zip(requests, works, logits, refused, strict=True)
