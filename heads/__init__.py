@@ -3,7 +3,7 @@
 from .adapter import AdapterHead
 from .artefact import ArtefactError
 from .base import ExitHead, HeadSpec, Projection, build_head, head_kinds, register_head
-from .calibration import Calibration, ExitCalibration, Gate, fit_calibration
+from .calibration import Calibration, ExitCalibration, Gate
 from .fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from .head_set import HeadSet, HeadSetConfig, adapter_config, shipped_folders
 from .linear import LinearHead

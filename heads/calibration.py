@@ -1,4 +1,4 @@
-"""What a head set knows about its own reliability, and the gate thresholds that follow.
+"""What a head set knows about its own reliability: the stored form. `fitting.py` makes it from measurements.
 
 For each exit and accuracy level, DSSD's rule (arXiv 2407.21082, section 3.3): sort tokens by the head's entropy and
 take the largest entropy at which the cumulative agreement with the full model is still at least the level. Only
@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 LEVELS = tuple(round(0.60 + 0.01 * i, 2) for i in range(40))  # 0.60 .. 0.99
-BIN_EDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 20.0)
-MIN_TOKENS = 32  # fewer tokens than this say nothing about a 0.99 level
-TOP_K = 4
+JOINT_LEVELS = (0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 0.99)
+CURVE_LEVEL = 0.90  # curves are of the tokens that earlier exits refused at this level
+MEASURES = ("entropy", "max_prob", "margin")
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,70 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Coverage against agreement when tokens are taken surest first by one measure of confidence.
+
+    Point i takes the share `coverage[i]` of the tokens, those at least as sure as `threshold[i]` (nats for entropy, else
+    a probability), and the head is right on `agreement[i]` of them. Coverage rises.
+    """
+
+    threshold: tuple[float, ...]
+    coverage: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.threshold) == len(self.coverage) == len(self.agreement):
+            raise ValueError(f"a curve has {len(self.threshold)}, {len(self.coverage)} and {len(self.agreement)} points")
+
+    def coverage_at(self, level: float) -> float:
+        """The largest coverage whose agreement is at least `level`; 0 where there is none."""
+        pairs = zip(self.coverage, self.agreement, strict=True)
+        return max((coverage for coverage, agreement in pairs if agreement >= level), default=0.0)
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well one measure of confidence tells right from wrong.
+
+    Args:
+        auroc: chance that a right token looks surer than a wrong one, over all tokens; 0.5 also where all were right or
+            all wrong.
+        auroc_reached, curve: over the tokens that earlier exits refused at `CURVE_LEVEL` by entropy.
+    """
+
+    auroc: float
+    auroc_reached: float
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predicted confidence (the head's largest probability) against agreement, in equal bins of 0..1.
+
+    `confidence` and `agreement` are means over a bin's tokens, 0 where it has none.
+    """
+
+    counts: tuple[int, ...]
+    confidence: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: |confidence - agreement|, averaged over tokens."""
+        gaps = zip(self.counts, self.confidence, self.agreement, strict=True)
+        return sum(n * abs(c - a) for n, c, a in gaps) / max(1, sum(self.counts))
+
+
+@dataclass(frozen=True)
 class ExitCalibration:
-    """One exit's measurements over all held-out tokens, and its gates by accuracy level.
+    """One exit's measurements over all tokens, and its gates by accuracy level.
 
     Args:
         top_k: share of tokens whose target is among the head's best 1, 2, 3, 4.
         bin_edges: entropies in nats, one more than bins. bin_agreement is 0 where bin_counts is 0.
+        true_prefix_agreement: over the tokens whose whole prefix the full model wrote.
+        separation: by measure of confidence, see `MEASURES`; those that were measured.
+        reliability: None where probabilities were not measured.
     """
 
     num_tokens: int
@@ -58,6 +114,9 @@ class ExitCalibration:
     bin_counts: tuple[int, ...]
     bin_agreement: tuple[float, ...]
     gates: Mapping[float, Gate] = field(default_factory=dict)
+    true_prefix_agreement: float = 0.0
+    separation: Mapping[str, Separation] = field(default_factory=dict)
+    reliability: Reliability | None = None
 
     def __post_init__(self) -> None:
         bins = len(self.bin_edges) - 1
@@ -69,11 +128,30 @@ class ExitCalibration:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """Tokens of which exactly these exits were sure; `right[i]` counts those on which the head of `exits[i]` was right."""
+
+    exits: tuple[int, ...]
+    count: int
+    right: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Exit layer -> measurements. `source` says in words what they were measured on."""
+    """Exit layer -> measurements. `source` says in words what they were measured on.
+
+    Args:
+        num_drafted: of the tokens, those whose prefix ends in drafted tokens; the others follow a verified one.
+        num_off_path: of these, those whose prefix holds a draft that the full model rejects.
+        joint: accuracy level (of `JOINT_LEVELS`) -> which exits were sure of how many tokens together, at the gates of
+            that level.
+    """
 
     exits: Mapping[int, ExitCalibration]
     source: str = ""
+    num_drafted: int = 0
+    num_off_path: int = 0
+    joint: Mapping[float, tuple[Pattern, ...]] = field(default_factory=dict)
 
     def gate(self, exit_layer: int, accuracy: float) -> tuple[float, float]:
         """Thresholds `(low, high)` in nats of an exit, at the next level not under `accuracy`.
@@ -88,32 +166,48 @@ class Calibration:
         """Share of the tokens that reached an exit of which it was sure at this level. Raises as `gate` does."""
         return self._at(exit_layer, accuracy).coverage
 
+    def first_sure(self, exits: Sequence[int], accuracy: float) -> dict[int, tuple[float, float]]:
+        """What happens when these exits are asked in turn, shallow first, at the next joint level not under `accuracy`.
+
+        Returns:
+            Exit layer -> share of all tokens whose first sure exit it is, and its agreement on them (0 for none).
+
+        Raises:
+            ValueError: an exit without calibration, or an accuracy that was not measured.
+        """
+        unknown = sorted(set(exits) - set(self.exits))
+        if unknown:
+            raise ValueError(f"no calibration for exit layers {unknown}; calibrated: {sorted(self.exits)}")
+        patterns = self.joint[_next_level(self.joint, accuracy)]
+        total = sum(pattern.count for pattern in patterns)
+        shares = dict.fromkeys(sorted(exits), (0, 0))
+        for pattern in patterns:
+            first = min(set(pattern.exits) & set(exits), default=None)
+            if first is not None:
+                count, right = shares[first]
+                shares[first] = count + pattern.count, right + pattern.right[pattern.exits.index(first)]
+        return {layer: (count / total, right / count if count else 0.0) for layer, (count, right) in shares.items()}
+
     def _at(self, exit_layer: int, accuracy: float) -> Gate:
         if exit_layer not in self.exits:
             raise ValueError(f"no calibration for exit layer {exit_layer}; calibrated: {sorted(self.exits)}")
         gates = self.exits[exit_layer].gates
-        levels = sorted(gates)
-        if not levels or not levels[0] - 1e-9 <= accuracy <= levels[-1] + 1e-9:
-            raise ValueError(f"accuracy is {accuracy}, expected within {levels[:1]}..{levels[-1:]}")
-        return gates[next(x for x in levels if x >= accuracy - 1e-9)]
+        return gates[_next_level(gates, accuracy)]
 
     def to_json(self) -> str:
-        exits = {
-            str(layer): {
-                "num_tokens": e.num_tokens,
-                "agreement": e.agreement,
-                "top_k": list(e.top_k),
-                "bins": {
-                    "entropy_edges": list(e.bin_edges),
-                    "counts": list(e.bin_counts),
-                    "agreement": list(e.bin_agreement),
-                },
-                "gates": {f"{level:.2f}": vars(gate) for level, gate in sorted(e.gates.items())},
-            }
-            for layer, e in sorted(self.exits.items())
+        document = {
+            "version": CALIBRATION_VERSION,
+            "source": self.source,
+            "entropy_unit": "nats",
+            "num_drafted": self.num_drafted,
+            "num_off_path": self.num_off_path,
+            "exits": {str(layer): _exit_to(e) for layer, e in sorted(self.exits.items())},
+            "joint": {
+                f"{level:.2f}": [[list(p.exits), p.count, list(p.right)] for p in patterns]
+                for level, patterns in sorted(self.joint.items())
+            },
         }
-        document = {"version": CALIBRATION_VERSION, "source": self.source, "entropy_unit": "nats", "exits": exits}
-        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+        return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -125,104 +219,71 @@ class Calibration:
         document = json.loads(text, parse_constant=_refuse_constant)
         version = document.get("version")
         if version != CALIBRATION_VERSION:
-            raise ValueError(f"calibration version is {version!r}, expected {CALIBRATION_VERSION}; calibrate again")
+            raise ValueError(
+                f"calibration version is {version!r}, expected {CALIBRATION_VERSION}; measure the heads again with "
+                "`skipstone calibrate`"
+            )
         try:
             exits = {int(layer): _exit_from(entry) for layer, entry in document["exits"].items()}
-            return cls(exits, document["source"])
+            joint = {
+                round(float(level), 2): tuple(Pattern(tuple(e), int(n), tuple(r)) for e, n, r in patterns)
+                for level, patterns in document["joint"].items()
+            }
+            return cls(exits, document["source"], document["num_drafted"], document["num_off_path"], joint)
         except (KeyError, TypeError) as error:
             raise ValueError(f"calibration.json is incomplete: {error!r}; calibrate again") from error
+
+
+def _next_level(known: Mapping[float, Any], accuracy: float) -> float:
+    """The lowest of the known levels not under `accuracy`."""
+    levels = sorted(known)
+    if not levels or not levels[0] - 1e-9 <= accuracy <= levels[-1] + 1e-9:
+        raise ValueError(f"accuracy is {accuracy}, expected within {levels[:1]}..{levels[-1:]}")
+    return next(x for x in levels if x >= accuracy - 1e-9)
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"calibration.json holds {name}, expected finite numbers only")
 
 
+_GATE_COLUMNS = ("low", "high", "coverage", "agreement", "num_tokens")
+
+
+def _exit_to(e: ExitCalibration) -> dict[str, Any]:
+    """Gates are written column by column, a third of the size."""
+    gates = [gate for _, gate in sorted(e.gates.items())]
+    entry: dict[str, Any] = {
+        "num_tokens": e.num_tokens,
+        "agreement": e.agreement,
+        "true_prefix_agreement": e.true_prefix_agreement,
+        "top_k": e.top_k,
+        "bins": {"entropy_edges": e.bin_edges, "counts": e.bin_counts, "agreement": e.bin_agreement},
+        "gates": {"levels": sorted(e.gates)} | {name: [getattr(g, name) for g in gates] for name in _GATE_COLUMNS},
+        "separation": {name: {**vars(s), "curve": vars(s.curve)} for name, s in e.separation.items()},
+    }
+    return entry if e.reliability is None else entry | {"reliability": vars(e.reliability)}
+
+
 def _exit_from(entry: Mapping[str, Any]) -> ExitCalibration:
-    bins = entry["bins"]
+    bins, gates = entry["bins"], entry["gates"]
+    rows = zip(*(gates[name] for name in _GATE_COLUMNS), strict=True)
+    reliability = entry.get("reliability")
     return ExitCalibration(
         num_tokens=int(entry["num_tokens"]),
         agreement=float(entry["agreement"]),
-        top_k=tuple(float(x) for x in entry["top_k"]),
-        bin_edges=tuple(float(x) for x in bins["entropy_edges"]),
+        top_k=_floats(entry["top_k"]),
+        bin_edges=_floats(bins["entropy_edges"]),
         bin_counts=tuple(int(x) for x in bins["counts"]),
-        bin_agreement=tuple(float(x) for x in bins["agreement"]),
-        gates={round(float(level), 2): Gate(**gate) for level, gate in entry["gates"].items()},
+        bin_agreement=_floats(bins["agreement"]),
+        gates={round(float(x), 2): Gate(*row) for x, row in zip(gates["levels"], rows, strict=True)},
+        true_prefix_agreement=float(entry["true_prefix_agreement"]),
+        separation={
+            name: Separation(s["auroc"], s["auroc_reached"], Curve(**{k: _floats(v) for k, v in s["curve"].items()}))
+            for name, s in entry["separation"].items()
+        },
+        reliability=None if reliability is None else Reliability(**{k: tuple(v) for k, v in reliability.items()}),
     )
 
 
-def fit_calibration(
-    entropy: Mapping[int, np.ndarray],
-    rank: Mapping[int, np.ndarray],
-    source: str = "",
-    levels: Sequence[float] = LEVELS,
-) -> Calibration:
-    """Calibration from measurements on the same tokens at every exit.
-
-    Args:
-        entropy: exit layer -> nats `[N]` of the head's distribution.
-        rank: exit layer -> int `[N]`, place of the full model's token among the head's logits (0 is the argmax;
-            anything >= 4 is a miss of the top four, also a token outside the draft vocabulary).
-    """
-    if set(entropy) != set(rank) or not entropy:
-        raise ValueError(f"entropy has exits {sorted(entropy)}, rank {sorted(rank)}: expected the same, at least one")
-    sizes = {len(a) for a in (*entropy.values(), *rank.values())}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(f"measurements have lengths {sorted(sizes)}: expected one length above 0 for all exits")
-    layers = sorted(entropy)
-    gates: dict[int, dict[float, Gate]] = {layer: {} for layer in layers}
-    for level in levels:
-        left = np.ones(len(entropy[layers[0]]), dtype=bool)
-        for layer in layers:
-            # An exit that almost nothing reaches is still used alone: then all tokens are its own.
-            own = left if left.sum() >= MIN_TOKENS else np.ones_like(left)
-            gate = _fit_gate(entropy[layer][own], rank[layer][own], level)
-            gates[layer][level] = gate
-            left &= entropy[layer] >= gate.low
-    exits = {layer: _measure_exit(entropy[layer], rank[layer], gates[layer]) for layer in layers}
-    return Calibration(exits, source)
-
-
-def _measure_exit(entropy: np.ndarray, rank: np.ndarray, gates: Mapping[float, Gate]) -> ExitCalibration:
-    edges = np.asarray(BIN_EDGES)
-    which = np.clip(np.searchsorted(edges, entropy, side="right") - 1, 0, len(edges) - 2)
-    counts = np.bincount(which, minlength=len(edges) - 1)
-    right = np.bincount(which, weights=rank == 0, minlength=len(edges) - 1)
-    return ExitCalibration(
-        num_tokens=len(entropy),
-        agreement=float((rank == 0).mean()),
-        top_k=tuple(float((rank < k).mean()) for k in range(1, TOP_K + 1)),
-        bin_edges=BIN_EDGES,
-        bin_counts=tuple(int(c) for c in counts),
-        bin_agreement=tuple(float(r / c) if c else 0.0 for r, c in zip(right, counts, strict=True)),
-        gates=dict(gates),
-    )
-
-
-def _fit_gate(entropy: np.ndarray, rank: np.ndarray, level: float) -> Gate:
-    """`low` from the argmax, `high` from the top four among what `low` leaves: branching there is as safe."""
-    if len(entropy) < MIN_TOKENS:
-        return Gate(0.0, 0.0, 0.0, 0.0, len(entropy))
-    low = largest_entropy(entropy, rank == 0, level)
-    refused = entropy >= low
-    high = low
-    if refused.sum() >= MIN_TOKENS:
-        high = max(low, largest_entropy(entropy[refused], rank[refused] < TOP_K, level))
-    taken = ~refused
-    agreement = float((rank[taken] == 0).mean()) if taken.any() else 0.0
-    return Gate(low, high, float(taken.mean()), agreement, len(entropy))
-
-
-def largest_entropy(entropy: np.ndarray, right: np.ndarray, level: float) -> float:
-    """The threshold t in nats such that tokens with H < t are right with at least `level`, t as large as possible.
-
-    Tokens of equal entropy stand or fall together. 0.0 (nothing passes) if no threshold holds at least
-    `MIN_TOKENS` tokens at the level.
-    """
-    order = np.argsort(entropy, kind="stable")
-    h = entropy[order].astype(np.float32)
-    cumulative = np.cumsum(right[order]) / np.arange(1, len(h) + 1)
-    last_of_tie = np.append(h[1:] > h[:-1], True)
-    enough = np.arange(1, len(h) + 1) >= MIN_TOKENS
-    good = np.flatnonzero((cumulative >= level) & last_of_tie & enough)
-    # the next fp32 number: entropies are fp32 wherever they are compared
-    return float(np.nextafter(h[good[-1]], np.float32(np.inf))) if len(good) else 0.0
+def _floats(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(float(x) for x in values)

@@ -24,6 +24,7 @@ from .artefact import ArtefactError, parse_tensors, read_folder, write_folder
 from .base import ExitHead, HeadSpec, Projection, build_head
 from .calibration import Calibration
 from .fingerprint import BaseIdentity
+from .stateful import StatefulHead
 
 FORMAT_VERSION = 1
 HASHED = {"config.json", "heads.safetensors", "calibration.json"}
@@ -93,6 +94,12 @@ class HeadSet:
     def exits(self) -> tuple[int, ...]:
         """Exit layers, ascending."""
         return tuple(self.heads)
+
+    @property
+    def layers_read(self) -> tuple[int, ...]:
+        """Layers whose residual streams the heads read: their exits and taps, ascending."""
+        taps = {layer for head in self.heads.values() if isinstance(head, StatefulHead) for layer in head.taps}
+        return tuple(sorted({*self.heads, *taps}))
 
     @property
     def num_parameters(self) -> int:

@@ -4,9 +4,10 @@
     recurrent  runs on the token's own input (its embedding, or an early layer) joined with a *context*: what the
                full model knew one token earlier where that is verified, the head's own output where it is a draft.
 
-An *entry* is one token of one sequence: its key and value in the head's cache and its output, from which the draft logits
-come. Entries of verified tokens are made from the full model's states ("true"); those of drafted tokens are overwritten by
-true ones when the token is committed (design rule 10). Nothing here may change what is written, only how much is accepted.
+An *entry* is one token of one sequence: its key and value in the head's cache and its output, from which the draft
+logits come. Entries of verified tokens are made from the full model's states ("true"); those of drafted tokens are
+overwritten by true ones when the token is committed (design rule 10). Nothing here may change what is written, only how
+much is accepted.
 
 Recurrent drafting and its unrolled training follow the line of EAGLE (arXiv 2401.15077; training on own outputs:
 arXiv 2503.01840).
@@ -147,8 +148,8 @@ class StatefulHead(ExitHead):
 
         Args:
             hidden: each row's residual stream after `exit_layer` layers, `[N, D]` fp32, sequences one after another.
-            context: `[N, D]` fp32: `context(taps of the token before)` where that is verified (zeros for position 0), the
-                output of the parent's entry where it is a draft. None for kinds without `taps`.
+            context: `[N, D]` fp32: `context(taps of the token before)` where that is verified (zeros for position 0),
+                the output of the parent's entry where it is a draft. None for kinds without `taps`.
             entries: where the rows stand, N in all.
 
         Returns:
@@ -182,9 +183,9 @@ class StatefulHead(ExitHead):
     def unroll(self, hidden: Tensor, taps: Tensor | None, num_steps: int) -> list[Tensor]:
         """Entries of whole sequences as drafting would make them, for training and measuring; differentiable.
 
-        Result s (from 0) at position u is the entry of token u as the (s + 1)-th of a chain: its context is result s - 1
-        at u - 1 (the true context for s = 0); it sees the true entries up to u - s and the chain's own between. With the
-        true tokens as drafts this is exact for every chain that is accepted so far.
+        Result s (from 0) at position u is the entry of token u as the (s + 1)-th of a chain: its context is result
+        s - 1 at u - 1 (the true context for s = 0); it sees the true entries up to u - s and the chain's own between.
+        With the true tokens as drafts this is exact for every chain that is accepted so far.
 
         Args:
             hidden: residual stream after `exit_layer` layers, `[B, T, D]` fp32.
@@ -229,8 +230,8 @@ class BlockHead(StatefulHead):
 class RecurrentHead(StatefulHead):
     """Drafts on from its own state, without trunk layers per draft token when `exit_layer` is 0.
 
-    Options beside those of `StatefulHead`: `taps`, the exit layers whose states of the last verified token are joined into
-    the first context (num_layers is the final norm's input).
+    Options beside those of `StatefulHead`: `taps`, the exit layers whose states of the last verified token are joined
+    into the first context (num_layers is the final norm's input).
     """
 
     kind = "recurrent"

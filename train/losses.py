@@ -1,4 +1,4 @@
-"""The distillation loss: KL from the full model's distribution to a head's, over the head's draft vocabulary.
+"""Distillation losses: from the full model's distribution to a head's, over the head's draft vocabulary.
 
 The full model gives p over V tokens, a head q over the Vd it can draft. Tokens outside leave a remainder
 r = 1 - sum_{v in Vd} p(v). Two ways to close the gap:
@@ -7,7 +7,13 @@ r = 1 - sum_{v in Vd} p(v). Two ways to close the gap:
                                           uncertain, and the entropy gate sees it
     drop:   p'(v) = p(v) / (1 - r)        the head learns the conditional distribution and stays confident
 
-and loss = sum_v p'(v) (log p'(v) - log q(v)), nats per token. With Vd = V both are DSSD's loss (arXiv 2407.21082).
+Per token, by kind:
+
+    kl      sum_v p'(v) (log p'(v) - log q(v)), nats. With Vd = V it is DSSD's loss (arXiv 2407.21082).
+    topk    the same over the TOP_K likeliest ids of p' and one bucket for all others, nats.
+    ce      -log q(argmax p), nats; 0 where the argmax cannot be drafted.
+    tv      1/2 sum_v |p'(v) - q(v)|: one minus the chance that a draft drawn from q would be accepted when
+            sampling (arXiv 2211.17192, equation 3), in 0..1.
 """
 
 from __future__ import annotations
@@ -20,6 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Remainder = Literal["spread", "drop"]
+LossKind = Literal["kl", "topk", "ce", "tv"]
+LOSSES: tuple[LossKind, ...] = ("kl", "topk", "ce", "tv")
+TOP_K = 32
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,58 @@ def kl_to_teacher(logits: Tensor, teacher: Teacher) -> Tensor:
     return _SoftCrossEntropy.apply(logits, teacher.probs) + teacher.neg_entropy
 
 
-def kl_reference(
-    logits: Tensor, full_logits: Tensor, draft_ids: Tensor | None, remainder: Remainder = "spread"
+def distill(logits: Tensor, teacher: Teacher, kind: LossKind = "kl") -> Tensor:
+    """A loss of the module's table per token.
+
+    Args:
+        logits: a head's `[c, Vd]`, any float dtype; differentiable.
+        teacher: the same `c` tokens in the head's draft vocabulary.
+
+    Returns:
+        `[c]` fp32.
+    """
+    if kind == "kl":
+        return kl_to_teacher(logits, teacher)
+    scores = logits.float()
+    if kind == "tv":
+        return 0.5 * (scores.softmax(-1) - teacher.probs).abs().sum(-1)
+    log_q = scores - scores.logsumexp(-1, keepdim=True)
+    if kind == "ce":
+        picked = log_q.gather(1, teacher.best.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return torch.where(teacher.best < 0, 0.0, -picked)
+    if kind == "topk":
+        probs, ids = teacher.probs.topk(min(TOP_K, teacher.probs.shape[-1] - 1), -1)
+        inside = log_q.gather(1, ids)
+        # the other ids' mass by their own sum: 1 - sum(inside) would cancel to nothing where the head is sure
+        others = log_q.scatter(1, ids, float("-inf")).logsumexp(-1)
+        rest = (1.0 - probs.sum(-1)).clamp(min=0.0)
+        known = torch.special.entr(probs).sum(-1) + torch.special.entr(rest)
+        return -(probs * inside).sum(-1) - torch.where(rest > 0, rest * others, 0.0) - known
+    raise ValueError(f"loss is {kind!r}, expected one of {LOSSES}")
+
+
+def distill_reference(
+    logits: Tensor,
+    full_logits: Tensor,
+    draft_ids: Tensor | None,
+    remainder: Remainder = "spread",
+    kind: LossKind = "kl",
 ) -> Tensor:
-    """The eager twin of `Teacher.of` and `kl_to_teacher`: fp64, one line a formula, autograd's own gradient."""
-    p = full_logits.double().softmax(-1)
+    """The eager twin of `Teacher.of` and `distill`: fp64, one line a formula, autograd's own gradient."""
+    p, q = full_logits.double().softmax(-1), logits.double().softmax(-1)
+    best = p.argmax(-1)
     if draft_ids is not None:
         p = p[:, draft_ids]
         left = 1.0 - p.sum(-1, keepdim=True)
         p = p + left / p.shape[-1] if remainder == "spread" else p / p.sum(-1, keepdim=True)
-    return F.kl_div(logits.double().log_softmax(-1), p, reduction="none").sum(-1)
+    if kind == "tv":
+        return 1.0 - torch.minimum(p, q).sum(-1)
+    if kind == "ce":
+        ids = torch.arange(full_logits.shape[-1]) if draft_ids is None else draft_ids
+        return -((ids == best.unsqueeze(1)) * q.log()).sum(-1)
+    if kind == "topk":
+        order = p.argsort(-1, descending=True)
+        p, q = p.gather(1, order), q.gather(1, order)
+        cut = min(TOP_K, p.shape[-1] - 1)
+        p, q = (torch.cat([x[:, :cut], x[:, cut:].sum(-1, keepdim=True)], 1) for x in (p, q))
+    return F.kl_div(q.log(), p, reduction="none").sum(-1)

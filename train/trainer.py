@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..engine.model import Decoder
-from ..heads import HeadSet
+from ..heads import ExitHead, HeadSet, StatefulHead
 from .checkpoint import Checkpoint
 from .data import SelfText, make_batch, plan_batches
-from .losses import Remainder, Teacher, kl_to_teacher
+from .losses import LOSSES, LossKind, Remainder, Teacher, distill
 from .measure import training_projection
+
+CHAIN_MOST = 15  # drafted tokens of one round
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,11 @@ class Recipe:
         batch_tokens: tokens of the base's forward in one step, filling included.
         lr: peak learning rate, reached after `warmup` steps, falling along a cosine to `lr * final_lr`.
         clip: largest gradient norm of each head.
+        loss: see `losses`.
         remainder: what happens to the mass outside the draft vocabulary, see `losses`.
+        chain: how many tokens recurrent heads are unrolled for: as many as they will draft one after the other.
+        unreached: weight of a chain's positions whose earlier tokens the head has wrong, against 1 where they are
+            right; drafts there are never accepted, but at the start of training nearly all are such.
         chunk_tokens: tokens whose `[chunk, V]` logits are alive at once; bounds memory, not the result.
         seed: of the heads' start and the order of the data.
     """
@@ -42,17 +48,26 @@ class Recipe:
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
+    loss: LossKind = "kl"
     remainder: Remainder = "spread"
+    chain: int = 5
+    unreached: float = 1.0
     chunk_tokens: int = 4_096
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "chunk_tokens"):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}, expected one of {LOSSES}")
+        for name in ("steps", "batch_tokens", "chunk_tokens", "chain"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or not 0 <= self.final_lr <= 1:
+        if self.chain > CHAIN_MOST:
+            raise ValueError(f"chain is {self.chain}, expected at most {CHAIN_MOST}, the drafted tokens of one round")
+        shares = (self.final_lr, self.unreached)
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or not all(0 <= share <= 1 for share in shares):
             raise ValueError(
-                f"lr {self.lr}, clip {self.clip}, warmup {self.warmup}, final_lr {self.final_lr}: out of range"
+                f"lr {self.lr}, clip {self.clip}, warmup {self.warmup}, final_lr {self.final_lr}, "
+                f"unreached {self.unreached}: out of range"
             )
 
     def lr_at(self, step: int) -> float:
@@ -70,12 +85,16 @@ class StepResult:
 
     Attributes:
         num_tokens: drafted positions that were trained on.
-        loss, agreement: set name -> `[exits]` fp32, means over those positions, exits ascending.
+        loss, agreement: set name -> `[exits]` fp32, means over those positions, exits ascending. Of a recurrent head
+            the loss is the mean over its chain's steps, the agreement that of the first.
+        reached: set name -> `[exits, chain]` fp32, share of positions with the first 1, 2, ... tokens of a chain from
+            there right: cumulative acceptance. Stateless heads have their agreement in the first place and zeros.
     """
 
     num_tokens: int
     loss: dict[str, Tensor]
     agreement: dict[str, Tensor]
+    reached: dict[str, Tensor]
 
 
 class HeadTrainer:
@@ -113,43 +132,67 @@ class HeadTrainer:
         """One optimiser step on the next batch."""
         decoder = self.decoder
         batch = make_batch(self.text, self._next_members(), decoder.device)
-        layers = sorted({layer for heads in self.sets.values() for layer in heads.exits})
         final = decoder.config.num_layers
+        layers = {final} | {layer for heads in self.sets.values() for layer in heads.layers_read}
         with torch.no_grad():
-            states = decoder.encode(batch.ids, [*layers, final])
+            states = decoder.encode(batch.ids, sorted(layers))
         rows = batch.drafted.reshape(-1).nonzero().squeeze(1)
-        hidden = {layer: state.flatten(0, 1)[rows] for layer, state in states.items()}
-        del states
-        sums = {name: torch.zeros(2, len(h.exits), device=decoder.device) for name, h in self.sets.items()}
+        age = (batch.drafted.cumsum(1) - 1).reshape(-1)[rows]
+        last = states[final].flatten(0, 1)[rows]
         self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            runs = [
+                _Run(name, place, head, _outputs(head, states, rows, self.recipe.chain), self.recipe.chunk_tokens)
+                for name, heads in self.sets.items()
+                for place, head in enumerate(heads.heads.values())
+            ]
+        del states
         for first in range(0, len(rows), self.recipe.chunk_tokens):
-            part = {layer: state[first : first + self.recipe.chunk_tokens] for layer, state in hidden.items()}
-            self._backward(part, part.pop(final), sums, len(rows))
+            self._backward(runs, last[first : first + self.recipe.chunk_tokens], age, first)
+        for run in runs:
+            run.finish()
         self._update()
-        loss = {name: total[0] / len(rows) for name, total in sums.items()}
-        agreement = {name: total[1] / len(rows) for name, total in sums.items()}
-        return StepResult(len(rows), loss, agreement)
+        return self._result(runs, len(rows))
 
-    def _backward(self, part: dict[int, Tensor], last: Tensor, sums: dict[str, Tensor], total: int) -> None:
+    def _backward(self, runs: list[_Run], last: Tensor, age: Tensor, first: int) -> None:
         """Add one chunk's gradients; its logits die with it."""
         with torch.no_grad():
             full = self.decoder.lm_head(self.decoder.final_norm(last))
+        own_age = age[first : first + len(last)]
         teachers: dict[int | None, Teacher] = {}
-        for name, heads in self.sets.items():
-            key = None if heads.draft_ids is None else id(heads.draft_ids)
+        for run in runs:
+            draft_ids = self.sets[run.name].draft_ids
+            key = None if draft_ids is None else id(draft_ids)
             if key not in teachers:
                 with torch.no_grad():
-                    teachers[key] = Teacher.of(full, heads.draft_ids, self.recipe.remainder)
+                    teachers[key] = Teacher.of(full, draft_ids, self.recipe.remainder)
             teacher = teachers[key]
-            for place, layer in enumerate(heads.exits):
-                with torch.autocast(
-                    self.decoder.device.type, torch.bfloat16, enabled=self.decoder.device.type == "cuda"
-                ):
-                    logits = heads.logits(layer, part[layer])
-                loss = kl_to_teacher(logits, teacher).sum()
-                (loss / total).backward()
-                sums[name][0, place] += loss.detach()
-                sums[name][1, place] += (logits.detach().argmax(-1) == teacher.best).sum()
+            for step, leaf in run.chunk(first):
+                with self._autocast():
+                    logits = run.logits(leaf)
+                valid = own_age >= step
+                right = (logits.detach().argmax(-1) == teacher.best) & valid
+                reached = run.reach(step, first, right)
+                weight = torch.where(reached, 1.0, self.recipe.unreached) * valid
+                loss = distill(logits, teacher, self.recipe.loss)
+                ((loss * weight).sum() / len(age) / run.num_steps).backward()
+                run.count(step, (loss.detach() * valid).sum(), valid.sum(), right.sum(), (reached & right).sum())
+
+    def _result(self, runs: list[_Run], num_rows: int) -> StepResult:
+        loss: dict[str, Tensor] = {}
+        agreement: dict[str, Tensor] = {}
+        reached: dict[str, Tensor] = {}
+        for name in self.sets:
+            sums = torch.stack([run.sums for run in runs if run.name == name])  # [exits, 4, chain]
+            count = sums[:, 1].clamp(min=1.0)
+            loss[name] = sums[:, 0].sum(1) / count.where(sums[:, 1] > 0, 0.0).sum(1)
+            agreement[name] = sums[:, 2, 0] / count[:, 0]
+            reached[name] = sums[:, 3] / count
+        return StepResult(num_rows, loss, agreement, reached)
+
+    def _autocast(self) -> torch.autocast:
+        device = self.decoder.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     def _update(self) -> None:
         for heads in self.sets.values():
@@ -207,6 +250,63 @@ class HeadTrainer:
         values = checkpoint.values
         self.step_number, self._epoch, self._cursor = values["step"], values["epoch"], values["cursor"]
         self._plan = self._plan_epoch(self._epoch)
+
+
+class _Run:
+    """One head's part of a step: its outputs at the drafted rows, cut into chunks whose gradients meet again.
+
+    `outputs` are one tensor `[N, D]` a step of its chain (one for stateless heads, whose "output" is the hidden state
+    that they read).
+    """
+
+    def __init__(self, name: str, place: int, head: ExitHead, outputs: list[Tensor], chunk_tokens: int) -> None:
+        self.name, self.place, self.head, self.outputs = name, place, head, outputs
+        self.num_steps, self.chunk_tokens = len(outputs), chunk_tokens
+        self.sums = outputs[0].new_zeros(4, CHAIN_MOST)
+        self._leaves = [[part.detach().requires_grad_(o.requires_grad) for part in o.split(chunk_tokens)]
+                        for o in outputs]  # fmt: skip
+        # reached[s] at a row: the chain that started s rows earlier was right in its first s tokens
+        self._reached = torch.ones(self.num_steps, len(outputs[0]), dtype=torch.bool, device=outputs[0].device)
+
+    def chunk(self, first: int) -> Iterator[tuple[int, Tensor]]:
+        """Each step's leaf for the chunk that starts at row `first`."""
+        for step, leaves in enumerate(self._leaves):
+            yield step, leaves[first // self.chunk_tokens]
+
+    def logits(self, leaf: Tensor) -> Tensor:
+        return self.head.draft_logits(leaf) if isinstance(self.head, StatefulHead) else self.head(leaf)
+
+    def reach(self, step: int, first: int, right: Tensor) -> Tensor:
+        """Which of these rows a chain can reach at `step`; `right` opens the next row's next step."""
+        last = first + len(right)
+        own = self._reached[step, first:last]
+        if step + 1 < self.num_steps:
+            # never across texts: a text's first rows are too young for later steps
+            following = self._reached[step + 1, first + 1 : last + 1]
+            following &= (own & right)[: len(following)]
+        return own
+
+    def count(self, step: int, loss: Tensor, valid: Tensor, right: Tensor, reached: Tensor) -> None:
+        self.sums[:, step] += torch.stack([loss, valid.float(), right.float(), reached.float()])
+
+    def finish(self) -> None:
+        """Carry the chunks' gradients back through the unrolled layers."""
+        pairs = [
+            (output, torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]))
+            for output, leaves in zip(self.outputs, self._leaves, strict=True)
+            if output.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _outputs(head: ExitHead, states: Mapping[int, Tensor], rows: Tensor, chain: int) -> list[Tensor]:
+    """What the head's logits are made from at the given rows of `[B * T]`, a tensor `[N, D]` for each step."""
+    hidden = states[head.spec.exit_layer]
+    if not isinstance(head, StatefulHead):
+        return [hidden.flatten(0, 1)[rows]]
+    taps = torch.stack([states[layer] for layer in head.taps], 2) if head.taps else None
+    return [out.flatten(0, 1)[rows] for out in head.unroll(hidden, taps, chain)]
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
