@@ -5,6 +5,7 @@ from .artefact import ArtefactError
 from .base import ExitHead, HeadSpec, Projection, build_head, head_kinds, register_head
 from .calibration import Calibration, ExitCalibration, Gate
 from .fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
+from .fitting import fit_calibration
 from .head_set import HeadSet, HeadSetConfig, adapter_config, shipped_folders
 from .linear import LinearHead
 from .stateful import BlockHead, Entries, HeadCache, RecurrentHead, StatefulHead, layer_options

@@ -54,7 +54,9 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not len(self.threshold) == len(self.coverage) == len(self.agreement):
-            raise ValueError(f"a curve has {len(self.threshold)}, {len(self.coverage)} and {len(self.agreement)} points")
+            raise ValueError(
+                f"a curve has {len(self.threshold)}, {len(self.coverage)} and {len(self.agreement)} points"
+            )
 
     def coverage_at(self, level: float) -> float:
         """The largest coverage whose agreement is at least `level`; 0 where there is none."""

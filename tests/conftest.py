@@ -376,8 +376,8 @@ def tiny_heads_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory
     at every accuracy level up to some nats, and branch from there on."""
     import numpy as np
     from skipstone.engine.pretrained import load_pretrained
-    from skipstone.heads.calibration import fit_calibration
     from skipstone.heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
+    from skipstone.heads.fitting import fit_calibration
     from skipstone.heads.head_set import HeadSet, adapter_config
 
     base = load_pretrained(tiny_folder, torch.float32, progress=False)

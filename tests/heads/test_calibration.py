@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skipstone.heads import Calibration, fit_calibration
-from skipstone.heads.calibration import LEVELS, MIN_TOKENS, largest_entropy
+from skipstone.heads.calibration import JOINT_LEVELS, LEVELS
+from skipstone.heads.fitting import MIN_TOKENS, auroc, largest_entropy
 
 
 def slow_largest_entropy(entropy: np.ndarray, right: np.ndarray, level: float) -> float:

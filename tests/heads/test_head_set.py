@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path, b
 @pytest.mark.hazard(18)
 def test_calibration_that_is_not_finite_is_refused(folder: Path) -> None:
     def spoil(path: Path) -> None:
-        path.write_text(path.read_text().replace('"agreement": ', '"agreement": NaN, "was": ', 1))
+        path.write_text(path.read_text().replace('"agreement":', '"agreement":NaN,"was":', 1))
 
     rewrite(folder, "calibration.json", spoil)
     with pytest.raises(ValueError, match="NaN"):
