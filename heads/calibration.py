@@ -44,8 +44,8 @@ class Gate:
 class Curve:
     """Coverage against agreement when tokens are taken surest first by one measure of confidence.
 
-    Point i takes the share `coverage[i]` of the tokens, those at least as sure as `threshold[i]` (nats for entropy, else
-    a probability), and the head is right on `agreement[i]` of them. Coverage rises.
+    Point i takes the share `coverage[i]` of the tokens, those at least as sure as `threshold[i]` (nats for entropy,
+    else a probability), and the head is right on `agreement[i]` of them. Coverage rises.
     """
 
     threshold: tuple[float, ...]
@@ -131,7 +131,8 @@ class ExitCalibration:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Tokens of which exactly these exits were sure; `right[i]` counts those on which the head of `exits[i]` was right."""
+    """Tokens of which exactly these exits were sure; `right[i]` counts those on which the head of `exits[i]` was
+    right."""
 
     exits: tuple[int, ...]
     count: int

@@ -160,7 +160,7 @@ def largest_entropy(entropy: np.ndarray, right: np.ndarray, level: float) -> flo
 
 
 def auroc(score: np.ndarray, right: np.ndarray) -> float:
-    """Chance that a right token's score exceeds a wrong one's, ties half (Mann-Whitney); 0.5 where one kind is absent."""
+    """Chance that a right token's score exceeds a wrong one's, ties half (Mann-Whitney); 0.5 without both kinds."""
     num_right = int(right.sum())
     num_wrong = len(right) - num_right
     if not num_right or not num_wrong:
