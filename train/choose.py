@@ -43,7 +43,7 @@ def default_options(kind: str, layer: int, sizes: ModelConfig) -> Mapping[str, A
     rope = sizes.ropes[-1]
     theta = rope.inv_freq[1] ** (-len(rope.inv_freq)) if len(rope.inv_freq) > 1 else 10_000.0
     like_base = layer_options(
-        sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.intermediate_size, theta, False
+        sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.intermediate_size, theta, sizes.qkv_bias
     )
     if kind == "block":
         return {**like_base, "source": layer}

@@ -81,6 +81,9 @@ class Ranks:
         self.total(0)
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Ranks]:
     """The processes that a launcher started, connected; alone without one.
@@ -90,7 +93,7 @@ def processes(device: str) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield ALONE
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     joined_here = not dist.is_initialized()

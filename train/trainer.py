@@ -17,6 +17,7 @@ from ..engine.model import Decoder
 from ..heads import ExitHead, HeadSet, StatefulHead
 from .checkpoint import Checkpoint
 from .data import SelfText, make_batch, plan_batches
+from .distributed import ALONE, Ranks
 from .losses import LOSSES, LossKind, Remainder, Teacher, distill
 from .measure import training_projection
 
@@ -105,12 +106,20 @@ class HeadTrainer:
         sets: name -> head set; they may differ in exits, kinds and draft vocabulary.
         text: the training split.
         recipe: see `Recipe`.
+        ranks: the processes that share each batch's texts; all must make the same calls.
     """
 
-    def __init__(self, decoder: Decoder, sets: Mapping[str, HeadSet], text: SelfText, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        sets: Mapping[str, HeadSet],
+        text: SelfText,
+        recipe: Recipe,
+        ranks: Ranks = ALONE,
+    ) -> None:
         if not len(text):
             raise ValueError("the training split holds no texts: give more prompts or a smaller held-out share")
-        self.decoder, self.sets, self.text, self.recipe = decoder, dict(sets), text, recipe
+        self.decoder, self.sets, self.text, self.recipe, self.ranks = decoder, dict(sets), text, recipe, ranks
         projection = training_projection(decoder)
         for heads in self.sets.values():
             heads.attach(projection)
@@ -131,12 +140,15 @@ class HeadTrainer:
     def step(self) -> StepResult:
         """One optimiser step on the next batch."""
         decoder = self.decoder
-        batch = make_batch(self.text, self._next_members(), decoder.device)
+        members = self._next_members()
+        own = self.ranks.share(members)
+        batch = make_batch(self.text, own or members[:1], decoder.device)
         final = decoder.config.num_layers
         layers = {final} | {layer for heads in self.sets.values() for layer in heads.layers_read}
         with torch.no_grad():
             states = decoder.encode(batch.ids, sorted(layers))
-        rows = batch.drafted.reshape(-1).nonzero().squeeze(1)
+        rows = batch.drafted.reshape(-1).nonzero().squeeze(1)[: None if own else 0]
+        total = self.ranks.total(len(rows))
         age = (batch.drafted.cumsum(1) - 1).reshape(-1)[rows]
         last = states[final].flatten(0, 1)[rows]
         self.optimizer.zero_grad(set_to_none=True)
@@ -148,13 +160,21 @@ class HeadTrainer:
             ]
         del states
         for first in range(0, len(rows), self.recipe.chunk_tokens):
-            self._backward(runs, last[first : first + self.recipe.chunk_tokens], age, first)
+            self._backward(runs, last[first : first + self.recipe.chunk_tokens], age, first, total)
         for run in runs:
             run.finish()
+        self.ranks.add_gradients(parameter for _, parameter in self.named_parameters())
+        self.ranks.add(run.sums for run in runs)
         self._update()
-        return self._result(runs, len(rows))
+        return self._result(runs, total)
 
-    def _backward(self, runs: list[_Run], last: Tensor, age: Tensor, first: int) -> None:
+    def read(self, text: SelfText) -> None:
+        """Go on with other text, from the start of a new epoch."""
+        self.text = text
+        self._epoch, self._cursor = self._epoch + 1, 0
+        self._plan = self._plan_epoch(self._epoch)
+
+    def _backward(self, runs: list[_Run], last: Tensor, age: Tensor, first: int, total: int) -> None:
         """Add one chunk's gradients; its logits die with it."""
         with torch.no_grad():
             full = self.decoder.lm_head(self.decoder.final_norm(last))
@@ -175,7 +195,7 @@ class HeadTrainer:
                 reached = run.reach(step, first, right)
                 weight = torch.where(reached, 1.0, self.recipe.unreached) * valid
                 loss = distill(logits, teacher, self.recipe.loss)
-                ((loss * weight).sum() / len(age) / run.num_steps).backward()
+                ((loss * weight).sum() / total / run.num_steps).backward()
                 run.count(step, (loss.detach() * valid).sum(), valid.sum(), right.sum(), (reached & right).sum())
 
     def _result(self, runs: list[_Run], num_rows: int) -> StepResult:
@@ -294,7 +314,7 @@ class _Run:
         pairs = [
             (output, torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]))
             for output, leaves in zip(self.outputs, self._leaves, strict=True)
-            if output.requires_grad
+            if output.requires_grad and len(output)
         ]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
