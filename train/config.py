@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -23,9 +24,55 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .trainer import Recipe
+from .losses import LOSSES, LossKind, Remainder
 
 Dtype = Literal["bf16", "fp32", "fp16"]
+
+
+CHAIN_MOST = 15  # drafted tokens of one round
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained."""
+
+    steps: Annotated[int, "optimiser steps, of all rounds together"] = 1000
+    batch_tokens: Annotated[int, "tokens of the base's forward in one step of all processes, filling included"] = 32_768
+    lr: Annotated[float, "peak learning rate, reached after the warmup, falling along a cosine"] = 2e-3
+    final_lr: Annotated[float, "share of the peak that the learning rate ends at"] = 0.02
+    warmup: Annotated[int, "steps"] = 50
+    weight_decay: Annotated[float, "of AdamW"] = 0.01
+    clip: Annotated[float, "largest gradient norm of each head"] = 1.0
+    loss: Annotated[LossKind, "what is minimised against the full model's distribution"] = "kl"
+    remainder: Annotated[Remainder, "what becomes of the mass outside the draft vocabulary"] = "spread"
+    chain: Annotated[int, "steps that recurrent heads are unrolled for: as many as they will draft in a row"] = 5
+    # drafts there are never accepted, but at the start of training nearly all are such
+    unreached: Annotated[float, "weight of a chain's places whose earlier tokens the head has wrong, 0 to 1"] = 1.0
+    chunk_tokens: Annotated[int, "tokens whose [chunk, V] logits are alive at once; bounds memory only"] = 4_096
+    seed: Annotated[int, "of the text, the heads' start and the order of the data"] = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}, expected one of {LOSSES}")
+        for name in ("steps", "batch_tokens", "chunk_tokens", "chain"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.chain > CHAIN_MOST:
+            raise ValueError(f"chain is {self.chain}, expected at most {CHAIN_MOST}, the drafted tokens of one round")
+        shares = (self.final_lr, self.unreached)
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"lr {self.lr}, clip {self.clip}, warmup {self.warmup}, final_lr {self.final_lr}, "
+                f"unreached {self.unreached}: out of range"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        floor = self.lr * self.final_lr
+        return floor + 0.5 * (self.lr - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ on which others train beside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,68 +15,11 @@ from torch import Tensor
 from ..engine.model import Decoder
 from ..heads import ExitHead, HeadSet, StatefulHead
 from .checkpoint import Checkpoint
+from .config import CHAIN_MOST, Recipe
 from .data import SelfText, make_batch, plan_batches
 from .distributed import ALONE, Ranks
-from .losses import LOSSES, LossKind, Remainder, Teacher, distill
+from .losses import Teacher, distill
 from .measure import training_projection
-
-CHAIN_MOST = 15  # drafted tokens of one round
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How heads are trained.
-
-    Args:
-        steps: optimiser steps.
-        batch_tokens: tokens of the base's forward in one step, filling included.
-        lr: peak learning rate, reached after `warmup` steps, falling along a cosine to `lr * final_lr`.
-        clip: largest gradient norm of each head.
-        loss: see `losses`.
-        remainder: what happens to the mass outside the draft vocabulary, see `losses`.
-        chain: how many tokens recurrent heads are unrolled for: as many as they will draft one after the other.
-        unreached: weight of a chain's positions whose earlier tokens the head has wrong, against 1 where they are
-            right; drafts there are never accepted, but at the start of training nearly all are such.
-        chunk_tokens: tokens whose `[chunk, V]` logits are alive at once; bounds memory, not the result.
-        seed: of the heads' start and the order of the data.
-    """
-
-    steps: int = 1000
-    batch_tokens: int = 32_768
-    lr: float = 2e-3
-    final_lr: float = 0.02
-    warmup: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    loss: LossKind = "kl"
-    remainder: Remainder = "spread"
-    chain: int = 5
-    unreached: float = 1.0
-    chunk_tokens: int = 4_096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}, expected one of {LOSSES}")
-        for name in ("steps", "batch_tokens", "chunk_tokens", "chain"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.chain > CHAIN_MOST:
-            raise ValueError(f"chain is {self.chain}, expected at most {CHAIN_MOST}, the drafted tokens of one round")
-        shares = (self.final_lr, self.unreached)
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(
-                f"lr {self.lr}, clip {self.clip}, warmup {self.warmup}, final_lr {self.final_lr}, "
-                f"unreached {self.unreached}: out of range"
-            )
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`, from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        floor = self.lr * self.final_lr
-        return floor + 0.5 * (self.lr - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)
