@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.config import ModelConfig
 from ..engine.model import Decoder
-from ..heads import HeadSet, Projection
+from ..heads import HeadSet, Projection, layer_options
 from ..kernels.linear import PackedLinear
 from .data import SelfText, make_batch, plan_batches
 
 MISS = 127  # the rank of a token that the head cannot draft at all
+
+
+def layer_options_of(config: ModelConfig) -> dict[str, Any]:
+    """Options of a stateful head whose layers have the base's sizes and rope (a scheme's scaling left out)."""
+    spec = config.ropes[-1]
+    theta = spec.inv_freq[1] ** (-config.head_dim / 2) if len(spec.inv_freq) > 1 else 10_000.0
+    return layer_options(
+        config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size, theta, config.qkv_bias
+    )
 
 
 def training_projection(decoder: Decoder) -> Projection:
@@ -66,11 +77,7 @@ def measure(
     texts: list[Tensor] = []
     entropy: dict[int, list[Tensor]] = {layer: [] for layer in heads.exits}
     rank: dict[int, list[Tensor]] = {layer: [] for layer in heads.exits}
-    draft_ids = heads.draft_ids
-    place = torch.arange(decoder.config.vocab_size, device=decoder.device)
-    if draft_ids is not None:
-        place = torch.full_like(place, -1)
-        place[draft_ids.to(decoder.device)] = torch.arange(len(draft_ids), device=decoder.device)
+    place = output_places(heads.draft_ids, decoder.config.vocab_size, decoder.device)
     for group in plan_batches([lens[i] for i in chosen], max(batch_tokens, max(lens[i] for i in chosen)), None):
         members_here = [chosen[i] for i in group]
         batch = make_batch(text, members_here, decoder.device)
@@ -85,7 +92,7 @@ def measure(
                     logits = heads.logits(layer, states[layer].flatten(0, 1)[part])
                 logits = logits.float()
                 entropy[layer].append(torch.special.entr(logits.softmax(-1)).sum(-1).cpu())
-                rank[layer].append(_rank(logits, best).cpu())
+                rank[layer].append(rank_of(logits, best).cpu())
     return Measurements(
         torch.cat(texts).numpy(),
         {layer: torch.cat(parts).numpy() for layer, parts in entropy.items()},
@@ -93,7 +100,16 @@ def measure(
     )
 
 
-def _rank(logits: Tensor, best: Tensor) -> Tensor:
+def output_places(draft_ids: Tensor | None, vocab_size: int, device: torch.device) -> Tensor:
+    """Token id -> index of the heads' output for it, long `[V]`; -1 where they have none."""
+    place = torch.arange(vocab_size, device=device)
+    if draft_ids is not None:
+        place = torch.full_like(place, -1)
+        place[draft_ids.to(device)] = torch.arange(len(draft_ids), device=device)
+    return place
+
+
+def rank_of(logits: Tensor, best: Tensor) -> Tensor:
     """int8 `[c]`: outputs before `best` in order of logit, ties to the lower index; MISS where best is -1."""
     index = best.clamp(min=0).unsqueeze(1)
     score = logits.gather(1, index)
