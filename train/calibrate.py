@@ -1,30 +1,177 @@
-"""Filling a head set's calibration from text that its training never saw."""
+"""Calibration: every head measured where decoding asks it, and the gates that follow.
+
+The engine itself decodes held-out prompts greedily and drafts as it goes. Verification computes the full model's word
+on every node of every draft tree, given that node's own prefix, right or wrong; all heads are asked at all of these
+nodes too. So every position of the text is measured once, and beside it the wrong prefixes that drafting makes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.draft import entropy
+from ..engine.engine import Engine
+from ..engine.forward import Working, advance
+from ..engine.gate import Gate, calibrated, every
+from ..engine.loop import Machinery
 from ..engine.model import Decoder
+from ..engine.tree import DraftTree
 from ..heads import Calibration, HeadSet, fit_calibration
+from ..heads.calibration import LEVELS
 from .data import SelfText
-from .measure import measure
+from .measure import output_places, rank_of
+
+NUM_PROMPTS, NEW_TOKENS = 128, 64
+DRAFT_LEVEL = 0.75  # drafts while measuring: low enough that wrong prefixes are plenty, as they are at any useful level
+START_GATE = Gate(1.0, 1.0)  # nats, until the first prompts are measured
+
+
+class Recorder:
+    """An observer of an engine's rounds (`Engine.observer`) that keeps what heads and model say at every node.
+
+    Nodes below a drafted stop id are left out: nothing is ever decoded there.
+    """
+
+    def __init__(self, heads: HeadSet, vocab_size: int, stop_ids: Sequence[int], device: torch.device) -> None:
+        self.heads, self.stop_ids = heads, frozenset(stop_ids)
+        self.source = ""
+        self._place = output_places(heads.draft_ids, vocab_size, device)
+        self._prefix: list[np.ndarray] = []  # [n, 2]: depth, whole prefix right
+        self._said: dict[int, list[np.ndarray]] = {layer: [] for layer in heads.exits}  # [n, 4]
+
+    def __call__(self, on: Machinery, works: Sequence[Working], logits: Sequence[Tensor]) -> None:
+        best = torch.cat([own.argmax(-1) for own in logits])
+        kept, at = [], 0
+        for work, targets in zip(works, best.split([len(w.tree) for w in works]), strict=True):
+            found = _prefixes(work.tree, targets.tolist(), self.stop_ids)
+            kept += [at + node for node in found]
+            at += len(work.tree)
+            self._prefix.append(np.array([(work.tree.depths[node], right) for node, right in found.items()]))
+        rows = torch.tensor(kept, device=best.device)
+        for layer, spoken in head_logits(on, works).items():
+            own = spoken[rows].float()
+            top = own.softmax(-1).topk(min(2, own.shape[-1])).values
+            rank = rank_of(own, self._place[best[rows]])
+            said = torch.stack([entropy(own), top[:, 0], top[:, 0] - top[:, -1], rank.float()], 1)
+            self._said[layer].append(said.cpu().numpy())
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(map(len, self._prefix))
+
+    def fit(self, levels: Sequence[float] = LEVELS, true_prefixes_only: bool = False) -> Calibration:
+        """The calibration of everything recorded, or of the nodes whose whole prefix was right."""
+        prefix = np.concatenate(self._prefix)
+        chosen = prefix[:, 1] == 1 if true_prefixes_only else np.ones(len(prefix), dtype=bool)
+        said = {layer: np.concatenate(parts)[chosen] for layer, parts in self._said.items()}
+        entropies, max_prob, margin, rank = (
+            {layer: values[:, column] for layer, values in said.items()} for column in range(4)
+        )
+        return fit_calibration(
+            entropies,
+            {layer: values.astype(np.int64) for layer, values in rank.items()},
+            self.source,
+            levels,
+            max_prob=max_prob,
+            margin=margin,
+            depth=prefix[chosen, 0],
+            true_prefix=prefix[chosen, 1] == 1,
+        )
+
+
+def head_logits(on: Machinery, works: Sequence[Working]) -> dict[int, Tensor]:
+    """Exit layer -> what its head says at every node of every tree, `[nodes, Vd]`.
+
+    Drafting took a node only as far as it had to, and verification keeps no exit's state, so the nodes run once
+    more; the keys that this writes are those that verification wrote.
+    """
+    again = [Working(w.sequence, w.base, w.tree, torch.zeros_like(w.hidden)) for w in works]
+    for work in again:
+        work.embed_new(on.decoder)
+    spoken = {}
+    for layer, head in sorted(on.heads.items()):
+        advance(on.decoder, on.cache, [(work, range(len(work.tree))) for work in again], layer, on.tiles)
+        spoken[layer] = head(torch.cat([work.hidden[: len(work.tree)] for work in again]))
+    return spoken
+
+
+def _prefixes(tree: DraftTree, targets: Sequence[int], stop_ids: frozenset[int]) -> dict[int, bool]:
+    """The nodes that count -> whether their whole prefix is what the full model writes."""
+    found = {0: True}
+    for node in range(1, len(tree)):
+        parent = tree.parents[node]
+        if parent in found and tree.tokens[node] not in stop_ids:
+            found[node] = found[parent] and tree.tokens[node] == targets[parent]
+    return found
+
+
+def record(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    stop_ids: Sequence[int] = (),
+    accuracy: float = DRAFT_LEVEL,
+    batch: int = 8,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Recorder:
+    """Decode held-out prompts with drafting on, and keep what was said at every node.
+
+    Drafting starts with one gate for all exits; after every batch the gates are those that all nodes so far
+    give for `accuracy`. A stored calibration of the heads is not used.
+
+    Args:
+        engine: with heads; busy until this returns.
+        prompts: token ids; prompts that training never saw.
+        max_new_tokens: written after each prompt.
+        stop_ids: end a text, beside those of the engine's own tokenizer.
+        accuracy: level of the gates while drafting.
+        batch: prompts decoded side by side.
+        on_tokens: told how many tokens each batch wrote.
+
+    Raises:
+        ValueError: no prompts or no heads, or a level that is not calibrated.
+    """
+    if not prompts or engine.heads is None:
+        raise ValueError(f"{len(prompts)} held-out prompts and heads {engine.heads}: both are needed to calibrate")
+    stops = tuple(stop_ids) + tuple(engine.tokenizer.stop_ids if engine.tokenizer else ())
+    found = Recorder(engine.heads, engine.decoder.config.vocab_size, stops, engine.decoder.device)
+    policy = every(engine.heads.exits, START_GATE)
+    before, engine.observer = engine.observer, found
+    try:
+        for first in range(0, len(prompts), batch):
+            chosen = [list(prompt) for prompt in prompts[first : first + batch]]
+            written = engine.generate(
+                chosen, speculation="always", policy=policy, max_new_tokens=max_new_tokens, stop_ids=tuple(stop_ids)
+            )
+            policy = calibrated(found.fit(levels=(accuracy,)), engine.heads.exits, accuracy)
+            on_tokens(sum(len(one.token_ids) for one in written))
+    finally:
+        engine.observer = before
+    found.source = (
+        f"{found.num_nodes:,} places where decoding {len(prompts):,} held-out prompts greedily asked for a draft, "
+        f"prefixes drafted at accuracy {accuracy:.2f}; agreement is with the full model's argmax after the same prefix"
+    )
+    return found
 
 
 def calibrate(
-    decoder: Decoder, heads: HeadSet, held_out: SelfText, batch_tokens: int = 16_384, chunk_tokens: int = 2_048
+    decoder: Decoder, heads: HeadSet, held_out: SelfText, stop_ids: Sequence[int], **options: Any
 ) -> Calibration:
-    """Measure attached heads on the greedy continuations of held-out prompts and fit their gates.
+    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`; `options` are those of `record`.
 
-    Only positions whose next token the model wrote count: in decoding nothing else is drafted. Attach
-    `inference_projection` first, so that entropies are those of decoding.
-
-    Raises:
-        ValueError: no greedy text.
+    On a GPU the engine runs without fixed tiles: many sequences in one pass, bits that depend on the batch.
     """
-    members = [i for i in range(len(held_out)) if bool(held_out.greedy[i])]
-    if not members:
+    prompts = [
+        held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in range(len(held_out)) if held_out.greedy[i]
+    ][:NUM_PROMPTS]
+    if not prompts:
         raise ValueError("no greedy held-out text to calibrate on: give more prompts or a larger held-out share")
-    found = measure(decoder, heads, held_out, members, batch_tokens, chunk_tokens)
-    source = (
-        f"{len(found.text):,} positions in greedy continuations of {len(members):,} held-out prompts, true prefixes; "
-        "agreement is with the full model's argmax"
-    )
-    return fit_calibration(found.entropy, found.rank, source)
+    on_cpu = decoder.device.type == "cpu"
+    engine = Engine(decoder, None, heads, deterministic=on_cpu)
+    return record(engine, prompts, stop_ids=stop_ids, **{"batch": 8 if on_cpu else 64} | options).fit()
