@@ -193,6 +193,17 @@ def derive_seed(seed: int, index: int) -> int:
     return int(low) | int(high) << 32
 
 
+def derive_seeds(seed: int, count: int) -> Tensor:
+    """`derive_seed(seed, 0 .. count - 1)` as the 64 bits of int64 `[count]` (a seed of 2**63 or more is negative)."""
+    _check(seed, 0)
+    index = torch.arange(count)
+    counter = (index & MASK_32, index >> 32, DERIVE_TAG, 1)
+    low, high, _, _ = philox_reference(counter, (seed & MASK_32, seed >> 32))
+    seeds = low | high << 32
+    seeds[:1] = seed if seed < 2**63 else seed - 2**64
+    return seeds
+
+
 def _check(seed: int, position: int) -> None:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 <= seed < 2**64")

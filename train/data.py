@@ -75,11 +75,14 @@ class SelfText:
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], prompt_lens: Sequence[int], greedy: Sequence[bool]) -> SelfText:
+        return cls.join([torch.tensor(text, dtype=torch.int32) for text in texts], prompt_lens, greedy)
+
+    @classmethod
+    def join(cls, texts: Sequence[Tensor], prompt_lens: Sequence[int], greedy: Sequence[bool]) -> SelfText:
+        """As `of`, from int32 tensors."""
         lens = torch.tensor([0] + [len(text) for text in texts])
-        flat = [token for text in texts for token in text]
-        return cls(
-            torch.tensor(flat, dtype=torch.int32), lens.cumsum(0), torch.tensor(prompt_lens), torch.tensor(greedy)
-        )
+        ids = torch.cat([torch.empty(0, dtype=torch.int32), *texts])
+        return cls(ids, lens.cumsum(0), torch.tensor(prompt_lens), torch.tensor(greedy))
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -98,10 +101,8 @@ class SelfText:
 
     def select(self, indices: Iterable[int]) -> SelfText:
         chosen = list(indices)
-        return SelfText.of(
-            [self.text(i).tolist() for i in chosen],
-            [int(self.prompt_lens[i]) for i in chosen],
-            [bool(self.greedy[i]) for i in chosen],
+        return SelfText.join(
+            [self.text(i) for i in chosen], self.prompt_lens[chosen].tolist(), self.greedy[chosen].tolist()
         )
 
     def tensors(self) -> dict[str, Tensor]:
