@@ -6,7 +6,14 @@ from .base import ExitHead, HeadSpec, Projection, build_head, head_kinds, regist
 from .calibration import Calibration, ExitCalibration, Gate
 from .fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from .fitting import fit_calibration
-from .head_set import HeadSet, HeadSetConfig, adapter_config, shipped_folders
+from .head_set import (
+    HeadSet,
+    HeadSetConfig,
+    adapter_config,
+    shipped_folder_for,
+    shipped_folders,
+    store_calibration,
+)
 from .linear import LinearHead
 from .stateful import BlockHead, Entries, HeadCache, RecurrentHead, StatefulHead, layer_options
 
@@ -35,6 +42,8 @@ __all__ = [
     "head_kinds",
     "layer_options",
     "register_head",
+    "shipped_folder_for",
     "shipped_folders",
+    "store_calibration",
     "tokenizer_sha256",
 ]

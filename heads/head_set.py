@@ -27,6 +27,7 @@ from .fingerprint import BaseIdentity
 from .stateful import StatefulHead
 
 FORMAT_VERSION = 1
+CARD = "README.md"
 HASHED = {"config.json", "heads.safetensors", "calibration.json"}
 
 
@@ -165,19 +166,26 @@ class HeadSet:
             "config.json": _config_to_json(self.config),
             "heads.safetensors": serialise_safetensors(tensors),
             "calibration.json": calibration.to_json().encode(),
-            "README.md": (card or _plain_card(self)).encode(),
+            CARD: (card or _plain_card(self)).encode(),
         }
         manifest = {"format_version": FORMAT_VERSION, "base": vars(self.base)}
         write_folder(folder, files, manifest, HASHED)
 
     @classmethod
-    def load(cls, folder: str | Path, base: BaseIdentity | None = None, allow_base_mismatch: bool = False) -> HeadSet:
+    def load(
+        cls,
+        folder: str | Path,
+        base: BaseIdentity | None = None,
+        allow_base_mismatch: bool = False,
+        calibrated: bool = True,
+    ) -> HeadSet:
         """Read a folder strictly. Weights come back in fp32; `attach` brings them to the base's dtype.
 
         Args:
             base: the model the heads will run on; None skips that check (inspection).
             allow_base_mismatch: accept a base with other weights, for example a fine-tuned one. Output stays right,
                 fewer drafts are accepted. Sizes must still match.
+            calibrated: False leaves the calibration unread, which may then be of any version: to measure it again.
 
         Raises:
             ArtefactError: damaged, incomplete, unexpected, not finite, another format version, or another base.
@@ -196,7 +204,7 @@ class HeadSet:
         config = _config_from_json(files["config.json"], folder)
         tensors = parse_tensors(files["heads.safetensors"], str(folder / "heads.safetensors"))
         draft_ids = tensors.pop("draft_ids", None)
-        calibration = Calibration.from_json(files["calibration.json"].decode())
+        calibration = Calibration.from_json(files["calibration.json"].decode()) if calibrated else Calibration({})
         try:
             heads = cls(config, draft_ids, made_for, calibration if calibration.exits else None)
         except ValueError as error:
@@ -210,11 +218,8 @@ class HeadSet:
     @classmethod
     def default_for(cls, base: BaseIdentity, root: Path | None = None) -> HeadSet | None:
         """The shipped set for this base (same fingerprint), or None. `root` defaults to the package's own folder."""
-        for folder in shipped_folders(root):
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            if manifest["base"]["fingerprint"] == base.fingerprint:
-                return cls.load(folder, base)
-        return None
+        folder = shipped_folder_for(base, root)
+        return None if folder is None else cls.load(folder, base)
 
     def _parameters(self) -> dict[str, Tensor]:
         return {f"exit.{layer}.{n}": p for layer, head in self.heads.items() for n, p in head.named_parameters()}
@@ -239,6 +244,37 @@ def shipped_folders(root: Path | None = None) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if (path / "manifest.json").is_file())
+
+
+def shipped_folder_for(base: BaseIdentity, root: Path | None = None) -> Path | None:
+    """The folder of the shipped set that was trained on these weights, or None."""
+    for folder in shipped_folders(root):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["base"]["fingerprint"] == base.fingerprint:
+            return folder
+    return None
+
+
+def store_calibration(folder: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:
+    """Write a head set's folder again with another calibration; weights and card stay as they are, byte for byte.
+
+    Args:
+        out: another folder to write, which must not exist; None replaces `folder`.
+
+    Raises:
+        FileExistsError: `out` exists and is not `folder`.
+        ArtefactError: the folder is damaged.
+    """
+    folder = Path(folder)
+    target = folder if out is None else Path(out)
+    if target.exists() and target.resolve() != folder.resolve():
+        raise FileExistsError(f"{target} exists; choose another folder")
+    manifest, files = read_folder(folder, HASHED)
+    files["calibration.json"] = calibration.to_json().encode()
+    if (folder / CARD).is_file():
+        files[CARD] = (folder / CARD).read_bytes()
+    del manifest["files"]
+    write_folder(target, files, manifest, HASHED)
 
 
 def adapter_config(
