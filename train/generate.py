@@ -57,6 +57,7 @@ def write_text(
     sampling: Sampling,
     on_tokens: Callable[[int], None] | None = None,
     keep_going: Callable[[], bool] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> SelfText:
     """Continue every prompt.
 
@@ -66,6 +67,7 @@ def write_text(
         on_tokens: told how many new tokens were written since the last call.
         keep_going: asked before prompts are begun. Once it says no, texts under way are finished and prompts not yet
             begun are left out of the result; prompts are begun in their order.
+        numbers: each prompt's index in the whole, where these are a part of it; noise is keyed by it.
 
     Returns:
         Prompts and continuations in the order of `prompts`.
@@ -81,7 +83,8 @@ def write_text(
         raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {decoder.config.max_context}")
     cache_tokens = sampling.cache_tokens or _cache_that_fits(decoder)
     slots = _Slots(decoder, min(len(prompts), MAX_ROWS, max(1, cache_tokens // capacity)), capacity, sampling)
-    seeds = derive_seeds(sampling.seed, len(prompts))
+    seeds = derive_seeds(sampling.seed, len(prompts) if numbers is None else max(numbers, default=0) + 1)
+    seeds = seeds if numbers is None else seeds[list(numbers)]
     texts: dict[int, Tensor] = {}
     begun = 0
     while True:
