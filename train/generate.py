@@ -81,7 +81,7 @@ def write_text(
     capacity = min(longest + sampling.max_new_tokens, decoder.config.max_context)
     if longest >= capacity:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {decoder.config.max_context}")
-    cache_tokens = sampling.cache_tokens or _cache_that_fits(decoder)
+    cache_tokens = sampling.cache_tokens or cache_that_fits(decoder)
     slots = _Slots(decoder, min(len(prompts), MAX_ROWS, max(1, cache_tokens // capacity)), capacity, sampling)
     seeds = derive_seeds(sampling.seed, len(prompts) if numbers is None else max(numbers, default=0) + 1)
     seeds = seeds if numbers is None else seeds[list(numbers)]
@@ -106,7 +106,8 @@ def write_text(
     return SelfText.join([texts[i] for i in range(begun)], lens, [t == 0.0 for t in temperatures[:begun]])
 
 
-def _cache_that_fits(decoder: Decoder) -> int:
+def cache_that_fits(decoder: Decoder) -> int:
+    """KV slots where `Sampling.cache_tokens` is None."""
     config = decoder.config
     if decoder.device.type != "cuda":
         return CPU_CACHE_TOKENS
