@@ -52,7 +52,9 @@ if triton is not None:
         for start in range(0, vocab_size, 4 * BLOCK):
             group = start // 4 + tl.arange(0, BLOCK)
             zero = group * 0
-            w0, w1, w2, w3 = tl.philox(seed, group, zero + position, zero, zero)
+            w0, w1, w2, w3 = zero.to(tl.uint32), zero.to(tl.uint32), zero.to(tl.uint32), zero.to(tl.uint32)
+            if temperature > 0.0:
+                w0, w1, w2, w3 = tl.philox(seed, group, zero + position, zero, zero)
             for lane in tl.static_range(4):
                 ids = group * 4 + lane
                 score = tl.load(logits + row * logits_row + ids, mask=ids < vocab_size, other=float("-inf"))
@@ -71,7 +73,7 @@ if triton is not None:
 
 def _settings(vocab_size: int) -> dict[str, int]:
     """Groups of four ids a block, and warps."""
-    return {"BLOCK": 256 if vocab_size >= 1024 else 32, "num_warps": 4 if vocab_size >= 1024 else 1}
+    return {"BLOCK": 512 if vocab_size >= 4096 else 32, "num_warps": 4 if vocab_size >= 4096 else 1}
 
 
 def gumbel_argmax(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -92,7 +94,11 @@ def gumbel_argmax(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions
 
 
 def launch(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """The Triton kernel of `gumbel_argmax`, one program a row."""
+    """The Triton kernel of `gumbel_argmax`, one program a row.
+
+    Raises:
+        ValueError: logits with gaps along the vocabulary.
+    """
     if logits.stride(-1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}, expected a last axis without gaps")
     num_rows, vocab_size = logits.shape
