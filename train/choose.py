@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..engine.config import ModelConfig
-from ..heads import HeadSpec, layer_options
+from ..heads import HeadSpec
 from .config import TrainConfig
+from .measure import layer_options_of
 
 # Shares of the model's depth. Early exits know little in small models (see docs/training.md), so late ones are closer.
 EXITS_AT = (0.2, 0.4, 0.6, 0.7, 0.8)
@@ -40,11 +41,7 @@ def default_options(kind: str, layer: int, sizes: ModelConfig) -> Mapping[str, A
     """Options of a head at one exit: layers of the base's sizes for those that have layers."""
     if kind not in ("block", "recurrent"):
         return {}
-    rope = sizes.ropes[-1]
-    theta = rope.inv_freq[1] ** (-len(rope.inv_freq)) if len(rope.inv_freq) > 1 else 10_000.0
-    like_base = layer_options(
-        sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.intermediate_size, theta, sizes.qkv_bias
-    )
+    like_base = layer_options_of(sizes)
     if kind == "block":
         return {**like_base, "source": layer}
     taps = sorted({max(1, round(share * sizes.num_layers)) for share in TAPS_AT})

@@ -95,7 +95,9 @@ class TrainConfig:
     max_new_tokens: Annotated[int, "tokens written after a prompt"] = 256
     temperature: Annotated[float, "every prompt is continued greedily and once at this temperature"] = 0.8
     held_out_percent: Annotated[float, "of the prompts, by hash, never trained on"] = 3.0
-    cache_tokens: Annotated[int, "KV slots held at once while writing text"] = 32_768
+    cache_tokens: Annotated[int | None, "KV slots held while writing; 32,768 on the CPU, half a GPU's free memory"] = (
+        None
+    )
     eval_every: Annotated[int, "steps between looks at held-out text"] = 250
     eval_texts: Annotated[int, "held-out texts of such a look"] = 64
     save_every: Annotated[int, "steps between checkpoints"] = 250
@@ -117,7 +119,7 @@ class TrainConfig:
             raise ValueError(f"draft_vocab is {self.draft_vocab}, expected at least 1, or 0 for all ids")
         if not 1 <= self.rounds <= self.recipe.steps:
             raise ValueError(f"rounds is {self.rounds}, expected 1 to the number of steps, {self.recipe.steps}")
-        for name in ("max_new_tokens", "max_prompt_tokens", "cache_tokens", "eval_every", "eval_texts", "save_every"):
+        for name in ("max_new_tokens", "max_prompt_tokens", "eval_every", "eval_texts", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 

@@ -30,6 +30,10 @@ class Ranks:
     size: int = 1
     local: int = 0
 
+    def place(self, device: str) -> str:
+        """This process's own device of the type "cpu" or "cuda"."""
+        return device if device == "cpu" or self.size == 1 else f"{device}:{self.local}"
+
     def share(self, items: Sequence[T]) -> list[T]:
         """Every `size`-th item: neighbours in a sorted batch, which are alike in length, go to different processes."""
         return list(items[self.rank :: self.size])

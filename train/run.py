@@ -1,103 +1,70 @@
-"""Training from a model and a prompt file to a calibrated head set: `train(TrainConfig(...))`.
+"""Training from a model to a calibrated head set: `train(TrainConfig(...))`.
 
 The output folder:
 
-    text.safetensors   what the model wrote (train and held-out), reused when a run goes on
-    checkpoints/       see `checkpoint`
-    heads/             the artefact
-    report.json        settings, versions, data, curve, held-out results
+    run.json               settings, versions, device: written first
+    held_out.safetensors   what the model wrote after held-out prompts
+    text.safetensors       what it wrote to train on, of the current round only
+    checkpoints/           see `checkpoint`
+    heads/                 the artefact
+    report.json            settings, versions, data, curve, held-out results: written last
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
+import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from ..engine.tokenizer import Tokenizer
-from ..heads import BaseIdentity, HeadSet, HeadSetConfig, HeadSpec, base_fingerprint, tokenizer_sha256
+from ..heads import (
+    BaseIdentity,
+    HeadSet,
+    HeadSetConfig,
+    HeadSpec,
+    StatefulHead,
+    base_fingerprint,
+    tokenizer_sha256,
+)
 from .calibrate import calibrate
+from .chains import measure_chains
 from .checkpoint import newest_checkpoint, save_checkpoint
-from .data import SelfText, encode_chat, frequent_ids, is_held_out, read_prompts
-from .generate import Sampling, write_text
+from .choose import choose_heads
+from .config import Recipe, TrainConfig
+from .data import SelfText, frequent_ids
+from .distributed import Ranks, processes
 from .measure import inference_projection, measure, simulate_chain, training_projection
-from .trainer import HeadTrainer, Recipe, StepResult
+from .progress import Bar, Tracker, bar
+from .run_text import RunText
+from .stop import Stopped, StopSignals
+from .trainer import HeadTrainer, StepResult
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run is made of.
-
-    Args:
-        model: name, hub id, folder or GGUF file of the base.
-        prompts: JSON-lines file of prompts, see `data.read_prompts`.
-        out: output folder. A run that was interrupted there goes on.
-        exits: exit layers.
-        kind: head kind; width: of adapters.
-        draft_vocab: ids a head can draft, None for all.
-        max_prompts, max_prompt_tokens: prompts beyond are left out.
-        max_new_tokens: written per prompt; every prompt is continued greedily and once at `temperature`.
-        held_out_percent: of prompts, by hash, never trained on.
-        cache_tokens: KV slots held at once while writing.
-        eval_every, eval_texts: held-out check while training, steps and texts.
-        save_every, keep: checkpoints, steps and number.
-        progress: a progress bar on stderr.
-    """
-
-    model: str
-    prompts: str
-    out: str
-    exits: tuple[int, ...]
-    kind: str = "adapter"
-    width: int = 192
-    draft_vocab: int | None = 8_192
-    max_prompts: int | None = None
-    max_prompt_tokens: int = 640
-    max_new_tokens: int = 256
-    temperature: float = 0.8
-    held_out_percent: float = 3.0
-    cache_tokens: int = 32_768
-    eval_every: int = 250
-    eval_texts: int = 64
-    save_every: int = 250
-    keep: int = 2
-    device: str = "cpu"
-    dtype: str = "bf16"
-    progress: bool = True
-    recipe: Recipe = field(default_factory=Recipe)
-
-    def __post_init__(self) -> None:
-        if not self.exits:
-            raise ValueError("exits is empty, expected at least one exit layer")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, expected one of {sorted(_DTYPES)}")
-        if not 0 < self.held_out_percent < 100:
-            raise ValueError(f"held_out_percent is {self.held_out_percent}, expected above 0 and below 100")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Where a run computes and what it shows may change when it goes on; what it computes may not.
+FREE = {"out", "progress", "device", "keep", "save_every", "tracker"}
+_PACKAGES = ("skipstone", "torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model and what a head set must know of it."""
+    """The frozen model and what a head set must know of it; `weights` are its tensors by canonical name, for heads that
+    start from its layers (empty where none does)."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     identity: BaseIdentity
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load_base(model: str, dtype: torch.dtype, device: str, progress: bool = True) -> Base:
@@ -109,11 +76,12 @@ def load_base(model: str, dtype: torch.dtype, device: str, progress: bool = True
         tokenizer_sha256(pretrained.tokenizer),
         pretrained.revision,
     )
-    return Base(Decoder(pretrained.config, pretrained.weights, dtype, device), pretrained.tokenizer, identity)
+    decoder = Decoder(pretrained.config, pretrained.weights, dtype, device)
+    return Base(decoder, pretrained.tokenizer, identity, pretrained.weights)
 
 
 def train(config: TrainConfig, base: Base | None = None) -> HeadSet:
-    """Write text, train, calibrate, save.
+    """Write text, train, calibrate, save; among several processes where a launcher started them.
 
     Args:
         config: the run.
@@ -124,36 +92,37 @@ def train(config: TrainConfig, base: Base | None = None) -> HeadSet:
 
     Raises:
         ValueError: settings that do not fit the model or each other; a loss that is not finite.
+        Stopped: SIGTERM or Ctrl-C; what was trained is saved, the same settings go on from there.
     """
     started = time.monotonic()
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    base = base or load_base(config.model, _DTYPES[config.dtype], config.device, config.progress)
-    decoder = base.decoder
-    _claim(out, config, base)
-    text, held_out = _text_for(config, base, out)
-    heads = _fresh_heads(config, base, text)
-    trainer = HeadTrainer(decoder, {"heads": heads}, text, config.recipe)
-    checkpoint = newest_checkpoint(out / "checkpoints")
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    curve = _loop(config, trainer, heads, held_out, out, [] if checkpoint is None else checkpoint.values["curve"])
-    provenance = _provenance(config, base, text, held_out)
-    heads.config = replace(heads.config, training=provenance)
-    heads.save(out / "heads", overwrite=True)
-    # What is measured is what was stored: rounded weights, packed as in decoding.
-    heads = HeadSet.load(out / "heads", base.identity).attach(inference_projection(decoder))
-    heads.calibration = calibrate(decoder, heads, held_out, config.recipe.batch_tokens, config.recipe.chunk_tokens)
-    heads.save(out / "heads", overwrite=True, card=card(heads))
-    report = {"run": provenance, "curve": curve, "minutes": (time.monotonic() - started) / 60}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return heads
+    with processes(device_type(config.device)) as ranks, StopSignals() as stop:
+        if ranks.rank:
+            config = replace(config, progress=False, tracker=None)
+        run = _Run(config, base, ranks, stop)
+        try:
+            run.all_rounds()
+            return run.finish(started)
+        finally:
+            run.close()
+
+
+def device_type(device: str | None) -> str:
+    """cpu or cuda, as asked for or as there is.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if found == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no GPU")
+    return found
 
 
 def card(heads: HeadSet) -> str:
     """The README of a trained set: what it is, how it was made, how good it is on held-out text."""
     assert heads.base is not None and heads.calibration is not None
     training = heads.config.training
+    recipe = training.get("config", {}).get("recipe", {})
     rows = [
         f"| {layer} | {e.agreement:.3f} | {e.top_k[1]:.3f} | {e.top_k[3]:.3f} | {e.gates[0.90].low:.3f} | "
         f"{e.gates[0.90].coverage:.3f} |"
@@ -167,7 +136,7 @@ def card(heads: HeadSet) -> str:
             f"draft vocabulary {heads.config.num_outputs:,} of {heads.config.vocab_size:,} ids.",
             "",
             f"Trained on {training.get('written_tokens', 0):,} tokens that the model itself wrote, "
-            f"{training.get('config', {}).get('recipe', {}).get('steps', 0):,} steps, KL to the full model.",
+            f"{recipe.get('steps', 0):,} steps, loss '{recipe.get('loss', 'kl')}' against the full model.",
             f"Measured on {heads.calibration.source}. The last two columns are of the tokens that earlier exits "
             "refused.",
             "",
@@ -179,193 +148,231 @@ def card(heads: HeadSet) -> str:
     )
 
 
-def _claim(out: Path, config: TrainConfig, base: Base) -> None:
+class _Run:
+    """One run in one process: its text, its trainer, and what a checkpoint holds beside the trainer's state."""
+
+    def __init__(self, config: TrainConfig, base: Base | None, ranks: Ranks, stop: StopSignals) -> None:
+        self.config, self.ranks, self.stop = config, ranks, stop
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tracker = None if config.tracker is None else Tracker(config.tracker, self.out, asdict(config))
+        if base is None:
+            place = ranks.place(device_type(config.device))
+            base = ranks.first(lambda: load_base(config.model, DTYPES[config.dtype], place, config.progress))
+        self.decoder, self.identity = base.decoder, base.identity
+        self.stop_ids = base.tokenizer.stop_ids
+        specs = choose_heads(config, base.decoder.config)
+        if ranks.rank == 0:
+            claim(self.out, config, base, specs, ranks)
+        checkpoint = newest_checkpoint(self.out / "checkpoints")
+        step = 0 if checkpoint is None else checkpoint.step
+        if ranks.total(step) != step * ranks.size:
+            raise ValueError(f"processes found different checkpoints in {self.out}: all must share that folder")
+        kept = {"curve": [], "written_tokens": {}} if checkpoint is None else checkpoint.values
+        self.curve: list[dict[str, Any]] = kept["curve"]
+        self.written: dict[str, int] = kept["written_tokens"]
+        self.text = RunText(config, base, ranks, self.out)
+        self.held_out = self.text.held_out()
+        text = self._text_at(step)
+        draft_ids = None if checkpoint is None else checkpoint.tensors.get("draft_ids")
+        self.heads = fresh_heads(config, specs, base, text, draft_ids)
+        self.trainer = HeadTrainer(base.decoder, {"heads": self.heads}, text, config.recipe, ranks)
+        if checkpoint is not None:
+            self.trainer.restore(checkpoint)
+            if 0 < step == self._starts()[self._round(step)]:
+                self.trainer.read(text)
+
+    def all_rounds(self) -> None:
+        """Train from where the trainer stands to the last step."""
+        recipe = self.config.recipe
+        while self.trainer.step_number < recipe.steps:
+            end = self._starts()[self._round(self.trainer.step_number) + 1]
+            label = "training" if self.config.rounds == 1 else f"training, round {self._round(end - 1) + 1}"
+            with (
+                self.stop.deferred(),
+                bar(self.config.progress, label, recipe.steps, self.trainer.step_number) as shown,
+            ):
+                self._train_until(end, shown)
+            if end < recipe.steps:
+                self.trainer.read(self._text_at(end))
+
+    def finish(self, started: float) -> HeadSet:
+        """Store the heads, calibrate what was stored, report. Process 0 does it, the others wait and load."""
+        folder, projection = self.out / "heads", inference_projection(self.decoder)
+        if self.ranks.rank == 0:
+            facts = self._facts()
+            self.heads.config = replace(self.heads.config, training=facts)
+            self.heads.save(folder, overwrite=True)
+            # What is measured is what was stored: rounded weights, packed as in decoding.
+            heads = HeadSet.load(folder, self.identity).attach(projection)
+            heads.calibration = calibrate(self.decoder, heads, self.held_out, self.stop_ids)
+            heads.save(folder, overwrite=True, card=card(heads))
+            report = {"run": facts, "curve": self.curve, "minutes": (time.monotonic() - started) / 60}
+            (self.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        self.ranks.wait()
+        return HeadSet.load(folder, self.identity).attach(projection)
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _train_until(self, end: int, shown: Bar) -> None:
+        config, trainer = self.config, self.trainer
+        while trainer.step_number < end:
+            result = trainer.step()
+            at = trainer.step_number
+            shown.step(result)
+            if self.tracker is not None:
+                self.tracker.step(at, result)
+            # asked together, so that all processes end after the same step
+            stopped = self.ranks.total(int(self.stop.requested is not None)) > 0
+            if at % config.eval_every == 0 or at == config.recipe.steps:
+                self._evaluate(result, shown)
+            if at % config.save_every == 0 or at == end or stopped:
+                self._save(result)
+            if stopped:
+                who = self.stop.requested or "another process"
+                raise Stopped(f"stopped by {who}, saved at step {at:,} of {config.recipe.steps:,}")
+
+    def _evaluate(self, result: StepResult, shown: Bar) -> None:
+        if self.ranks.rank:
+            return
+        recipe = self.config.recipe
+        members = list(range(min(self.config.eval_texts, len(self.held_out))))
+        found = look(self.decoder, self.heads, self.held_out, members, recipe)
+        loss = dict(zip(map(str, self.heads.exits), result.loss["heads"].tolist(), strict=True))
+        self.curve.append({"step": self.trainer.step_number, "loss": loss, **found})
+        shown.held_out(self.curve[-1])
+        if self.tracker is not None:
+            self.tracker.held_out(self.curve[-1])
+
+    def _save(self, result: StepResult) -> None:
+        at = self.trainer.step_number
+        for name, loss in result.loss.items():
+            if not bool(torch.isfinite(loss).all()):
+                raise ValueError(f"the loss of {name} is {loss.tolist()} at step {at}: lower lr (checkpoints are kept)")
+        if self.ranks.rank:
+            return
+        tensors, values = self.trainer.state()
+        if self.heads.draft_ids is not None:
+            tensors["draft_ids"] = self.heads.draft_ids  # of the first round's text, which is gone in later ones
+        more = {"curve": self.curve, "written_tokens": self.written}
+        save_checkpoint(self.out / "checkpoints", at, tensors, {**values, **more}, self.config.keep)
+
+    def _text_at(self, step: int) -> SelfText:
+        index = self._round(step)
+        text = self.text.of_round(index)
+        self.written[str(index)] = text.num_written
+        return text
+
+    def _round(self, step: int) -> int:
+        """The round that the step after `step` belongs to."""
+        starts = self._starts()
+        return max(r for r in range(self.config.rounds) if starts[r] <= step)
+
+    def _starts(self) -> list[int]:
+        """The step that each round starts from, and the last one's end."""
+        rounds, steps = self.config.rounds, self.config.recipe.steps
+        return [r * steps // rounds for r in range(rounds + 1)]
+
+    def _facts(self) -> dict[str, Any]:
+        """Where the heads come from. A shipped card shows no folder of this machine."""
+        settings = asdict(self.config)
+        settings["prompts"] = None if self.config.prompts is None else Path(self.config.prompts).name
+        settings["model"] = self.identity.model_id
+        del settings["out"]
+        return {
+            "config": settings,
+            "written_tokens": sum(self.written.values()),
+            "texts": len(self.trainer.text),
+            "held_out_texts": len(self.held_out),
+            **environment(self.ranks, self.decoder.device),
+        }
+
+
+def look(
+    decoder: Decoder, heads: HeadSet, text: SelfText, members: Sequence[int], recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    """Agreement and simulated tokens per verification of each exit on some texts, by layer.
+
+    Heads without state draft `CHAIN` tokens from their exit, recurrent ones as many as they were unrolled for.
+    """
+    agreement: dict[str, float] = {}
+    tokens: dict[str, float] = {}
+    plain = [layer for layer, head in heads.heads.items() if not isinstance(head, StatefulHead)]
+    sizes = recipe.batch_tokens, recipe.chunk_tokens
+    for layer in heads.exits:
+        if layer not in plain:
+            chains = measure_chains(decoder, heads, layer, text, recipe.chain, members, *sizes)
+            agreement[str(layer)] = chains.cumulative[0]
+            tokens[str(layer)] = chains.tokens_per_verification(recipe.chain)
+    if plain:
+        found = measure(decoder, heads, text, members, *sizes, decoder.device.type == "cuda")
+        for layer, rank in found.rank.items():
+            agreement[str(layer)] = float((rank == 0).mean())
+            tokens[str(layer)] = simulate_chain(rank == 0, found.text)
+    return {"agreement": agreement, "tokens_per_verification": tokens}
+
+
+def fresh_heads(
+    config: TrainConfig, specs: tuple[HeadSpec, ...], base: Base, text: SelfText, draft_ids: Tensor | None = None
+) -> HeadSet:
+    """Untrained heads; their draft vocabulary is `draft_ids`, or the text's most frequent ids."""
+    sizes = base.decoder.config
+    draft_vocab = config.draft_vocab if 0 < config.draft_vocab < sizes.vocab_size else None
+    if draft_vocab is not None and draft_ids is None:
+        draft_ids = frequent_ids(text, draft_vocab, sizes.vocab_size, base.tokenizer.stop_ids)
+    set_config = HeadSetConfig(sizes.hidden_size, sizes.vocab_size, sizes.num_layers, specs, draft_vocab)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.recipe.seed)
+        heads = HeadSet(set_config, draft_ids, base.identity)
+    heads.initialise(training_projection(base.decoder), _as_they_multiply(base))
+    return heads
+
+
+def _as_they_multiply(base: Base) -> dict[str, Tensor]:
+    offset = base.decoder.config.norm_offset
+    return {name: t.float() + offset if "norm" in name and offset else t for name, t in base.weights.items()}
+
+
+def claim(out: Path, config: TrainConfig, base: Base, specs: Sequence[HeadSpec], ranks: Ranks) -> None:
     """Record the settings, or refuse a folder that another run began."""
-    # where it runs and what it shows may change between runs; what it computes may not
-    free = ("out", "progress", "device", "keep", "save_every")
-    settings = {k: v for k, v in asdict(config).items() if k not in free}
-    record = json.loads(json.dumps({"config": settings, "base": base.identity.fingerprint}))
+    heads = [{"kind": s.kind, "exit_layer": s.exit_layer, "options": dict(s.options)} for s in specs]
+    record = {"config": asdict(config), "heads": heads, "base": vars(base.identity)}
+    record = json.loads(json.dumps({**record, **environment(ranks, base.decoder.device)}))
     path = out / "run.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if found != record:
-            other = sorted(k for k in settings if found["config"].get(k) != record["config"][k])
+        before, now = found["config"], record["config"]
+        other = sorted(k for k in {*before, *now} - FREE if before.get(k) != now.get(k))
+        if other or found["base"]["fingerprint"] != record["base"]["fingerprint"]:
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(other) or 'another base'}): "
                 "continue it with the same ones, or choose another output folder"
             )
-        return
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _text_for(config: TrainConfig, base: Base, out: Path) -> tuple[SelfText, SelfText]:
-    """The training and held-out text, written now or read from an earlier start of this run."""
-    path = out / "text.safetensors"
-    if not path.exists():
-        written = _write(config, base)
-        work = path.with_suffix(".tmp")
-        tensors = {f"{split}.{k}": t for split, text in written.items() for k, t in text.tensors().items()}
-        save_file({k: t.contiguous() for k, t in tensors.items()}, work)
-        os.replace(work, path)
-    stored = load_file(path)
-    train_split, held_out = (
-        SelfText.from_tensors({k.removeprefix(f"{split}."): t for k, t in stored.items() if k.startswith(f"{split}.")})
-        for split in ("train", "held_out")
-    )
-    return train_split, held_out
-
-
-def _write(config: TrainConfig, base: Base) -> dict[str, SelfText]:
-    prompts = read_prompts(config.prompts)[: config.max_prompts]
-    encoded = [
-        (encode_chat(base.tokenizer, prompt), is_held_out(prompt, config.held_out_percent)) for prompt in prompts
-    ]
-    longest = min(config.max_prompt_tokens, base.decoder.config.max_context - config.max_new_tokens)
-    encoded = [(ids, held) for ids, held in encoded if 0 < len(ids) <= longest]
-    splits = {
-        "train": [ids for ids, held in encoded if not held],
-        "held_out": [ids for ids, held in encoded if held],
-    }
-    for name, chosen in splits.items():
-        if not chosen:
-            raise ValueError(
-                f"no prompts for the {name} split among {len(prompts)} (of at most {longest} tokens): "
-                "give more prompts, or change held_out_percent or max_prompt_tokens"
-            )
-    stops = tuple(base.tokenizer.stop_ids)
-    total = 2 * sum(len(chosen) for chosen in splits.values()) * config.max_new_tokens
-    written: dict[str, SelfText] = {}
-    with _bar(config, "writing text", total) as bar:
-        for number, (name, chosen) in enumerate(splits.items()):
-            sampling = Sampling(config.max_new_tokens, stops, config.cache_tokens, config.recipe.seed * 2 + number)
-            temperatures = [0.0] * len(chosen) + [config.temperature] * len(chosen)
-            written[name] = write_text(base.decoder, chosen * 2, temperatures, sampling, bar.advance)
-    return written
-
-
-def _fresh_heads(config: TrainConfig, base: Base, text: SelfText) -> HeadSet:
-    sizes = base.decoder.config
-    options = {"width": config.width} if config.kind == "adapter" else {}
-    specs = tuple(HeadSpec(config.kind, layer, options) for layer in config.exits)
-    draft_vocab = config.draft_vocab
-    if draft_vocab is not None and draft_vocab >= sizes.vocab_size:
-        draft_vocab = None
-    ids = None
-    if draft_vocab is not None:
-        ids = frequent_ids(text, draft_vocab, sizes.vocab_size, base.tokenizer.stop_ids)
-    set_config = HeadSetConfig(sizes.hidden_size, sizes.vocab_size, sizes.num_layers, specs, draft_vocab)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.recipe.seed)
-        heads = HeadSet(set_config, ids, base.identity)
-    heads.initialise(training_projection(base.decoder))
-    return heads
-
-
-def _loop(
-    config: TrainConfig,
-    trainer: HeadTrainer,
-    heads: HeadSet,
-    held_out: SelfText,
-    out: Path,
-    curve: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    recipe = config.recipe
-    members = list(range(min(config.eval_texts, len(held_out))))
-    with _bar(config, "training", recipe.steps, trainer.step_number) as bar:
-        while trainer.step_number < recipe.steps:
-            result = trainer.step()
-            at = trainer.step_number
-            bar.step(result)
-            last = at == recipe.steps
-            if at % config.eval_every == 0 or last:
-                curve.append(_evaluate(config, trainer, heads, held_out, members, result))
-                bar.held_out(curve[-1])
-            if at % config.save_every == 0 or last:
-                _require_finite(result, at)
-                tensors, values = trainer.state()
-                save_checkpoint(out / "checkpoints", at, tensors, {**values, "curve": curve}, config.keep)
-    return curve
-
-
-def _evaluate(
-    config: TrainConfig,
-    trainer: HeadTrainer,
-    heads: HeadSet,
-    held_out: SelfText,
-    members: list[int],
-    result: StepResult,
-) -> dict[str, Any]:
-    decoder, recipe = trainer.decoder, config.recipe
-    found = measure(
-        decoder, heads, held_out, members, recipe.batch_tokens, recipe.chunk_tokens, decoder.device.type == "cuda"
-    )
-    right = {layer: rank == 0 for layer, rank in found.rank.items()}
+def environment(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Versions, revision and device, for reports."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {package: metadata.version(package) for package in _PACKAGES}
     return {
-        "step": trainer.step_number,
-        "loss": dict(zip(map(str, heads.exits), result.loss["heads"].tolist(), strict=True)),
-        "agreement": {str(layer): float(r.mean()) for layer, r in right.items()},
-        "tokens_per_verification": {str(layer): simulate_chain(r, found.text) for layer, r in right.items()},
+        "versions": {"python": platform.python_version(), **versions},
+        "git_revision": git_revision(),
+        "device": f"{device.type}: {name}",
+        "processes": ranks.size,
     }
 
 
-def _require_finite(result: StepResult, step: int) -> None:
-    for name, loss in result.loss.items():
-        if not bool(torch.isfinite(loss).all()):
-            raise ValueError(f"the loss of {name} is {loss.tolist()} at step {step}: lower lr (checkpoints are kept)")
-
-
-def _provenance(config: TrainConfig, base: Base, text: SelfText, held_out: SelfText) -> dict[str, Any]:
-    settings = asdict(config)
-    settings["prompts"] = Path(config.prompts).name  # a shipped card shows no folder of this machine
-    settings["model"] = base.identity.model_id
-    del settings["out"]
-    return {
-        "config": settings,
-        "written_tokens": text.num_written,
-        "texts": len(text),
-        "held_out_texts": len(held_out),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-class _Bar:
-    """The progress line: tokens/s, loss and agreement of this stretch, the last held-out result."""
-
-    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=total, completed=done, note="")
-        self._tokens, self._since, self._held_out = 0, time.monotonic(), ""
-
-    def advance(self, count: int) -> None:
-        self._tokens += count
-        self._progress.update(self._task, advance=count, note=f"{self._rate():,.0f} tokens/s")
-
-    def step(self, result: StepResult) -> None:
-        self._tokens += result.num_tokens
-        if self._progress.disable:
-            return  # reading the loss would wait for the device
-        loss = " ".join(f"{x:.2f}" for x in result.loss["heads"].tolist())
-        agreement = " ".join(f"{x:.2f}" for x in result.agreement["heads"].tolist())
-        note = f"{self._rate():,.0f} tokens/s  loss {loss}  agreement {agreement}{self._held_out}"
-        self._progress.update(self._task, advance=1, note=note)
-
-    def held_out(self, entry: dict[str, Any]) -> None:
-        shown = " ".join(f"{x:.2f}" for x in entry["tokens_per_verification"].values())
-        self._held_out = f"  held-out tokens per verification {shown}"
-
-    def _rate(self) -> float:
-        return self._tokens / max(1e-6, time.monotonic() - self._since)
-
-
-@contextmanager
-def _bar(config: TrainConfig, label: str, total: int, done: int = 0) -> Iterator[_Bar]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not config.progress) as progress:
-        yield _Bar(progress, label, total, done)
+def git_revision() -> str | None:
+    """The commit of this source, with -dirty where it was changed since; None where it is no checkout."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # an installed copy may lie inside somebody else's repository, which does not track this file
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True, timeout=10)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was ended by a signal; the same command goes on from what `message` says is kept."""
+    """The run was ended by a signal; `message` says what is kept."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -52,4 +52,4 @@ class StopSignals:
         if self._deferred and self.requested is None:
             self.requested = name
             return
-        raise Stopped(f"stopped by {name}; checkpoints up to here are kept, and the same command goes on from there")
+        raise Stopped(f"stopped by {name}; what was saved before is kept")
