@@ -73,6 +73,35 @@ def _shown(key: str, value: Any) -> str:
     return " ".join(map(str, value)) or "none known" if isinstance(value, list) else str(value)
 
 
+def print_calibration(found: Mapping[str, Any]) -> None:
+    """What `train.recalibrate` measured."""
+    out, exits = console(), found["exits"]
+    levels = list(next(iter(exits.values()))["thresholds"])
+    out.print(
+        f"Measured on {found['source']}. {found['num_drafted']:,} prefixes end in drafts, {found['num_off_path']:,} "
+        "hold one that is rejected."
+    )
+    table = _table(
+        "Agreement, and how well confidence tells right from wrong among what earlier exits refused (at 0.90): AUROC, "
+        "and coverage at agreement 0.90, by entropy / max probability / margin",
+        ">exit", ">tokens", ">agreement", ">true prefixes", "AUROC", "coverage", "best", ">confidence error",
+    )  # fmt: skip
+    gates = _table("Entropy thresholds in nats; in brackets what true prefixes alone would give", ">exit", *levels)
+    for layer, e in exits.items():
+        table.add_row(
+            layer, f"{e['num_tokens']:,}", f"{e['agreement']:.3f}", f"{e['true_prefix_agreement']:.3f}",
+            " ".join(f"{x:.3f}" for x in e["auroc_reached"].values()),
+            " ".join(f"{x:.2f}" for x in e["coverage"].values()),
+            e["best_measure"], _number(e["confidence_error"], 3),
+        )  # fmt: skip
+        pairs = ((e["thresholds"][a], e["thresholds_on_true_prefixes"][a]) for a in levels)
+        gates.add_row(layer, *(f"{own:.2f} ({true:.2f})" for own, true in pairs))
+    out.print(table)
+    out.print(gates)
+    if found["folder"] is not None:
+        out.print(f"Stored in {found['folder']}.")
+
+
 def print_bench(document: Mapping[str, Any]) -> None:
     """Overall first, with what drafting did; then speed and acceptance by task; then what was compared."""
     out, summary = console(), document["summary"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.draft import entropy
 from ..engine.engine import Engine
 from ..engine.forward import Working, advance
-from ..engine.gate import Gate, calibrated, every
+from ..engine.gate import DraftPolicy, Gate, every
 from ..engine.loop import Machinery
 from ..engine.model import Decoder
 from ..engine.tree import DraftTree
@@ -87,14 +87,17 @@ class Recorder:
 def head_logits(on: Machinery, works: Sequence[Working]) -> dict[int, Tensor]:
     """Exit layer -> what its head says at every node of every tree, `[nodes, Vd]`.
 
-    Drafting took a node only as far as it had to, and verification keeps no exit's state, so the nodes run once
-    more; the keys that this writes are those that verification wrote.
+    Drafting took a node only as far as it had to, and verification keeps no state that heads without memory read, so
+    the nodes run once more; the keys that this writes are those that verification wrote.
     """
     again = [Working(w.sequence, w.base, w.tree, torch.zeros_like(w.hidden)) for w in works]
     for work in again:
         work.embed_new(on.decoder)
     spoken = {}
     for layer, head in sorted(on.heads.items()):
+        if layer in on.memories:
+            spoken[layer] = on.memories[layer].speak([(work, range(len(work.tree))) for work in works])
+            continue
         advance(on.decoder, on.cache, [(work, range(len(work.tree))) for work in again], layer, on.tiles)
         spoken[layer] = head(torch.cat([work.hidden[: len(work.tree)] for work in again]))
     return spoken
@@ -117,7 +120,7 @@ def record(
     max_new_tokens: int = NEW_TOKENS,
     stop_ids: Sequence[int] = (),
     accuracy: float = DRAFT_LEVEL,
-    batch: int = 8,
+    batch: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Recorder:
     """Decode held-out prompts with drafting on, and keep what was said at every node.
@@ -131,15 +134,20 @@ def record(
         max_new_tokens: written after each prompt.
         stop_ids: end a text, beside those of the engine's own tokenizer.
         accuracy: level of the gates while drafting.
-        batch: prompts decoded side by side.
+        batch: prompts decoded side by side; None takes what suits the engine.
         on_tokens: told how many tokens each batch wrote.
 
     Raises:
         ValueError: no prompts or no heads, or a level that is not calibrated.
     """
     if not prompts or engine.heads is None:
-        raise ValueError(f"{len(prompts)} held-out prompts and heads {engine.heads}: both are needed to calibrate")
-    stops = tuple(stop_ids) + tuple(engine.tokenizer.stop_ids if engine.tokenizer else ())
+        raise ValueError(
+            f"{len(prompts)} greedy held-out prompts and heads {engine.heads}: both are needed to calibrate; give more "
+            "prompts or a larger held-out share"
+        )
+    stops = [*stop_ids, *(engine.tokenizer.stop_ids if engine.tokenizer else ())]
+    if batch is None:
+        batch = 8 if engine.deterministic else 64
     found = Recorder(engine.heads, engine.decoder.config.vocab_size, stops, engine.decoder.device)
     policy = every(engine.heads.exits, START_GATE)
     before, engine.observer = engine.observer, found
@@ -149,7 +157,7 @@ def record(
             written = engine.generate(
                 chosen, speculation="always", policy=policy, max_new_tokens=max_new_tokens, stop_ids=tuple(stop_ids)
             )
-            policy = calibrated(found.fit(levels=(accuracy,)), engine.heads.exits, accuracy)
+            policy = _policy(found.fit(levels=(accuracy,)), accuracy)
             on_tokens(sum(len(one.token_ids) for one in written))
     finally:
         engine.observer = before
@@ -160,18 +168,22 @@ def record(
     return found
 
 
+def _policy(calibration: Calibration, accuracy: float) -> DraftPolicy:
+    """All exits, also those whose gate is closed: a head with memory keeps it up only where it is asked."""
+    gates = {layer: Gate(low, low) for layer in calibration.exits for low, _ in [calibration.gate(layer, accuracy)]}
+    return DraftPolicy(tuple(sorted(gates)), gates)
+
+
+def measuring_engine(decoder: Decoder, heads: HeadSet) -> Engine:
+    """On a GPU without fixed tiles: many sequences in one pass, whose bits then depend on the batch."""
+    return Engine(decoder, None, heads, deterministic=decoder.device.type == "cpu")
+
+
 def calibrate(
     decoder: Decoder, heads: HeadSet, held_out: SelfText, stop_ids: Sequence[int], **options: Any
 ) -> Calibration:
-    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`; `options` are those of `record`.
-
-    On a GPU the engine runs without fixed tiles: many sequences in one pass, bits that depend on the batch.
-    """
+    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`; `options` are those of `record`."""
     prompts = [
         held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in range(len(held_out)) if held_out.greedy[i]
-    ][:NUM_PROMPTS]
-    if not prompts:
-        raise ValueError("no greedy held-out text to calibrate on: give more prompts or a larger held-out share")
-    on_cpu = decoder.device.type == "cpu"
-    engine = Engine(decoder, None, heads, deterministic=on_cpu)
-    return record(engine, prompts, stop_ids=stop_ids, **{"batch": 8 if on_cpu else 64} | options).fit()
+    ]
+    return record(measuring_engine(decoder, heads), prompts[:NUM_PROMPTS], stop_ids=stop_ids, **options).fit()

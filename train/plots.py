@@ -116,7 +116,8 @@ def _reliability(calibration: Calibration, path: Path) -> Path:
         axes.plot([row[3] for row in shown], [row[4] for row in shown], marker="o", markersize=3, label=label)
         rows += own
     axes.set(xlabel="the head's largest probability", ylabel="agreement", xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
+    if rows:
+        axes.legend()
     return _save(figure, path, columns, rows)
 
 

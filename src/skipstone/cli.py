@@ -317,6 +317,50 @@ def doctor(
 
 
 @command
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="JSON lines with 'prompt' or Spec-Bench's 'turns', .gz too.")],
+    model: Model = DEFAULT_MODEL,
+    heads: Annotated[str, typer.Option(help="A head set's folder, or 'default' (the shipped set).")] = "default",
+    out: Annotated[
+        Path | None, typer.Option(help="Write the calibrated set here; by default --heads itself is updated.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures (PNG) and their numbers (CSV).")] = None,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to decode.")] = 128,
+    max_new_tokens: MaxNewTokens = 64,
+    held_out_percent: Annotated[
+        float | None,
+        typer.Option(help="Share of the prompts that training left out, by hash; 100: it never read this file."),
+    ] = None,
+    accuracy: Annotated[float, typer.Option(help="Gates while measuring, 0.60 to 0.99.")] = 0.75,
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts decoded side by side.")] = None,
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exit heads on drafted prefixes of held-out prompts and store the gates that follow."""
+    from .bench.tables import print_calibration
+    from .train.plots import plot_calibration, require_matplotlib
+    from .train.recalibrate import Settings, recalibrate
+
+    if plots is not None:
+        require_matplotlib()
+    settings = Settings(
+        model, heads, str(prompts), None if out is None else str(out), max_prompts=max_prompts,
+        max_new_tokens=max_new_tokens, held_out_percent=held_out_percent, accuracy=accuracy, batch=batch,
+        device=device, dtype=_dtype(dtype), progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    found = recalibrate(settings)
+    if found.folder is None:
+        note("nothing was written: the shipped set stays as it is; give --out for a copy with this calibration")
+    drawn = [] if plots is None else [str(path) for path in plot_calibration(found.calibration, plots)]
+    summary = found.summary() | {"plots": drawn}
+    if as_json:
+        print_json(summary)
+    else:
+        print_calibration(summary)
+
+
+@command
 def bench(
     prompts: Annotated[
         Path | None, typer.Argument(help="JSON lines with question_id, category and turns; a built-in set by default.")
@@ -386,17 +430,12 @@ def bench(
 
 def _load(model: str, heads: str, dtype: str, device: str | None, bare_exit: int | None = None) -> Engine:
     """The engine; says on stderr why it will not speculate, if so."""
-    import torch
-
     from .engine.load import load
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype is {dtype!r}, expected one of {', '.join(dtypes)}")
     if heads == "bare" and bare_exit is None:
         raise ValueError("--heads bare needs --exit: which layer's hidden state to read")
     wanted = None if heads in ("none", "bare") else heads
-    engine = load(model, heads=wanted, dtype=dtypes[dtype], device=device)
+    engine = load(model, heads=wanted, dtype=_dtype(dtype), device=device)
     if heads == "bare" and bare_exit is not None:
         from .bench.arms import with_bare_heads
 
@@ -406,6 +445,15 @@ def _load(model: str, heads: str, dtype: str, device: str | None, bare_exit: int
     elif engine.heads is None and heads == "default":
         note("no speculation: no exit heads are shipped for this model; give --heads, or --heads bare with --exit")
     return engine
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"--dtype is {name!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def _drafting(

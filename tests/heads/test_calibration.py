@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipstone.heads import Calibration, fit_calibration
-from skipstone.heads.calibration import JOINT_LEVELS, LEVELS
+from skipstone.heads import Calibration, HeadSet, fit_calibration, store_calibration
+from skipstone.heads.calibration import CURVE_LEVEL, JOINT_LEVELS, LEVELS
 from skipstone.heads.fitting import MIN_TOKENS, auroc, largest_entropy
 
 
@@ -90,16 +92,116 @@ def test_gate_takes_the_next_level_and_refuses_others() -> None:
         calibration.gate(3, 0.9)
 
 
+def make_full() -> Calibration:
+    entropy, rank = make_measurements()
+    max_prob = {layer: np.exp(-h / 2) for layer, h in entropy.items()}
+    noise = np.random.default_rng(1).random(4000)
+    margin = {layer: p * noise for layer, p in max_prob.items()}
+    depth = np.arange(4000) % 3
+    return fit_calibration(
+        entropy, rank, "here", max_prob=max_prob, margin=margin, depth=depth, true_prefix=depth < 2
+    )  # fmt: skip
+
+
 def test_json_round_trip_and_strictness() -> None:
-    calibration = fit_calibration(*make_measurements(), "here")
+    calibration = make_full()
     text = calibration.to_json()
     assert Calibration.from_json(text) == calibration
+    assert len(text) < 40_000  # 2 exits; a set has a handful
     document = json.loads(text)
-    with pytest.raises(ValueError, match="version is 9"):
-        Calibration.from_json(json.dumps({**document, "version": 9}))
+    with pytest.raises(ValueError, match="version is 1, expected 2; .*skipstone calibrate"):
+        Calibration.from_json(json.dumps({**document, "version": 1}))
     del document["exits"]["2"]["bins"]
     with pytest.raises(ValueError, match="incomplete"):
         Calibration.from_json(json.dumps(document))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))
+def test_auroc_counts_pairs(tokens: list[tuple[int, bool]]) -> None:
+    """Catches: ties counted as wins, ranks from zero."""
+    score, right = np.array([float(s) for s, _ in tokens]), np.array([r for _, r in tokens])
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[right] for b in score[~right]]
+    assert auroc(score, right) == pytest.approx(np.mean(pairs) if pairs else 0.5)
+
+
+def test_confidence_is_compared_on_what_earlier_exits_refused() -> None:
+    """Catches: curves over all tokens; a sign that takes the least sure first."""
+    entropy, rank = make_measurements()
+    calibration = make_full()
+    refused = entropy[2] >= calibration.exits[2].gates[CURVE_LEVEL].low
+    found = calibration.exits[4].separation
+    assert list(found) == ["entropy", "max_prob", "margin"]
+    assert found["entropy"].auroc_reached == pytest.approx(auroc(-entropy[4][refused], rank[4][refused] == 0), abs=1e-5)
+    assert found["entropy"].auroc == pytest.approx(auroc(-entropy[4], rank[4] == 0), abs=1e-5)
+    assert found["entropy"].auroc == found["max_prob"].auroc > found["margin"].auroc  # the margin here is half noise
+    curve = found["entropy"].curve
+    assert curve.coverage[-1] == 1.0 and list(curve.coverage) == sorted(curve.coverage)
+    assert curve.agreement[-1] == pytest.approx((rank[4][refused] == 0).mean(), abs=1e-5)
+    assert curve.agreement[0] > curve.agreement[-1] + 0.2
+    taken = entropy[4][refused] <= curve.threshold[10] + 1e-5
+    assert curve.coverage[10] == pytest.approx(taken.mean(), abs=2e-3)
+    assert curve.coverage_at(0.9) == max(c for c, a in zip(curve.coverage, curve.agreement, strict=True) if a >= 0.9)
+
+
+def test_first_sure_follows_any_choice_of_exits() -> None:
+    """Catches: shares of a later exit that include what an earlier one took, or shares of the refused only."""
+    entropy, rank = make_measurements()
+    calibration = make_full()
+    assert tuple(calibration.joint) == JOINT_LEVELS
+    sure = {layer: entropy[layer] < calibration.exits[layer].gates[0.80].low for layer in (2, 4)}
+    second = sure[4] & ~sure[2]
+    found = calibration.first_sure((2, 4), 0.78)
+    assert found[2] == (pytest.approx(sure[2].mean()), pytest.approx((rank[2][sure[2]] == 0).mean()))
+    assert found[4] == (pytest.approx(second.mean()), pytest.approx((rank[4][second] == 0).mean()))
+    alone = calibration.first_sure((4,), 0.80)
+    assert alone == {4: (pytest.approx(sure[4].mean()), pytest.approx((rank[4][sure[4]] == 0).mean()))}
+    with pytest.raises(ValueError, match=r"layers \[3\]"):
+        calibration.first_sure((3, 4), 0.8)
+
+
+def test_prefixes_and_confidence_are_reported() -> None:
+    entropy, rank = make_measurements()
+    calibration = make_full()
+    true = np.arange(4000) % 3 < 2
+    assert calibration.num_drafted == 2666 and calibration.num_off_path == (~true).sum()
+    first = calibration.exits[2]
+    assert first.true_prefix_agreement == pytest.approx((rank[2][true] == 0).mean(), abs=1e-5)
+    assert first.reliability is not None and sum(first.reliability.counts) == 4000
+    in_bin = (np.exp(-entropy[2] / 2) >= 0.9).sum()
+    assert first.reliability.counts[-1] == in_bin
+    gap = np.abs(np.array(first.reliability.confidence) - np.array(first.reliability.agreement))
+    assert first.reliability.error == pytest.approx((gap * first.reliability.counts).sum() / 4000)
+
+
+def test_heads_that_say_nan_are_refused() -> None:
+    entropy, rank = make_measurements()
+    entropy[4][7] = np.nan
+    with pytest.raises(ValueError, match=r"entropy is NaN or Inf at exits \[4\]"):
+        fit_calibration(entropy, rank)
+
+
+def test_storing_a_calibration_leaves_everything_else(tiny_heads_folder: Path, tmp_path: Path) -> None:
+    """An old version refuses to load, can be measured again, and weights and card stay as they are."""
+    before = HeadSet.load(tiny_heads_folder)
+    assert before.calibration is not None
+    old = tmp_path / "old"
+    store_calibration(tiny_heads_folder, before.calibration, old)
+    text = (old / "calibration.json").read_text().replace('"version":2', '"version":1')
+    (old / "calibration.json").write_text(text)
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["files"]["calibration.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="skipstone calibrate"):
+        HeadSet.load(old)
+    assert HeadSet.load(old, calibrated=False).calibration is None
+    (old / "README.md").write_text("by hand")
+    store_calibration(old, before.calibration)
+    assert HeadSet.load(old).calibration == before.calibration
+    assert (old / "README.md").read_text() == "by hand"
+    for name in ("heads.safetensors", "config.json"):
+        assert (old / name).read_bytes() == (tiny_heads_folder / name).read_bytes()
+    with pytest.raises(FileExistsError, match="exists"):
+        store_calibration(tiny_heads_folder, before.calibration, old)
 
 
 def test_measurements_of_unlike_length_are_refused() -> None:

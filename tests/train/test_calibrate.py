@@ -1,0 +1,170 @@
+"""Calibration through the engine: what is recorded at drafted nodes, on which prompts, and the command's parts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from skipstone.engine.engine import Engine
+from skipstone.engine.gate import ALWAYS, every
+from skipstone.engine.load import load
+from skipstone.engine.loop import Machinery
+from skipstone.engine.tree import DraftTree
+from skipstone.heads import HeadSet
+from skipstone.train import recalibrate as command
+from skipstone.train.calibrate import Recorder, record
+from skipstone.train.data import is_held_out
+from skipstone.train.plots import plot_calibration
+from skipstone.train.recalibrate import Settings, recalibrate
+
+PROMPTS = [[5, 80, 200], [3, 9, 27, 81, 243], [100, 101], [7, 7, 7, 7]]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path, tiny_heads_folder: Path) -> Engine:
+    return load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)
+
+
+def test_every_node_is_recorded_as_its_own_prefix_says(engine: Engine) -> None:
+    """Against a forward over each node's whole prefix. Planted bugs: the parent's target instead of the node's own, a
+    head asked one layer too deep, true prefixes where a draft was wrong."""
+    heads, decoder = engine.heads, engine.decoder
+    assert heads is not None
+    recorder = Recorder(heads, decoder.config.vocab_size, [], decoder.device)
+    trees: list[tuple[int, DraftTree]] = []
+
+    def observe(on: Machinery, works: Any, logits: Any) -> None:
+        recorder(on, works, logits)
+        trees.extend((work.base, work.tree) for work in works)
+
+    engine.observer = observe
+    try:
+        out = engine.generate(
+            PROMPTS[1], policy=every((2, 3), ALWAYS, max_depth=3), max_new_tokens=14, ignore_eos=True
+        )  # fmt: skip
+    finally:
+        engine.observer = None
+    text = PROMPTS[1] + out.token_ids
+    prefix, said = np.concatenate(recorder._prefix), {e: np.concatenate(p) for e, p in recorder._said.items()}
+    row = 0
+    for base, tree in trees:
+        for node in range(len(tree)):
+            ids = text[: base + 1] + tree.path_tokens(node)
+            with torch.inference_mode():
+                states = decoder.encode(torch.tensor([ids]), [2, 3, decoder.config.num_layers])
+                best = int(decoder.lm_head(decoder.final_norm(states[decoder.config.num_layers][0, -1:])).argmax())
+                for exit_layer in (2, 3):
+                    logits = heads.logits(exit_layer, states[exit_layer][0, -1:])[0]
+                    probs = logits.softmax(-1).sort(descending=True).values
+                    expected = (
+                        float(torch.special.entr(probs).sum()), float(probs[0]), float(probs[0] - probs[1]),
+                        int((logits > logits[best]).sum()),
+                    )  # fmt: skip
+                    assert said[exit_layer][row] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+            assert prefix[row, 0] == tree.depths[node]
+            assert bool(prefix[row, 1]) == (ids == text[: len(ids)])
+            row += 1
+    assert row == len(prefix) > len(out.token_ids)
+    assert 0 < (prefix[:, 1] == 0).sum() < row
+
+
+def test_every_position_of_the_text_is_measured_once(engine: Engine) -> None:
+    """Also where a stop id ends a text in mid-block: what hangs below it is never decoded."""
+    plain = engine.generate(PROMPTS, speculation=False, max_new_tokens=12, ignore_eos=True)
+    stop = plain[0].token_ids[6]
+    written: list[int] = []
+    found = record(engine, PROMPTS, max_new_tokens=12, stop_ids=[stop], batch=3, on_tokens=written.append)
+    prefix = np.concatenate(found._prefix)
+    assert len(written) == 2 and sum(written) < 12 * len(PROMPTS)
+    assert (prefix[:, 1] == 1).sum() == sum(written)
+    assert engine.observer is None
+    calibration = found.fit()
+    assert calibration.exits[2].num_tokens == calibration.exits[3].num_tokens == found.num_nodes == len(prefix)
+    assert calibration.num_drafted == (prefix[:, 0] > 0).sum()
+    assert found.fit(true_prefixes_only=True).exits[2].num_tokens == sum(written)
+    assert "4 held-out prompts" in calibration.source
+
+
+def test_the_observer_goes_also_when_decoding_fails(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        record(engine, [[10_000]])
+    assert engine.observer is None
+    with pytest.raises(ValueError, match="0 greedy held-out prompts"):
+        record(engine, [])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"a stone skips {i}"}) + "\n" for i in range(30)))
+    return path
+
+
+def settings(prompts: Path, tiny_folder: Path, heads: Path, **changes: Any) -> Settings:
+    given = {"max_new_tokens": 6, "held_out_percent": 30.0, "max_prompts": 4, "device": "cpu", "progress": False}
+    return Settings(str(tiny_folder), str(heads), str(prompts), dtype=torch.float32, **given | changes)
+
+
+def test_only_held_out_prompts_are_measured(
+    prompts: Path, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: the filter left out, or the wrong share of a set that records another one."""
+    seen: list[str] = []
+    monkeypatch.setattr(command, "encode_chat", lambda tokenizer, text: seen.append(text) or [5, 6, 7])
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    recalibrate(settings(prompts, tiny_folder, tiny_heads_folder, out=str(tmp_path / "out")))
+    assert seen == [text for text in texts if is_held_out(text, 30.0)] and 0 < len(seen) < 30
+    heads = HeadSet.load(tiny_heads_folder)
+    assert command._recorded_percent(heads) == 3.0
+    object.__setattr__(heads.config, "training", {"config": {"held_out_percent": 12.5}})
+    assert command._recorded_percent(heads) == 12.5
+    with pytest.raises(ValueError, match="held-out 0.001 percent"):
+        recalibrate(settings(prompts, tiny_folder, tiny_heads_folder, held_out_percent=0.001))
+
+
+def test_a_set_is_calibrated_anew(prompts: Path, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "calibrated"
+    found = recalibrate(settings(prompts, tiny_folder, tiny_heads_folder, out=str(out)))
+    assert found.folder == out
+    loaded = HeadSet.load(out)
+    assert loaded.calibration == found.calibration
+    assert (out / "heads.safetensors").read_bytes() == (tiny_heads_folder / "heads.safetensors").read_bytes()
+    summary = json.loads(json.dumps(found.summary(), allow_nan=False))
+    assert set(summary["exits"]) == {"2", "3"}
+    assert summary["exits"]["3"]["best_measure"] in ("entropy", "max_prob", "margin")
+    with pytest.raises(FileExistsError, match="exists"):
+        settings(prompts, tiny_folder, tiny_heads_folder, out=str(out))
+
+
+def test_plots_lie_beside_their_numbers(tiny_heads_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    calibration = HeadSet.load(tiny_heads_folder).calibration
+    assert calibration is not None
+    drawn = plot_calibration(calibration, tmp_path)
+    names = ["agreement_by_layer", "entropy_histogram", "coverage_curves", "reliability"]
+    assert [path.stem for path in drawn] == names
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "entropy_histogram.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counted = sum(int(row["right"]) + int(row["wrong"]) for row in rows if row["exit_layer"] == "2")
+    assert counted == calibration.exits[2].num_tokens
+    right = sum(int(row["right"]) for row in rows if row["exit_layer"] == "2")
+    assert right / counted == pytest.approx(calibration.exits[2].agreement, abs=1e-4)
+
+
+def test_missing_matplotlib_is_said_before_measuring(
+    tiny_heads_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    calibration = HeadSet.load(tiny_heads_folder).calibration
+    assert calibration is not None
+    with pytest.raises(ValueError, match=r"pip install 'skipstone\[plot\]'"):
+        plot_calibration(calibration, tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
