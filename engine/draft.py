@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .forward import RowTiles, Working, advance
 from .gate import DraftPolicy
+from .head_memory import HeadMemory
 from .model import Decoder
 from .tree import DraftTree
 
@@ -46,8 +48,12 @@ def draft(
     heads: Mapping[int, Head],
     policy: DraftPolicy,
     tiles: RowTiles,
+    memories: Mapping[int, HeadMemory] = MappingProxyType({}),
 ) -> list[int]:
     """Grow every row's tree as far as the gates allow.
+
+    Args:
+        memories: of the stateful heads, by exit layer; the others are in `heads`.
 
     Returns:
         Per row, how many nodes every gate refused.
@@ -66,8 +72,10 @@ def draft(
             # A parent may have stopped at a shallower exit; the keys of its deeper layers are needed now.
             paths = [(work, _with_ancestors(work.tree, nodes)) for work, nodes in todo]
             advance(decoder, cache, paths, exit_layer, tiles)
-            hidden = torch.cat([work.hidden[nodes] for work, nodes in todo])
-            logits = heads[exit_layer](hidden).float()
+            if exit_layer in memories:
+                logits = memories[exit_layer].speak(todo).float()
+            else:
+                logits = heads[exit_layer](torch.cat([work.hidden[nodes] for work, nodes in todo])).float()
             entropies = entropy(logits).tolist()
             at = 0
             for i, row in enumerate(rows):

@@ -12,11 +12,13 @@ import torch
 
 from ..heads.base import Projection
 from ..heads.head_set import HeadSet
+from ..heads.stateful import StatefulHead
 from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
 from .forward import RowTiles
-from .gate import PLAIN, DraftPolicy, calibrated
+from .gate import PLAIN, DraftPolicy, calibrated, fixed_exit
+from .head_memory import HeadMemory, plan_memory, scratch_of
 from .loop import Machinery, Observer, Origin, Request, decode
 from .model import Decoder
 from .pacing import Pace
@@ -28,6 +30,7 @@ from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
+CHAIN_LENGTH = 5  # of a head whose drafts cost no trunk layers, where nothing else is known
 CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
 
 
@@ -121,9 +124,10 @@ class Engine:
                 )
                 heads.attach(projection)
         self.policy = PLAIN
-        if heads is not None and heads.calibration is not None and self.warning is None:
-            self.policy = calibrated(heads.calibration)
+        if heads is not None and self.warning is None:
+            self.policy = _default_policy(heads)
         self._cache: KVCache | None = None
+        self._memories: dict[int, HeadMemory] = {}
         self._paces: dict[int, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -274,6 +278,7 @@ class Engine:
             {} if self.heads is None else self.heads.heads,
             None if self.heads is None else self.heads.draft_ids,
             self.observer,
+            self._memories_for(chosen),
         )
         return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
 
@@ -290,6 +295,24 @@ class Engine:
         for sequence in range(cache.plan.batch):
             cache.restart(sequence)
         return cache
+
+    def _memories_for(self, policy: DraftPolicy) -> dict[int, HeadMemory]:
+        """An empty memory of each stateful head that the policy asks, as large as the cache; the last ones again where
+        they are large enough."""
+        assert self._cache is not None
+        cache, found = self._cache.plan, {}
+        for exit_layer in policy.exits:
+            head = self.heads.heads[exit_layer] if self.heads else None
+            if not isinstance(head, StatefulHead):
+                continue
+            plan = plan_memory(head, cache.batch, cache.context, scratch_of(policy), self.decoder.device)
+            memory = self._memories.get(exit_layer)
+            if memory is None or memory.head is not head or memory.plan != plan:
+                memory = HeadMemory(head, plan, self.decoder.device)
+            for sequence in range(cache.batch):
+                memory.restart(sequence)
+            found[exit_layer] = self._memories[exit_layer] = memory
+        return found
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[list[int]]]:
         """Whether one prompt was given, and the prompts as checked token ids."""
@@ -459,6 +482,13 @@ class Stream:
             self.result = self._engine._finished(self._request)
         finally:
             self._engine._release()
+
+
+def _default_policy(heads: HeadSet) -> DraftPolicy:
+    """A head without trunk layers drafts chains; others are asked as their calibration says; else none is."""
+    if 0 in heads.exits:
+        return fixed_exit(0, CHAIN_LENGTH)
+    return PLAIN if heads.calibration is None else calibrated(heads.calibration)
 
 
 class _NoText:

@@ -8,7 +8,7 @@ verification needs there and goes on from 12 (design rule 5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,13 +43,17 @@ class RowTiles:
 
 @dataclass
 class Working:
-    """The nodes of one sequence in one round: which layer each has reached, and its residual stream there."""
+    """The nodes of one sequence in one round: which layer each has reached, and its residual stream there.
+
+    `kept` are residual streams that outlive the pass, by layer: of every node that has reached it.
+    """
 
     sequence: int
     base: int
     tree: DraftTree
     hidden: Tensor  # [16, D] fp32
     reached: list[int] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)  # layer -> [16, D] fp32
 
     def embed_new(self, decoder: Decoder) -> None:
         """Give nodes that were added since the last call their embedding."""
@@ -57,6 +61,8 @@ class Working:
         if first < last:
             ids = torch.tensor(self.tree.tokens[first:last], device=self.hidden.device)
             self.hidden[first:last] = decoder.embed(ids)
+            if 0 in self.kept:
+                self.kept[0][first:last] = self.hidden[first:last]
             self.reached += [0] * (last - first)
 
 
@@ -123,9 +129,12 @@ def _run_tile(
 
     attend = _GatheredRows(cache, spans, len(hidden)).attend if tiles.gathered else attend_by_span
     at = torch.tensor(positions, device=decoder.device)
-    hidden = decoder.run_layers(hidden, start, end, at, attend)
+    taps = dict.fromkeys({layer for span in spans for layer in span.work.kept if start < layer <= end}, hidden)
+    hidden = decoder.run_layers(hidden, start, end, at, attend, taps)
     for span in spans:
         span.work.hidden[span.index] = hidden[span.rows]
+        for layer in taps:
+            span.work.kept[layer][span.index] = taps[layer][span.rows]
         for node in span.nodes:
             span.work.reached[node] = end
 
@@ -265,11 +274,19 @@ def row_keys(
     )
 
 
-def prefill(decoder: Decoder, cache: KVCache, sequence: int, ids: Sequence[int]) -> None:
+def prefill(
+    decoder: Decoder,
+    cache: KVCache,
+    sequence: int,
+    ids: Sequence[int],
+    layers: Sequence[int] = (),
+    take: Callable[[Mapping[int, Tensor]], None] | None = None,
+) -> None:
     """Fill the cache with a prompt's tokens, alone and in chunks at fixed absolute boundaries (rule 6).
 
     Args:
         ids: the prompt without its last token, which is the first round's pending token. May be empty.
+        layers, take: after each chunk `take` is given its residual streams `[n, D]` fp32 after these layers.
     """
     config = decoder.config
     for first in range(0, len(ids), PREFILL_CHUNK):
@@ -286,5 +303,9 @@ def prefill(decoder: Decoder, cache: KVCache, sequence: int, ids: Sequence[int])
             )  # fmt: skip
             return out[0].transpose(0, 1).float()
 
-        decoder.run_layers(decoder.embed(chunk), 0, config.num_layers, positions, attend)
+        hidden = decoder.embed(chunk)
+        taps = dict.fromkeys(layers, hidden)
+        decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps)
+        if take is not None:
+            take(taps)
     cache.lens[sequence] = len(ids)

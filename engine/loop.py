@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .cache import KVCache
 from .draft import DraftRow, Head, draft
 from .forward import RowTiles, Working, advance, node_logits, prefill
 from .gate import PLAIN, DraftPolicy
+from .head_memory import HeadMemory
 from .model import Decoder
 from .pacing import Pace
 from .sampling import Context, History, SamplingError, TargetSampler, TokenLogprobs, token_logprobs
@@ -66,7 +68,8 @@ Observer = Callable[["Machinery", Sequence[Working], Sequence[Tensor]], None]
 @dataclass(frozen=True)
 class Machinery:
     """What rounds run on. `heads` maps exit layers to `hidden [N, D] -> logits [N, Vd]`; `draft_ids` long `[Vd]` or
-    None. `observer` sees every verified round before it is committed: trees and each tree's logits `[nodes, V]`."""
+    None. `observer` sees every verified round before it is committed: trees and each tree's logits `[nodes, V]`.
+    `memories` are those of the stateful heads, by exit layer; they are kept up by every round, also by plain ones."""
 
     decoder: Decoder
     cache: KVCache
@@ -74,6 +77,17 @@ class Machinery:
     heads: Mapping[int, Head]
     draft_ids: Tensor | None
     observer: Observer | None = None
+    memories: Mapping[int, HeadMemory] = field(default_factory=dict)
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """Layers whose residual streams the memories read."""
+        return sorted({layer for memory in self.memories.values() for layer in memory.layers})
+
+    def take(self, sequence: int, states: Mapping[int, Tensor]) -> None:
+        """Hand verified tokens' states, layer -> `[n, D]`, to every memory."""
+        for memory in self.memories.values():
+            memory.take(sequence, states)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,7 @@ class Block:
     origins: tuple[Origin, ...]
     num_refused: int
     error: str | None = None
+    states: Mapping[int, Tensor] = field(default_factory=dict)  # kept layer -> [16, D], by node
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -111,7 +126,8 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
     for request in requests:
         start = time.perf_counter()
         with torch.inference_mode():
-            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1])
+            take = partial(on.take, request.sequence)
+            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1], on.kept_layers, take)
         _synchronise(on.decoder)
         request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
     max_nodes = policy.max_nodes
@@ -128,11 +144,13 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             if not drafting:
                 raise MemoryError(f"out of memory in a plain step; {on.cache.plan.arithmetic()}") from error
             max_nodes //= 2
+            if max_nodes == 0:
+                on = replace(on, memories={})
             for request in active:
                 request.statistics.record_fallback("out of memory")
             continue
         with torch.inference_mode():
-            released = [(r, _commit(on.cache, r, block)) for r, block in zip(active, blocks, strict=True)]
+            released = [(r, _commit(on, r, block)) for r, block in zip(active, blocks, strict=True)]
         elapsed = 1e3 * (time.perf_counter() - start)
         for request in active:
             request.statistics.decode_ms += elapsed
@@ -147,12 +165,12 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
     refused = [0] * len(works)
     if policy.exits:
         rows = [_draft_row(on, request, work) for request, work in zip(requests, works, strict=True)]
-        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles)
+        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories)
     logits = verify(on, works)
     if on.observer is not None:
         on.observer(on, works, logits)
     return [
-        accept_block(request, work.tree, own, count)
+        replace(accept_block(request, work.tree, own, count), states=work.kept)
         for request, work, own, count in zip(requests, works, logits, refused, strict=True)
     ]
 
@@ -196,7 +214,8 @@ def accept_block(request: Request, tree: DraftTree, logits: Tensor, num_refused:
 
 def _begin(on: Machinery, request: Request) -> Working:
     hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
-    work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden)
+    kept = {layer: torch.zeros_like(hidden) for layer in on.kept_layers}
+    work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden, kept=kept)
     work.embed_new(on.decoder)
     on.cache.clear_open(request.sequence, keys=not on.tiles.deterministic)
     return work
@@ -211,14 +230,19 @@ def _draft_row(on: Machinery, request: Request, work: Working) -> DraftRow:
     return DraftRow(work, max(0, request.checker.num_remaining - 1), choose)
 
 
-def _commit(cache: KVCache, request: Request, block: Block) -> list[Emission]:
-    """Move accepted keys and values into place and take the tokens into the output as far as it goes."""
+def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
+    """Move accepted keys and values into place, hand their states to the heads' memories and take the tokens into the
+    output as far as it goes."""
     before = len(request.checker.token_ids)
     released = request.checker.push(block.tokens)
     if block.error is not None:
         request.error = block.error
         released += request.checker.finish("error")
-    cache.commit(request.sequence, [0, *block.acceptance.nodes])
+    path = [0, *block.acceptance.nodes]
+    on.cache.commit(request.sequence, path)
+    if on.memories:
+        rows = torch.tensor(path, device=on.decoder.device)
+        on.take(request.sequence, {layer: states[rows] for layer, states in block.states.items()})
     request.history.extend(block.tokens)
     request.origins += block.origins
     request.statistics.record_round(

@@ -167,8 +167,9 @@ class StatefulHead(ExitHead):
                 rows = slice(first, first + len(place))
                 first += len(place)
                 keys, values = state.k[index, own.sequence], state.v[index, own.sequence]
-                keys[:, place] = k[rows].transpose(0, 1).to(keys.dtype)
-                values[:, place] = v[rows].transpose(0, 1).to(values.dtype)
+                # a NaN shows in the row's own output; stored, it would reach rows that must not see it
+                keys[:, place] = k[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(keys.dtype)
+                values[:, place] = v[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(values.dtype)
                 attended.append(_attend(q[rows], keys, values, place, own.visible))
             out = layer.finish(out, torch.cat(attended), products)
         return out

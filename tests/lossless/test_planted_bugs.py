@@ -202,10 +202,10 @@ def test_positions_by_node_instead_of_depth_are_caught(setting, monkeypatch):
     """Siblings share a position; counting nodes gives the same for a chain and another for every tree."""
     original = forward.Decoder.run_layers
 
-    def run_layers(decoder, hidden, start, stop, positions, attend):
+    def run_layers(decoder, hidden, start, stop, positions, attend, taps):
         if 1 < len(positions) < 17 and len(set(positions.tolist())) < len(positions):
             positions = positions[0] + torch.arange(len(positions))
-        return original(decoder, hidden, start, stop, positions, attend)
+        return original(decoder, hidden, start, stop, positions, attend, taps)
 
     monkeypatch.setattr(forward.Decoder, "run_layers", run_layers)
     assert ("trees", "tokens") in differences(*setting, {})
@@ -216,8 +216,8 @@ def test_a_width_that_changes_bits_is_caught(setting, monkeypatch):
     """One part in a million, in every tile of more than one row: tokens stay, bits do not."""
     original = forward.Decoder.run_layers
 
-    def run_layers(decoder, hidden, start, stop, positions, attend):
-        out = original(decoder, hidden, start, stop, positions, attend)
+    def run_layers(decoder, hidden, start, stop, positions, attend, taps):
+        out = original(decoder, hidden, start, stop, positions, attend, taps)
         return out * (1 + 1e-6) if 1 < len(positions) < 17 else out
 
     monkeypatch.setattr(forward.Decoder, "run_layers", run_layers)
