@@ -7,9 +7,9 @@ An arm turns prompt ids into an `Outcome`. Arms of our own engine must give the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..engine.config import ModelConfig
 from ..engine.engine import Engine, Speculation
@@ -17,7 +17,12 @@ from ..engine.gate import DraftPolicy, calibrated, fixed_exit
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 
-ARM_FORMS = "plain, default, always, accuracy:LEVEL, fixed:EXIT:LENGTH, bare:EXIT:LENGTH"
+ARM_FORMS = (
+    "plain, default, always, accuracy:LEVEL[:LENGTH], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, LEVEL may be "
+    "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
+)
+LEVEL_STEP = 0.05
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Outcome:
     Attributes:
         text, token_ids: the answer.
         wall_ms: prompt ids in, answer out.
-        decode_ms: the part of it after the prompt was read, in which `decode_tokens` of the tokens came.
+        decode_ms: the part of it after the prompt was read, in which `decode_tokens` of the tokens came. Both times are
+            0 where nothing was timed.
         stats: what drafting did; None for baselines.
         error: why the request failed, if it did.
     """
@@ -119,15 +125,56 @@ def default_arms(engine: Engine) -> str:
 
 
 def parse_arms(text: str, engine: Engine) -> list[Arm]:
-    """Arms from a comma-separated list; plain is always there and first, for it is what the others are measured by.
+    """Arms from a comma-separated list of `ARM_FORMS`; plain is always there and first, for it is what the others are
+    measured by.
 
     Raises:
         ValueError: a form that is unknown, or that this engine's heads cannot serve.
     """
-    names = list(dict.fromkeys(["plain", *(part.strip() for part in text.split(",") if part.strip())]))
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    exits = engine.heads.exits if engine.heads is not None else ()
+    names = list(dict.fromkeys(["plain", *(name for form in given for name in expand(form, exits))]))
     bare_exits = sorted({_exit_and_length(name)[0] for name in names if name.startswith("bare:")})
     bare = with_bare_heads(engine, bare_exits) if bare_exits else None
     return [_arm(name, engine, bare) for name in names]
+
+
+def expand(form: str, exits: Sequence[int]) -> list[str]:
+    """One arm a name: ranges of levels and lengths, and * for exits, written out; other forms stay as they are.
+
+    Raises:
+        ValueError: a * without heads, or a range that does not rise.
+    """
+    kind, *parts = form.split(":")
+    if kind not in ("accuracy", "fixed", "bare") or not parts:
+        return [form]
+    firsts = _levels(form, parts[0]) if kind == "accuracy" else [parts[0]]
+    if kind != "accuracy" and parts[0] == "*":
+        if not exits:
+            raise ValueError(f"arm {form!r}: * stands for the exits of trained heads, and this engine has none")
+        firsts = [str(exit_layer) for exit_layer in exits]
+    rests = [":".join(parts[1:])]
+    if len(parts) == 2 and "-" in parts[1]:
+        first, last = _bounds(form, parts[1], int)
+        rests = [str(length) for length in range(first, last + 1)]
+    return [":".join(part for part in (kind, first, rest) if part) for first in firsts for rest in rests]
+
+
+def _levels(form: str, text: str) -> list[str]:
+    if "-" not in text:
+        return [text]
+    first, last = _bounds(form, text, float)
+    return [f"{first + i * LEVEL_STEP:.2f}" for i in range(round((last - first) / LEVEL_STEP) + 1)]
+
+
+def _bounds(form: str, text: str, number: Callable[[str], Number]) -> tuple[Number, Number]:
+    try:
+        first, last = (number(part) for part in text.split("-"))
+    except ValueError:
+        raise ValueError(f"arm {form!r}: {text!r} is no range such as 1-6 or 0.6-0.95") from None
+    if not first <= last:
+        raise ValueError(f"arm {form!r}: {text!r} is empty, expected a range that rises")
+    return first, last
 
 
 def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
@@ -144,11 +191,13 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if kind == "accuracy" and rest:
         if engine.heads is None or engine.heads.calibration is None:
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
+        level, _, length = rest.partition(":")
         try:
-            accuracy = float(rest)
+            accuracy, max_depth = float(level), int(length) if length else DraftPolicy.max_depth
         except ValueError:
-            raise ValueError(f"arm {name!r}: expected a level such as accuracy:0.9") from None
-        return EngineArm(name, engine, "always", calibrated(engine.heads.calibration, accuracy=accuracy))
+            raise ValueError(f"arm {name!r}: expected a level such as accuracy:0.9, or accuracy:0.9:4") from None
+        policy = calibrated(engine.heads.calibration, accuracy=accuracy, max_depth=max_depth)
+        return EngineArm(name, engine, "always", policy)
     if kind in ("fixed", "bare"):
         exit_layer, length = _exit_and_length(name)
         owner = engine if kind == "fixed" else bare

@@ -79,15 +79,68 @@ def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
     }
 
 
+def matched(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Gated drafting beside every fixed exit and length: DSSD's comparison (arXiv 2407.21082) at equal work verified.
+
+    Args:
+        arms: metrics by arm, of one task.
+
+    Returns:
+        For each `bare:` and `fixed:` arm, the `accuracy:` arm of the highest acceptance rate among those with at least
+        as many tokens per verification (None where there is none), and the quotient of the acceptance rates.
+        `frontier`: no other arm of its kind is as good in both.
+    """
+    drafted = {name: m for name, m in arms.items() if m.get("num_drafted")}
+    gated = {name: m for name, m in drafted.items() if name.startswith("accuracy:")}
+    rows = []
+    for name, own in drafted.items():
+        kind = name.partition(":")[0]
+        if kind not in ("bare", "fixed") or not gated:
+            continue
+        rivals = [m for other, m in drafted.items() if other.startswith(f"{kind}:") and other != name]
+        enough = {g: m for g, m in gated.items() if _tau(m) >= _tau(own)}
+        best = max(enough, key=lambda g: enough[g]["acceptance_rate"], default=None)
+        rows.append(
+            {
+                "reference": name,
+                "frontier": not any(_beats(rival, own) for rival in rivals),
+                **_work(own),
+                "gated": best,
+                "gated_metrics": None if best is None else _work(gated[best]),
+                "acceptance_ratio": None
+                if best is None or not own["acceptance_rate"]
+                else gated[best]["acceptance_rate"] / own["acceptance_rate"],
+            }
+        )
+    return rows
+
+
+def _tau(m: Mapping[str, Any]) -> float:
+    return float(m["tokens_per_verification"])
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    pairs = [(_tau(one), _tau(other)), (one["acceptance_rate"], other["acceptance_rate"])]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def _work(m: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "tokens_per_verification": _tau(m),
+        "acceptance_rate": m["acceptance_rate"],
+        "wasted_per_token": m["num_wasted"] / m["num_tokens"],
+    }
+
+
 def _mean_exit(exits: Mapping[int, int]) -> float | None:
     count = sum(exits.values())
     return sum(layer * n for layer, n in exits.items()) / count if count else None
 
 
 def _rates(records: Sequence[Record]) -> dict[int, tuple[float, float]]:
-    """repeat -> tokens per second of all its answers together, decode-only and end to end."""
+    """repeat -> tokens per second of all its answers together, decode-only and end to end; none for untimed ones."""
     rates = {}
-    for repeat in sorted({r.repeat for r in records}):
+    for repeat in sorted({r.repeat for r in records if r.outcome.wall_ms}):
         own = [r.outcome for r in records if r.repeat == repeat]
         decode_ms, wall_ms = sum(o.decode_ms for o in own), sum(o.wall_ms for o in own)
         tokens, decode_tokens = sum(len(o.token_ids) for o in own), sum(o.decode_tokens for o in own)
@@ -105,7 +158,7 @@ def _worst_ratio(records: Sequence[Record], plain: Sequence[Record]) -> float | 
         own, base = (
             [r.outcome.wall_ms for r in part if (r.question.question_id, r.turn) == key] for part in (records, plain)
         )
-        if own and base:
+        if any(own) and any(base):
             worst.append(statistics.median(own) / statistics.median(base))
     return max(worst) if worst else None
 
@@ -117,6 +170,7 @@ def _median(values: Sequence[float]) -> float | None:
 def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything, raw answers included, in types that strict JSON holds. `settings` says how it was measured."""
     others = [arm.name for arm in arms if not arm.lossless]
+    summary = summarise(found.records, arms, num_layers)
     whole = {
         "schema_version": SCHEMA_VERSION,
         **settings,
@@ -130,7 +184,8 @@ def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings
         },
         "problems": [*map(str, found.divergences), *_errors(found.records)],
         "equal_to_plain": {name: list(agreement(found.records, name)) for name in others},
-        "summary": summarise(found.records, arms, num_layers),
+        "summary": summary,
+        "matched": {task: matched(by_arm) for task, by_arm in summary.items()},
         "answers": [_raw(record) for record in found.records],
     }
     return dict(strict(whole))

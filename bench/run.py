@@ -18,6 +18,7 @@ from .baselines import baseline_arms
 from .environment import describe_device, versions
 from .measure import measure
 from .questions import Question
+from .replay import replayed
 from .report import document
 
 
@@ -30,6 +31,7 @@ class Settings:
         arms: see `arms.parse_arms`; None takes what the engine's heads allow.
         baselines: see `baselines.BASELINES`.
         repeats: how often every answer is written.
+        replay: count `fixed:` and `bare:` arms from one plain run (see `replay`) in place of running them.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     repeats: int = 3
+    replay: bool = False
 
 
 def run(engine: Engine, questions: Sequence[Question], settings: Settings, progress: bool = True) -> dict[str, Any]:
@@ -55,6 +58,10 @@ def run(engine: Engine, questions: Sequence[Question], settings: Settings, progr
     if settings.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {settings.max_new_tokens}, expected at least 1: nothing would be measured")
     arms: list[Arm] = parse_arms(default_arms(engine) if settings.arms is None else settings.arms, engine)
+    if settings.replay:
+        if settings.temperature != 0.0:
+            raise ValueError(f"--replay counts greedy decoding, temperature is {settings.temperature}: leave one out")
+        arms = replayed(arms, engine)
     arms += baseline_arms(settings.baselines, settings.model, engine)
     sampling = {
         "max_new_tokens": settings.max_new_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.table import Table
 
 PIPE_WIDTH = 150
 OVERALL = "overall"
+MOST_COLUMNS = 8  # arms that a table by task has room for
 
 
 def console() -> Console:
@@ -123,7 +124,10 @@ def print_bench(document: Mapping[str, Any]) -> None:
                 out.print(
                     f"Arm {name} drafted nothing: it was paused from the warm-up on, as drafting does not pay here."
                 )
-        out.print(_by_task(summary))
+        if document["matched"][OVERALL]:
+            out.print(_matched(document["matched"][OVERALL]))
+        if len(summary[OVERALL]) <= MOST_COLUMNS:
+            out.print(_by_task(summary))
     if document["skipped_questions"]:
         out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")
     found = document["lossless"]
@@ -170,6 +174,31 @@ def _drafts(arms: Mapping[str, Any]) -> Table:
                 " ".join(f"{layer}:{share:.0%}" for layer, share in m["share_by_exit"].items()),
             )
     return table
+
+
+def _matched(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Gated drafting at no fewer tokens per verification than the best fixed exits and lengths: acceptance rate, "
+        "wasted drafts a token",
+        "fixed", ">tok/verification", ">acceptance", ">wasted", "gated", ">tok/verification", ">acceptance", ">wasted",
+        ">ratio",
+    )  # fmt: skip
+    for row in rows:
+        if row["frontier"]:
+            table.add_row(row["reference"], *_work(row), row["gated"] or "-", *_work(row["gated_metrics"]),
+                          _times(row["acceptance_ratio"]))  # fmt: skip
+    return table
+
+
+def _work(m: Mapping[str, Any] | None) -> list[str]:
+    if m is None:
+        return ["-"] * 3
+    numbers = (
+        _number(m["tokens_per_verification"], 2),
+        _percent(m["acceptance_rate"]),
+        _number(m["wasted_per_token"], 2),
+    )
+    return list(numbers)
 
 
 def _by_task(summary: Mapping[str, Any]) -> Table:

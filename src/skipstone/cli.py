@@ -360,6 +360,18 @@ def calibrate(
         print_calibration(summary)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Train exit heads for a model, on text that the model writes itself."""
+    # One list of options for flags, TOML files and `python -m skipstone.train`: train/config.py reads them.
+    from .train.__main__ import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @command
 def bench(
     prompts: Annotated[
@@ -367,7 +379,10 @@ def bench(
     ] = None,
     arms: Annotated[
         str | None,
-        typer.Option(help="Of plain, default, always, accuracy:LEVEL, fixed:EXIT:LENGTH, bare:EXIT:LENGTH."),
+        typer.Option(
+            help="Of plain, default, always, accuracy:LEVEL[:LENGTH], fixed:EXIT:LENGTH, bare:EXIT:LENGTH. To sweep: "
+            "LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have heads)."
+        ),
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="hf, hf-lookup, hf-early-exit; may be given again.")
@@ -378,6 +393,9 @@ def bench(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Every answer this often; the median is reported.")] = 3,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Count fixed: and bare: arms from one plain run: exact, and not timed.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     model: Model = DEFAULT_MODEL,
     heads: Heads = "default",
@@ -412,6 +430,7 @@ def bench(
         temperature=temperature,
         seed=seed,
         repeats=repeats,
+        replay=replay,
     )
     document = run(engine, questions, settings)
     if out is not None:

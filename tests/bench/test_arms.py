@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from skipstone.bench.arms import bare_heads, default_arms, parse_arms
+from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
 from skipstone.bench.baselines import BASELINES, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
 from skipstone.engine.load import load
@@ -50,11 +50,25 @@ def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
         ("bare:9:2", "outside 1..3"),
         ("accuracy:high", "expected a level"),
         ("accuracy:0.2", "accuracy is 0.2"),
+        ("accuracy:0.8:x", "accuracy:0.9:4"),
+        ("fixed:2:4-1", "a range that rises"),
+        ("fixed:2:1-b", "no range such as"),
     ],
 )
 def test_a_bad_arm_is_refused(engine: Engine, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arms(text, engine)
+
+
+def test_ranges_become_one_arm_a_setting(engine: Engine) -> None:
+    names = [arm.name for arm in parse_arms("fixed:*:1-2,bare:1:2-3,accuracy:0.6-0.7,accuracy:0.8:1-2", engine)]
+    assert names == [
+        "plain", "fixed:2:1", "fixed:2:2", "fixed:3:1", "fixed:3:2", "bare:1:2", "bare:1:3",
+        "accuracy:0.60", "accuracy:0.65", "accuracy:0.70", "accuracy:0.8:1", "accuracy:0.8:2",
+    ]  # fmt: skip
+    assert parse_arms("accuracy:0.7:2", engine)[1].describe()["max_depth"] == 2
+    with pytest.raises(ValueError, match="has none"):
+        expand("bare:*:2", ())
 
 
 def test_without_heads_there_is_a_bare_exit_to_measure(tiny_folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from skipstone.bench.arms import Outcome
 from skipstone.bench.measure import Measurements, Record
 from skipstone.bench.questions import Question
-from skipstone.bench.report import document, strict, summarise
+from skipstone.bench.report import document, matched, strict, summarise
 from skipstone.engine.statistics import Statistics
 
 QA, RAG = Question(1, "qa", ("a",)), Question(2, "rag", ("b",))
@@ -102,3 +102,36 @@ def test_the_document_is_strict_json_and_names_failed_requests() -> None:
 
 def test_strict_reaches_every_depth() -> None:
     assert strict({"a": [float("nan"), (1.0, float("-inf"))]}) == {"a": [None, [1.0, None]]}
+
+
+def metrics(tau: float, acceptance: float) -> dict[str, Any]:
+    return {
+        "num_drafted": 100, "num_wasted": 30, "num_tokens": 60, "tokens_per_verification": tau,
+        "acceptance_rate": acceptance,
+    }  # fmt: skip
+
+
+def test_gated_drafting_is_compared_at_no_fewer_tokens_per_verification() -> None:
+    """Planted bugs: the gated arm of the best acceptance whatever its tokens per verification; a frontier across
+    kinds."""
+    arms = {
+        "plain": {"num_drafted": 0}, "bare:8:2": metrics(1.2, 0.2), "bare:8:4": metrics(1.1, 0.1),
+        "fixed:8:2": metrics(1.4, 0.4), "fixed:6:9": metrics(2.5, 0.3),
+        "accuracy:0.60": metrics(1.5, 0.6), "accuracy:0.90": metrics(1.3, 0.8),
+    }  # fmt: skip
+    rows = {row["reference"]: row for row in matched(arms)}
+    assert list(rows) == ["bare:8:2", "bare:8:4", "fixed:8:2", "fixed:6:9"]
+    assert rows["bare:8:2"]["gated"] == "accuracy:0.90" and rows["bare:8:2"]["acceptance_ratio"] == pytest.approx(4.0)
+    assert rows["fixed:8:2"]["gated"] == "accuracy:0.60" and rows["fixed:8:2"]["acceptance_ratio"] == pytest.approx(1.5)
+    assert rows["fixed:6:9"]["gated"] is None and rows["fixed:6:9"]["acceptance_ratio"] is None
+    assert [row["frontier"] for row in rows.values()] == [True, False, True, True]
+    assert rows["bare:8:2"]["wasted_per_token"] == 0.5
+    assert matched({"fixed:8:2": metrics(1.4, 0.4)}) == []
+
+
+def test_untimed_answers_have_no_speed() -> None:
+    untimed = Record("always", QA, 0, 0, 9, Outcome("x", [5] * 10, 0.0, 0.0, 0, DRAFTED))
+    found = summarise([plain(QA, 0, 100, 200), untimed], ARMS, num_layers=4)["overall"]["always"]
+    assert found["decode_tokens_per_second"] is None and found["speedup"] is None
+    assert found["worst_question_time_ratio"] is None and found["mean_question_tokens_per_second"] is None
+    assert found["acceptance_rate"] == pytest.approx(0.75)
