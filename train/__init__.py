@@ -1,11 +1,19 @@
-"""Training exit heads on text that the base model writes itself."""
+"""Training exit heads on text that the base model writes itself.
 
-from .calibrate import calibrate
-from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from .generate import Sampling, write_text
-from .measure import inference_projection, measure, simulate_chain, training_projection
-from .run import Base, TrainConfig, load_base, train
-from .trainer import HeadTrainer, Recipe
+`calibrate`, `measure` and the rest are imported from their modules.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+    from .config import Recipe, TrainConfig
+    from .generate import Sampling, write_text
+    from .measure import inference_projection, simulate_chain, training_projection
+    from .run import Base, load_base, train
+    from .stop import Stopped
+    from .trainer import HeadTrainer
 
 __all__ = [
     "Base",
@@ -13,11 +21,10 @@ __all__ = [
     "HeadTrainer",
     "Recipe",
     "Sampling",
+    "Stopped",
     "TrainConfig",
-    "calibrate",
     "inference_projection",
     "load_base",
-    "measure",
     "newest_checkpoint",
     "save_checkpoint",
     "simulate_chain",
@@ -25,3 +32,23 @@ __all__ = [
     "training_projection",
     "write_text",
 ]
+
+# Imported at first use: `skipstone train --help` needs no torch.
+_PLACES = {
+    "checkpoint": ("Checkpoint", "newest_checkpoint", "save_checkpoint"),
+    "config": ("Recipe", "TrainConfig"),
+    "generate": ("Sampling", "write_text"),
+    "measure": ("inference_projection", "simulate_chain", "training_projection"),
+    "run": ("Base", "load_base", "train"),
+    "stop": ("Stopped",),
+    "trainer": ("HeadTrainer",),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PLACE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from .config import parse
-from .dry_run import dry_run
-from .run import train
 from .stop import Stopped
 
-FAILED, REFUSED, STOPPED = 1, 2, 75
+FAILED, REFUSED, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,16 +17,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         An exit code: 0 done; 1 it failed; 2 what was given cannot be used; 75 stopped by a signal, saved, to be
-        started again (BSD's EX_TEMPFAIL).
+        started again (BSD's EX_TEMPFAIL); 130 Ctrl-C before there was anything to save.
     """
     try:
         config, is_dry = parse(sys.argv[1:] if arguments is None else arguments)
+        # imported late: help and usage errors come at once
+        from .dry_run import dry_run
+        from .run import train
+
         if is_dry:
             print(dry_run(config))
             return 0
         heads = train(config)
     except Stopped as stopped:
         return _say(f"{stopped.message}; the same command goes on", STOPPED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         return _say(str(error), REFUSED)
     except (RuntimeError, MemoryError) as error:

@@ -24,9 +24,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .losses import LOSSES, LossKind, Remainder
-
 Dtype = Literal["bf16", "fp32", "fp16"]
+Remainder = Literal["spread", "drop"]  # see `losses`
+LossKind = Literal["kl", "topk", "ce", "tv"]
+LOSSES: tuple[LossKind, ...] = ("kl", "topk", "ce", "tv")
 
 
 CHAIN_MOST = 15  # drafted tokens of one round

@@ -19,15 +19,14 @@ Per token, by kind:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Remainder = Literal["spread", "drop"]
-LossKind = Literal["kl", "topk", "ce", "tv"]
-LOSSES: tuple[LossKind, ...] = ("kl", "topk", "ce", "tv")
+from .config import LOSSES, LossKind, Remainder
+
 TOP_K = 32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from skipstone.engine.model import Decoder
 from skipstone.heads import BaseIdentity, HeadSet, base_fingerprint
-from skipstone.train import Base, Recipe, TrainConfig, newest_checkpoint, run_text, train, training_projection
+from skipstone.train import Base, Recipe, TrainConfig, newest_checkpoint, run, run_text, train, training_projection
 from skipstone.train.choose import choose_heads
 from skipstone.train.data import SelfText
 from skipstone.train.generate import write_text
@@ -42,6 +43,12 @@ def base(tiny: Callable) -> Base:
     config, weights = tiny("llama3")
     identity = BaseIdentity("tiny", base_fingerprint(weights, config.num_layers))
     return Base(Decoder(config, weights), namespace["Words"](), identity)
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens a prompt: calibration has its own tests."""
+    monkeypatch.setattr(run, "calibrate", functools.partial(run.calibrate, max_new_tokens=2))
 
 
 @pytest.fixture
@@ -72,12 +79,12 @@ def test_a_run_ends_with_a_calibrated_set(settings: TrainConfig, base: Base) -> 
     assert set(report["curve"][0]["tokens_per_verification"]) == {"1", "3"}
     assert str(settings.out) not in (out / "heads" / "config.json").read_text()
     assert "| 3 |" in (out / "heads" / "README.md").read_text()
-    run = report["run"]
-    assert run["config"]["recipe"]["seed"] == 0 and run["config"]["options"] == {"width": 8}
-    assert run["versions"]["torch"] == torch.__version__ and run["device"].startswith("cpu")
+    facts = report["run"]
+    assert facts["config"]["recipe"]["seed"] == 0 and facts["config"]["options"] == {"width": 8}
+    assert facts["versions"]["torch"] == torch.__version__ and facts["device"].startswith("cpu")
     recorded = json.loads((out / "run.json").read_text())
     assert recorded["heads"][0] == {"kind": "adapter", "exit_layer": 1, "options": {"width": 8}}
-    assert recorded["git_revision"] == run["git_revision"]
+    assert recorded["git_revision"] == facts["git_revision"]
 
 
 def test_two_runs_with_one_seed_are_equal(settings: TrainConfig, base: Base, tmp_path: Path) -> None:
@@ -102,8 +109,9 @@ from safetensors.torch import load_file
 from skipstone.engine.config import ModelConfig
 from skipstone.engine.model import Decoder
 from skipstone.heads import BaseIdentity
-from skipstone.train import Base, Recipe, TrainConfig, checkpoint, train
-import json
+from skipstone.train import Base, Recipe, TrainConfig, checkpoint, run, train
+import functools, json
+run.calibrate = functools.partial(run.calibrate, max_new_tokens=2)
 given = json.loads(sys.argv[1])
 config = ModelConfig.from_json(given["model"])
 base = Base(Decoder(config, load_file(given["weights"])), Words(), BaseIdentity("tiny", given["fingerprint"]))
@@ -134,7 +142,7 @@ def test_killed_while_saving_then_resumed_equals_an_unbroken_run(
     config, weights = tiny("llama3")
     save_file({k: t.contiguous().clone() for k, t in weights.items()}, tmp_path / "weights.safetensors")
 
-    def run(out: str, kill: bool) -> int:
+    def child(out: str, kill: bool) -> int:
         given = {
             "model": config.to_json(),
             "weights": str(tmp_path / "weights.safetensors"),
@@ -147,21 +155,14 @@ def test_killed_while_saving_then_resumed_equals_an_unbroken_run(
             [sys.executable, "-c", STUB + CHILD, json.dumps(given)], env=environment, timeout=120, check=False
         ).returncode
 
-    assert run("killed", kill=True) == -signal.SIGKILL
+    assert child("killed", kill=True) == -signal.SIGKILL
     found = newest_checkpoint(tmp_path / "killed" / "checkpoints")
     assert found is not None
     assert found.step == 2
     assert not (tmp_path / "killed" / "heads").exists()
-    assert run("killed", kill=False) == 0
-    assert run("whole", kill=False) == 0
-    ends = [newest_checkpoint(tmp_path / name / "checkpoints") for name in ("killed", "whole")]
-    assert ends[0] is not None
-    assert ends[1] is not None
-    assert ends[0].step == ends[1].step == 6
-    assert ends[0].tensors.keys() == ends[1].tensors.keys()
-    for name, tensor in ends[0].tensors.items():
-        assert torch.equal(tensor, ends[1].tensors[name]), name
-    assert ends[0].values == ends[1].values
+    assert child("killed", kill=False) == 0
+    train(replace(settings, out=str(tmp_path / "whole")), base)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, signum: int) -> None:
