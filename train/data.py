@@ -1,8 +1,8 @@
 """Prompts, the held-out split, self-written text, and the batches a trainer reads.
 
 A prompt file is JSON lines (`.jsonl` or `.jsonl.gz`) with a `prompt` and optionally a `source`, or Spec-Bench's
-`turns`, whose first is taken. Held-out prompts are chosen by hash of their text, so the split survives reordering and
-new files; calibration never sees a training sequence.
+`turns`, whose first is taken; a data set of the hub has the same columns. Held-out prompts are chosen by hash of their
+text, so the split survives reordering and new files; calibration never sees a training sequence.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +22,63 @@ from torch import Tensor
 from ..engine.tokenizer import Tokenizer
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a JSON-lines file, in file order, duplicates dropped.
+def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
+    """Prompts of a JSON-lines file or of a hub data set's `train` split, in their order, duplicates dropped.
+
+    Args:
+        source: a file, or `owner/name` where no such file exists (needs the package `datasets` and a network).
+        limit: stop after this many.
 
     Raises:
-        ValueError: a line that holds neither `prompt` nor `turns`, or a file without prompts.
+        FileNotFoundError: neither a file nor the id of a data set.
+        ImportError: a data set's id, and `datasets` is not installed.
+        ValueError: a record that holds neither `prompt` nor `turns`, or no prompts at all.
     """
-    path = Path(path)
-    data = path.read_bytes()
-    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
+    path = Path(source)
+    if path.is_file():
+        records: Iterable[tuple[str, Any]] = _json_lines(path)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and path.suffix not in (".jsonl", ".json", ".gz", ".txt"):
+        records = _hub_records(str(source))
+    else:
+        raise FileNotFoundError(f"{source} is no file; expected JSON lines, or a hub data set's owner/name")
     prompts: dict[str, None] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, record in records:
         try:
-            record = json.loads(line)
             text = record["prompt"] if "prompt" in record else record["turns"][0]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: expected JSON with 'prompt' or 'turns' ({error!r})") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{place}: expected 'prompt' or 'turns' ({error!r})") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: the prompt is a {type(text).__name__}, expected a string")
         prompts[text] = None
+        if limit is not None and len(prompts) >= limit:
+            break
     if not prompts:
-        raise ValueError(f'{path} holds no prompts: expected JSON lines like {{"prompt": "..."}}')
+        raise ValueError(f'{source} holds no prompts: expected JSON lines like {{"prompt": "..."}}')
     return list(prompts)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    data = path.read_bytes()
+    # split at line feeds only: U+2028 may stand inside a string
+    for number, line in enumerate((gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: expected JSON with 'prompt' or 'turns' ({error})") from error
+            yield f"{path} line {number}", record
+
+
+def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no file, and reading a hub data set needs the package 'datasets': "
+            "pip install datasets, or give a JSON-lines file"
+        ) from error
+    for number, record in enumerate(load_dataset(name, split="train", streaming=True)):
+        yield f"{name} record {number}", record
 
 
 def is_held_out(prompt: str, percent: float) -> bool:
@@ -82,7 +119,9 @@ class SelfText:
         """As `of`, from int32 tensors."""
         lens = torch.tensor([0] + [len(text) for text in texts])
         ids = torch.cat([torch.empty(0, dtype=torch.int32), *texts])
-        return cls(ids, lens.cumsum(0), torch.tensor(prompt_lens), torch.tensor(greedy))
+        return cls(
+            ids, lens.cumsum(0), torch.tensor(prompt_lens, dtype=torch.long), torch.tensor(greedy, dtype=torch.bool)
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -105,14 +144,23 @@ class SelfText:
             [self.text(i) for i in chosen], self.prompt_lens[chosen].tolist(), self.greedy[chosen].tolist()
         )
 
+    @classmethod
+    def concat(cls, parts: Sequence[SelfText]) -> SelfText:
+        """Several collections, such as shards, as one."""
+        texts = [part.text(i) for part in parts for i in range(len(part))]
+        lens = [n for part in parts for n in part.prompt_lens.tolist()]
+        return cls.join(texts, lens, [g for part in parts for g in part.greedy.tolist()])
+
     def tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file."""
+        """For a safetensors file; ids take two bytes where all fit."""
+        is_narrow = len(self.ids) == 0 or int(self.ids.max()) < 2**16
+        ids = self.ids.to(torch.uint16) if is_narrow else self.ids
         greedy = self.greedy.to(torch.uint8)
-        return {"ids": self.ids, "starts": self.starts, "prompt_lens": self.prompt_lens, "greedy": greedy}
+        return {"ids": ids, "starts": self.starts, "prompt_lens": self.prompt_lens, "greedy": greedy}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> SelfText:
-        return cls(tensors["ids"], tensors["starts"], tensors["prompt_lens"], tensors["greedy"].bool())
+        return cls(tensors["ids"].int(), tensors["starts"], tensors["prompt_lens"], tensors["greedy"].bool())
 
 
 @dataclass(frozen=True)
