@@ -191,9 +191,9 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if kind == "accuracy" and rest:
         if engine.heads is None or engine.heads.calibration is None:
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
-        level, _, length = rest.partition(":")
+        level, _, depth = rest.partition(":")
         try:
-            accuracy, max_depth = float(level), int(length) if length else DraftPolicy.max_depth
+            accuracy, max_depth = float(level), int(depth) if depth else DraftPolicy.max_depth
         except ValueError:
             raise ValueError(f"arm {name!r}: expected a level such as accuracy:0.9, or accuracy:0.9:4") from None
         policy = calibrated(engine.heads.calibration, accuracy=accuracy, max_depth=max_depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine.engine import Engine
-from skipstone.engine.gate import ALWAYS, every
+from skipstone.engine.gate import ALWAYS, Gate, every
 from skipstone.engine.load import load
 from skipstone.engine.loop import Machinery
+from skipstone.engine.model import Decoder
 from skipstone.engine.tree import DraftTree
-from skipstone.heads import HeadSet
+from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, layer_options
 from skipstone.train import recalibrate as command
 from skipstone.train.calibrate import Recorder, record
 from skipstone.train.data import is_held_out
@@ -72,6 +74,36 @@ def test_every_node_is_recorded_as_its_own_prefix_says(engine: Engine) -> None:
             row += 1
     assert row == len(prefix) > len(out.token_ids)
     assert 0 < (prefix[:, 1] == 0).sum() < row
+
+
+@pytest.mark.parametrize("kind", ["adapter", "block", "recurrent"])
+def test_what_is_recorded_is_what_the_gate_saw(tiny: Callable, kind: str) -> None:
+    """Heads with memory too, on chains and below siblings. Planted bugs: a memory asked for another round's nodes, true
+    states where the head draws on its own."""
+    config, weights = tiny("llama2")
+    sizes = layer_options(4, 2, 12, 48, 1e4, False) | ({"taps": (2, 4)} if kind == "recurrent" else {})
+    spec = HeadSpec(kind, 0 if kind == "recurrent" else 2, {} if kind == "adapter" else sizes)
+    torch.manual_seed(3)
+    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, (spec,)))
+    engine = Engine(Decoder(config, weights), None, heads)
+    recorder = Recorder(heads, config.vocab_size, [], engine.decoder.device)
+    gate = every(heads.exits, Gate(0.5, 99.0), max_depth=3, max_nodes=9)
+    seen: list[DraftTree] = []
+
+    def observe(on: Machinery, works: Any, logits: Any) -> None:
+        recorder(on, works, logits)
+        seen.extend(work.tree for work in works)
+
+    engine.observer = observe
+    engine.generate([[5, 80, 20], [3, 9, 27, 81]], policy=gate, max_new_tokens=12)
+    entropies, row, compared = np.concatenate(recorder._said[heads.exits[0]])[:, 0], 0, 0
+    for tree in seen:
+        for node in range(1, len(tree)):
+            assert entropies[row + tree.parents[node]] == pytest.approx(tree.entropies[node], rel=1e-4, abs=1e-5)
+            compared += 1
+        row += len(tree)
+    assert row == recorder.num_nodes and compared > 50
+    assert not seen[0].is_chain
 
 
 def test_every_position_of_the_text_is_measured_once(engine: Engine) -> None:
