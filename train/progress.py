@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,15 @@ class Tracker:
         self._tracker.start()
         self._tracker.store_init_configuration(dict(_flat(settings)))
 
-    def step(self, step: int, result: StepResult) -> None:
-        """Loss and agreement on the batch, now and then."""
+    def step(self, step: int, exits: Sequence[int], result: StepResult) -> None:
+        """Loss and agreement of each exit on the batch, now and then."""
         if step % TRACK_EVERY == 0:
             found = {"loss": result.loss["heads"].tolist(), "agreement": result.agreement["heads"].tolist()}
-            values = {f"train/{name}/{place}": x for name, row in found.items() for place, x in enumerate(row)}
+            values = {
+                f"train/{name}/exit_{layer}": x
+                for name, row in found.items()
+                for layer, x in zip(exits, row, strict=True)
+            }
             self._tracker.log(values, step=step)
 
     def held_out(self, entry: Mapping[str, Any]) -> None:

@@ -223,7 +223,7 @@ class _Run:
             at = trainer.step_number
             shown.step(result)
             if self.tracker is not None:
-                self.tracker.step(at, result)
+                self.tracker.step(at, self.heads.exits, result)
             # asked together, so that all processes end after the same step
             stopped = self.ranks.total(int(self.stop.requested is not None)) > 0
             if at % config.eval_every == 0 or at == config.recipe.steps:
