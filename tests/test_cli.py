@@ -326,3 +326,24 @@ def test_a_reader_that_leaves_is_no_error(tiny_folder: Path) -> None:
     said = process.stderr.read()
     assert process.wait(timeout=60) == 141
     assert "Traceback" not in said and "Exception" not in said and "Broken" not in said
+
+
+def test_calibrate_writes_a_set_with_pictures(
+    run: Run, tiny_heads_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"a stone skips {i}"}) + "\n" for i in range(3)))
+    common = ("--prompts", str(prompts), "--held-out-percent", "100", "--max-new-tokens", "6")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = run("calibrate", *common, "--plots", str(tmp_path / "plots"))
+    assert refused.exit_code == 2 and "pip install 'skipstone[plot]'" in refused.stderr
+    out = tmp_path / "out"
+    found = run("calibrate", *common, "--out", str(out), "--json")
+    assert found.exit_code == 0, found.stderr
+    document = strict_json(found.stdout)
+    assert document["folder"] == str(out) and set(document["exits"]) == {"2", "3"}
+    assert json.loads((out / "calibration.json").read_text())["source"] == document["source"]
+    again = run("calibrate", *common, heads=str(out))
+    assert again.exit_code == 0 and f"Stored in {out}" in again.stdout.replace("\n", "")
+    missing = run("calibrate", *common, heads=str(tmp_path / "nowhere"))
+    assert missing.exit_code == 2 and "no head set at" in missing.stderr
