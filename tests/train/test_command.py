@@ -34,7 +34,8 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     prompts.write_text("".join(json.dumps({"prompt": f"stone {i} on water {i * i}"}) + "\n" for i in range(24)))
     settings = (
         f"--model {tiny_folder} --out {tmp_path / 'out'} --prompts {prompts} --device cpu --dtype fp32 "
-        "--draft-vocab 100 --max-new-tokens 8 --held-out-percent 25 --steps 4 --batch-tokens 400 --eval-every 2 --eval-texts 4"
+        "--draft-vocab 100 --max-new-tokens 8 --held-out-percent 25 "
+        "--steps 4 --batch-tokens 400 --eval-every 2 --eval-texts 4"
     )
     return [*settings.split(), "--option", "width=8"]
 
