@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,23 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         read_prompts(write_lines(tmp_path / "q.jsonl", []))
 
 
+def test_a_hub_data_set_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def load_dataset(name: str, **options: object) -> list[dict]:
+        asked.append((name, options))
+        return [{"prompt": "a"}, {"prompt": "a"}, {"turns": ["b"]}, {"prompt": "c"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_prompts("some-one/some.set", limit=2) == ["a", "b"]
+    assert asked == [("some-one/some.set", {"split": "train", "streaming": True})]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read_prompts("some-one/some.set")
+    with pytest.raises(FileNotFoundError, match="owner/name"):
+        read_prompts("folder/missing.jsonl")
+
+
 def test_split_depends_on_the_text_only() -> None:
     prompts = [f"prompt {i}" for i in range(4000)]
     held = [is_held_out(p, 3.0) for p in prompts]
@@ -50,9 +69,21 @@ def test_self_text_round_trip() -> None:
     assert len(text) == 3
     assert text.num_written == 2 + 1 + 5
     assert [text.text(i).tolist() for i in range(3)] == TEXTS
-    again = SelfText.from_tensors(text.tensors())
+    tensors = text.tensors()
+    assert tensors["ids"].dtype == torch.uint16
+    again = SelfText.from_tensors(tensors)
     assert again.greedy.tolist() == [True, False, True]
     assert [t.tolist() for t in (again.text(1), again.select([2]).text(0))] == [TEXTS[1], TEXTS[2]]
+
+
+def test_wide_ids_and_shards() -> None:
+    """Catches: ids of a large vocabulary stored in two bytes."""
+    wide = SelfText.of([[1, 151_935], [65_536]], [1, 1], [False, True])
+    again = SelfText.from_tensors(wide.tensors())
+    assert again.ids.tolist() == [1, 151_935, 65_536] and again.ids.dtype == torch.int32
+    both = SelfText.concat([make_text(), again])
+    assert [both.text(i).tolist() for i in range(5)] == [*TEXTS, [1, 151_935], [65_536]]
+    assert both.prompt_lens.tolist() == [3, 2, 1, 1, 1] and both.greedy.tolist() == [True, False, True, False, True]
 
 
 def test_batch_marks_the_positions_that_drafts_start_from() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from skipstone.engine.model import Decoder
+from skipstone.train import generate
 from skipstone.train.data import SelfText
 from skipstone.train.generate import Sampling, write_text
 
@@ -22,7 +23,7 @@ def check_greedy(decoder: Decoder, text: SelfText, max_new_tokens: int, stops: t
     """Every written token is the argmax of a full forward over what stands before it, and texts end where they must."""
     final = decoder.config.num_layers
     for i in range(len(text)):
-        ids, prompt = text.text(i).long(), int(text.prompt_lens[i])
+        ids, prompt = text.text(i).long().to(decoder.device), int(text.prompt_lens[i])
         state = decoder.encode(ids.unsqueeze(0), [final])[final][0]
         logits = decoder.lm_head(decoder.final_norm(state)).float()
         written = ids[prompt:]
@@ -45,16 +46,66 @@ def test_greedy_text_equals_full_forwards(tiny: Callable, family: str) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_stop_leave_the_cache(tiny: Callable) -> None:
-    """Long enough for compaction: dropped rows must not shift the others' keys."""
+def test_slots_are_refilled_and_dropped(tiny: Callable) -> None:
+    """Four slots for 24 prompts: texts end at different times, slots take other prompts, the last rows move together.
+
+    Catches: a refilled slot that keeps its old end or keys, rows moved without their cache, a text cut or told twice.
+    """
     config, weights = tiny("llama3")
     decoder = Decoder(config, weights)
     stops = tuple(range(0, config.vocab_size, 40))
-    prompts = make_prompts([3, 5, 4, 6, 3, 8, 9, 3], config.vocab_size)
+    prompts = make_prompts([3, 5, 14, 6, 1, 8, 9, 3] * 3, config.vocab_size)
     told: list[int] = []
-    text = write_text(decoder, prompts, [0.0] * 8, Sampling(90, stops), told.append)
-    check_greedy(decoder, text, 90, stops)
+    text = write_text(decoder, prompts, [0.0] * 24, Sampling(60, stops, cache_tokens=4 * 74), told.append)
+    check_greedy(decoder, text, 60, stops)
+    assert len({int(n) for n in text.lens}) > 5
     assert sum(told) == text.num_written
+
+
+@torch.no_grad()
+def test_a_text_does_not_depend_on_its_slot_or_company(tiny: Callable) -> None:
+    """Sampled: all at once, two slots, and a part of the prompts by their numbers. Catches: noise keyed by the slot."""
+    decoder = Decoder(*tiny("llama3"))
+    prompts = make_prompts([3, 9, 5, 2, 7, 4, 4, 8], decoder.config.vocab_size)
+    temperatures = [0.7, 0.0, 1.0, 1.0] * 2
+    one = write_text(decoder, prompts, temperatures, Sampling(12, STOPS, seed=9))
+    two = write_text(decoder, prompts, temperatures, Sampling(12, STOPS, cache_tokens=42, seed=9))
+    part = write_text(decoder, prompts[2::3], temperatures[2::3], Sampling(12, STOPS, seed=9), numbers=range(2, 8, 3))
+    assert [one.text(i).tolist() for i in range(8)] == [two.text(i).tolist() for i in range(8)]
+    assert [part.text(i).tolist() for i in range(2)] == [one.text(i).tolist() for i in (2, 5)]
+
+
+@torch.no_grad()
+def test_logits_of_many_rows_are_made_in_parts(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(*tiny("llama3"))
+    prompts = make_prompts([3] * 7, decoder.config.vocab_size)
+    whole = write_text(decoder, prompts, [1.0] * 7, Sampling(6, ()))
+    monkeypatch.setattr(generate, "LOGITS_AT_ONCE", 2 * decoder.config.vocab_size + 1)
+    assert write_text(decoder, prompts, [1.0] * 7, Sampling(6, ())).ids.tolist() == whole.ids.tolist()
+
+
+@torch.no_grad()
+def test_no_text_is_begun_once_told_so(tiny: Callable) -> None:
+    """Texts under way are finished, the rest is left out."""
+    decoder = Decoder(*tiny("llama3"))
+    prompts = make_prompts([4, 6, 5, 4, 4, 6], decoder.config.vocab_size)
+    answers = iter([True, False])
+    text = write_text(
+        decoder, prompts, [0.0] * 6, Sampling(9, (), cache_tokens=30), keep_going=lambda: next(answers, False)
+    )
+    assert [text.text(i)[: len(prompts[i])].tolist() for i in range(len(text))] == prompts[:2]
+    check_greedy(decoder, text, 9, ())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_the_captured_step_writes_the_same(tiny: Callable, family: str) -> None:
+    """Refilled slots and a second, smaller graph at the end."""
+    decoder = Decoder(*tiny(family), device="cuda")
+    prompts = make_prompts([3, 9, 1, 20] * 10, decoder.config.vocab_size)
+    text = write_text(decoder, prompts, [0.0] * 40, Sampling(50, STOPS, cache_tokens=8 * 70))
+    check_greedy(decoder, text, 50, STOPS)
 
 
 @torch.no_grad()
