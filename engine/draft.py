@@ -22,7 +22,23 @@ from .model import Decoder
 from .tree import DraftTree
 
 Head = Callable[[Tensor], Tensor]
-Choose = Callable[[Tensor, int, int], list[int]]
+Rank = Callable[["Guesses", int, tuple[int, ...], int], list[tuple[int, float]]]
+BLOCK = 64  # of a vocabulary, for its largest entries
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a head says after n nodes, read from the device at once.
+
+    Attributes:
+        logits: `[n, Vd]` fp32.
+        entropies: nats; NaN where a row is not finite.
+        best: of each node the likeliest tokens with their log-probabilities, best first.
+    """
+
+    logits: Tensor
+    entropies: list[float]
+    best: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -32,13 +48,13 @@ class DraftRow:
     Attributes:
         work: its nodes; the root is already there.
         max_depth: most tokens that may be drafted in a row here (budget, context).
-        choose: `(head logits [Vd] fp32, node, count) -> at most count token ids`, best first: the target's own
-            rule and noise, applied to the head's guess.
+        rank: `(guesses, which of them, drafted tokens before it, count) -> at most count token ids` with
+            log-probabilities, best first: the target's own rule and noise, applied to the head's guess.
     """
 
     work: Working
     max_depth: int
-    choose: Choose
+    rank: Rank
 
 
 def draft(
@@ -49,11 +65,13 @@ def draft(
     policy: DraftPolicy,
     tiles: RowTiles,
     memories: Mapping[int, HeadMemory] = MappingProxyType({}),
+    draft_ids: Tensor | None = None,
 ) -> list[int]:
     """Grow every row's tree as far as the gates allow.
 
     Args:
         memories: of the stateful heads, by exit layer; the others are in `heads`.
+        draft_ids: token ids of the heads' outputs, long `[Vd]`; None for all.
 
     Returns:
         Per row, how many nodes every gate refused.
@@ -76,19 +94,19 @@ def draft(
                 logits = memories[exit_layer].speak(todo).float()
             else:
                 logits = heads[exit_layer](torch.cat([work.hidden[nodes] for work, nodes in todo])).float()
-            entropies = entropy(logits).tolist()
+            guesses = read(logits, policy.branch, draft_ids)
             at = 0
             for i, row in enumerate(rows):
                 refused = []
                 for node in asked[i]:
-                    width = policy.gates[exit_layer].width(entropies[at], policy.branch)
-                    room = policy.max_nodes + 1 - len(row.work.tree)
+                    nats, tree = guesses.entropies[at], row.work.tree
+                    width = policy.gates[exit_layer].width(nats, policy.branch)
+                    room = policy.max_nodes + 1 - len(tree)
                     if width == 0:
                         refused.append(node)
                     elif room > 0:
-                        for token in row.choose(logits[at], node, min(width, room)):
-                            child = row.work.tree.add(node, token, exit_layer=exit_layer, entropy=entropies[at])
-                            frontier[i].append(child)
+                        for token, _ in row.rank(guesses, at, tuple(tree.path_tokens(node)), min(width, room)):
+                            frontier[i].append(tree.add(node, token, exit_layer=exit_layer, entropy=nats))
                     at += 1
                 asked[i] = refused
         stops = [n + len(nodes) for n, nodes in zip(stops, asked, strict=True)]
@@ -101,7 +119,38 @@ def _with_ancestors(tree: DraftTree, nodes: Sequence[int]) -> list[int]:
     return sorted({ancestor for node in nodes for ancestor in tree.path(node)})
 
 
+def read(logits: Tensor, count: int, draft_ids: Tensor | None = None) -> Guesses:
+    """Entropies and the `count` likeliest tokens of logits `[n, Vd]`, with one transfer from the device."""
+    log_probs = logits.log_softmax(-1)
+    values, places = largest(log_probs, min(count, logits.shape[1]))
+    tokens = places if draft_ids is None else draft_ids[places]
+    # as fp32 numbers, which hold every token id exactly
+    table = torch.cat([_entropy(log_probs).unsqueeze(1), values, tokens.float()], 1).tolist()
+    width = values.shape[1]
+    best = [[(int(row[1 + width + i]), row[1 + i]) for i in range(width)] for row in table]
+    return Guesses(logits, [row[0] for row in table], best)
+
+
+def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and indices `[n, count]` of the largest entries of `x [n, V]`, largest first.
+
+    On the CPU in two stages, block maxima and then the winning blocks: `topk` of a whole vocabulary takes several times
+    as long there.
+    """
+    num_rows, size = x.shape
+    if x.device.type != "cpu" or size % BLOCK or size < BLOCK * count:
+        found = x.topk(count)
+        return found.values, found.indices
+    blocks = x.view(num_rows, -1, BLOCK)
+    at = blocks.amax(-1).topk(count).indices
+    found = blocks.gather(1, at.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1).topk(count)
+    return found.values, at.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits), `[N, V]` fp32 -> `[N]`; NaN where a row holds NaN."""
-    log_probs = logits.log_softmax(-1)
+    return _entropy(logits.log_softmax(-1))
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)

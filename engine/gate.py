@@ -49,7 +49,9 @@ class DraftPolicy:
         gates: the gate of each exit.
         max_depth: most tokens drafted one after the other.
         max_nodes: most drafted nodes of a tree, at most 15.
-        branch: candidates kept where a gate says branch.
+        branch: candidates kept where a gate says branch; in a best-first tree, children of every node.
+        beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
+            at exit 0, whose drafts cost no trunk layers.
     """
 
     exits: tuple[int, ...] = ()
@@ -57,6 +59,7 @@ class DraftPolicy:
     max_depth: int = 6
     max_nodes: int = MAX_NODES - 1
     branch: int = 2
+    beam: int = 0
 
     def __post_init__(self) -> None:
         if list(self.exits) != sorted(set(self.exits)):
@@ -68,6 +71,8 @@ class DraftPolicy:
             raise ValueError(f"max_nodes must be 0..{MAX_NODES - 1}, got {self.max_nodes}")
         if self.max_depth < 0 or self.branch < 1:
             raise ValueError(f"max_depth >= 0 and branch >= 1 are needed, got {self.max_depth} and {self.branch}")
+        if self.beam < 0 or (self.beam and self.exits != (0,)):
+            raise ValueError(f"beam is {self.beam} for exits {self.exits}: expected 0, or more for exit 0 alone")
 
 
 PLAIN = DraftPolicy()
@@ -76,6 +81,15 @@ PLAIN = DraftPolicy()
 def fixed_exit(exit_layer: int, length: int) -> DraftPolicy:
     """LayerSkip's scheme: always draft `length` tokens from one exit."""
     return DraftPolicy((exit_layer,), {exit_layer: ALWAYS}, max_depth=length)
+
+
+def best_first(
+    beam: int = 4, branch: int = 4, max_depth: int = 6, max_nodes: int = MAX_NODES - 1, stop: float = math.inf
+) -> DraftPolicy:
+    """Trees of the likeliest paths, from a head at exit 0. A node whose entropy (nats) is `stop` or more gets no
+    children."""
+    gates = {0: Gate(-math.inf, stop)}
+    return DraftPolicy((0,), gates, max_depth=max_depth, max_nodes=max_nodes, branch=branch, beam=beam)
 
 
 def every(exits: Sequence[int], gate: Gate, **options: int) -> DraftPolicy:

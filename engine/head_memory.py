@@ -60,16 +60,25 @@ def layers_of(head: StatefulHead) -> tuple[int, ...]:
 
 def scratch_of(policy: DraftPolicy) -> int:
     """Entries of one round at most, the root's included."""
-    return MAX_NODES
+    return max(MAX_NODES, 1 + policy.beam * (policy.max_depth - 1))
 
 
 @dataclass
-class _Round:
-    """The draft entries of one sequence in one round, in the order they were made."""
+class Paths:
+    """The entries of one sequence in one round, by place: the order in which they were made, the root's first.
 
-    work: Working
-    place: dict[int, int] = field(default_factory=dict)  # node -> its place among them; the root is the first
-    sees: list[list[int]] = field(default_factory=list)  # of each entry, the places on its path
+    Place i stands at slot base + i; the entries that it sees are those on its own path, `paths[i]`, root first.
+    """
+
+    sequence: int
+    base: int  # position of the root
+    paths: list[list[int]] = field(default_factory=list)
+
+    def depth(self, place: int) -> int:
+        return len(self.paths[place]) - 1
+
+
+Level = Sequence[tuple[Paths, Sequence[int]]]
 
 
 class HeadMemory:
@@ -82,7 +91,7 @@ class HeadMemory:
         width = head.hidden_size
         # By layer, of each sequence: the state of the last token taken in, and of those that wait.
         self._states = {layer: torch.zeros(plan.batch, 1 + WAITING, width, device=device) for layer in self.layers}
-        self._out = torch.zeros(plan.batch, plan.scratch, width, device=device)  # the round's entries
+        self._out = torch.zeros(plan.batch, plan.scratch, width, device=device)  # the round's entries, by place
         self._lengths, self._waiting, self._made = [0] * plan.batch, [0] * plan.batch, [0] * plan.batch
         self._rounds: list[_Round | None] = [None] * plan.batch
 
@@ -113,65 +122,70 @@ class HeadMemory:
                 self._states[layer][sequence, at : at + count] = states[layer][first : first + count]
             self._waiting[sequence] += count
 
-    def speak(self, asked: Sequence[tuple[Working, Sequence[int]]]) -> Tensor:
-        """Draft logits `[N, num_outputs]` of nodes, sequence by sequence, each node after its own path.
-
-        Every node asked, and its ancestors, must have kept its state at the head's exit (`Working.kept`).
-        """
-        rounds = [self._round(work) for work, _ in asked]
-        while missing := [
-            (own, nodes)
-            for own, (work, wanted) in zip(rounds, asked, strict=True)
-            if (nodes := _next_missing(own, wanted))
-        ]:
-            self._extend(missing)
-        sequences = [work.sequence for work, nodes in asked for _ in nodes]
-        places = [own.place[node] for own, (_, nodes) in zip(rounds, asked, strict=True) for node in nodes]
-        return self.head.draft_logits(self._out[sequences, places])
-
-    def _round(self, work: Working) -> _Round:
-        own = self._rounds[work.sequence]
-        if own is None or own.work is not work:
+    def open(self, works: Sequence[Working]) -> list[Paths]:
+        """Make the entries of what waits and of each sequence's root, in one pass."""
+        exit_layer = self.head.spec.exit_layer
+        hidden, contexts, entries = [], [], []
+        for work in works:
             if self.length(work.sequence) != work.base:
                 raise RuntimeError(
                     f"sequence {work.sequence} has {work.base} verified tokens, its head was given "
                     f"{self.length(work.sequence)}: every verification must be followed by take()"
                 )
-            own = self._rounds[work.sequence] = _Round(work)
-        return own
-
-    def _extend(self, level: Sequence[tuple[_Round, list[int]]]) -> None:
-        """Make the entries of nodes whose parents have theirs."""
-        exit_layer = self.head.spec.exit_layer
-        hidden, contexts, entries, starts = [], [], [], []
-        for own, nodes in level:
-            work, sequence = own.work, own.work.sequence
-            if nodes == [0]:
-                true, context = self._true_rows(sequence)
-                hidden += [true, work.kept[exit_layer][:1]]
-                slots = range(work.base - len(true), work.base + 1)
-                entries.append(Entries(sequence, slots, slots))
-                own.place[0], own.sees = 0, [[0]]
-            else:
-                hidden.append(work.kept[exit_layer][nodes])
-                parents = [own.place[work.tree.parents[node]] for node in nodes]
-                context = self._out[sequence, parents]
-                for node, parent in zip(nodes, parents, strict=True):
-                    own.place[node] = len(own.sees)
-                    own.sees.append([*own.sees[parent], len(own.sees)])
-                entries.append(_entries(own, nodes))
+            true, context = self._true_rows(work.sequence)
+            hidden += [true, work.kept[exit_layer][:1]]
             contexts.append(context)
-            starts.append(len(entries[-1].slots) - len(nodes))
-        context = torch.cat(contexts) if self.head.taps else None
-        out = self.head.extend(torch.cat(hidden), context, entries, self.cache)
-        at = 0
-        for (own, nodes), start, made in zip(level, starts, entries, strict=True):
-            sequence, first = own.work.sequence, own.place[nodes[0]]
-            self._out[sequence, first : first + len(nodes)] = out[at + start : at + len(made.slots)]
-            at += len(made.slots)
-            if nodes == [0]:
-                self._settle(sequence)
-                self._made[sequence] = self._lengths[sequence] + 1
+            slots = range(work.base - len(true), work.base + 1)
+            entries.append(Entries(work.sequence, slots, slots))
+        out = self.head.extend(torch.cat(hidden), torch.cat(contexts) if self.head.taps else None, entries, self.cache)
+        last = -1
+        for work, made in zip(works, entries, strict=True):
+            last += len(made.slots)
+            self._out[work.sequence, 0] = out[last]
+            self._settle(work.sequence)
+            self._made[work.sequence] = self._lengths[work.sequence] + 1
+        return [Paths(work.sequence, work.base, [[0]]) for work in works]
+
+    def grow(self, level: Level, hidden: Tensor) -> None:
+        """Make draft entries, at the next places of each sequence.
+
+        Args:
+            level: of each sequence the parents' places, one a new entry.
+            hidden: the new entries' residual streams at the head's exit `[N, D]` fp32, in the same order.
+        """
+        context = self.outputs(level) if self.head.taps else None
+        firsts = [len(own.paths) for own, _ in level]
+        entries = [_grow(own, parents, hidden.device) for own, parents in level]
+        out = self.head.extend(hidden, context, entries, self.cache)
+        rows = out.split([len(parents) for _, parents in level])
+        for (own, _), first, made in zip(level, firsts, rows, strict=True):
+            self._out[own.sequence, first : first + len(made)] = made
+
+    def outputs(self, level: Level) -> Tensor:
+        """Outputs `[N, D]` of the entries at these places."""
+        parts = [self._out[own.sequence, _span(places)] for own, places in level]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def speak(self, asked: Sequence[tuple[Working, Sequence[int]]]) -> Tensor:
+        """Draft logits `[N, num_outputs]` of tree nodes, sequence by sequence, each after its own path.
+
+        Every node asked, and its ancestors, must have kept its state at the head's exit (`Working.kept`).
+        """
+        closed = [work for work, _ in asked if not self._is_open(work)]
+        for work, paths in zip(closed, self.open(closed) if closed else [], strict=True):
+            self._rounds[work.sequence] = _Round(work, paths, {0: 0})
+        rounds = [own for work, _ in asked if (own := self._rounds[work.sequence]) is not None]
+        wanted = [nodes for _, nodes in asked]
+        while missing := [(own, new) for own, nodes in zip(rounds, wanted, strict=True) if (new := own.missing(nodes))]:
+            exit_layer = self.head.spec.exit_layer
+            hidden = torch.cat([own.work.kept[exit_layer][_span(nodes)] for own, nodes in missing])
+            self.grow([(own.paths, own.add(nodes)) for own, nodes in missing], hidden)
+        places = [(own.paths, [own.place[node] for node in nodes]) for own, nodes in zip(rounds, wanted, strict=True)]
+        return self.head.draft_logits(self.outputs(places))
+
+    def _is_open(self, work: Working) -> bool:
+        own = self._rounds[work.sequence]
+        return own is not None and own.work is work
 
     def _true_rows(self, sequence: int) -> tuple[Tensor, Tensor]:
         """States at the exit `[n, D]` of the waiting tokens without an entry, and `[n + 1, D]` contexts: theirs and the
@@ -191,7 +205,7 @@ class HeadMemory:
     def _take_in(self, sequence: int) -> None:
         """Make the entries of all tokens that wait."""
         hidden, context = self._true_rows(sequence)
-        last = self._lengths[sequence] + self._waiting[sequence]
+        last = self.length(sequence)
         slots = range(last - len(hidden), last)
         if len(hidden):
             entries = [Entries(sequence, slots, slots)]
@@ -200,6 +214,7 @@ class HeadMemory:
         self._made[sequence] = last
 
     def _settle(self, sequence: int) -> None:
+        """What waited is taken in; the last state stays, as context of the token after it."""
         count, self._waiting[sequence] = self._waiting[sequence], 0
         self._lengths[sequence] += count
         if count:
@@ -207,27 +222,51 @@ class HeadMemory:
                 states[sequence, 0] = states[sequence, count]
 
 
-def _next_missing(own: _Round, nodes: Sequence[int]) -> list[int]:
-    """Nodes on the paths to `nodes` that have no entry although their parents have one."""
-    tree, found = own.work.tree, set()
-    for node in nodes:
-        while node not in own.place:
-            if node == 0 or tree.parents[node] in own.place:
-                found.add(node)
-                break
-            node = tree.parents[node]
-    return sorted(found)
+@dataclass
+class _Round:
+    """The entries of a tree's nodes; a node that another exit answered may have none."""
+
+    work: Working
+    paths: Paths
+    place: dict[int, int]
+
+    def missing(self, nodes: Sequence[int]) -> list[int]:
+        """Nodes on the paths to `nodes` that have no entry although their parents have one."""
+        parents, found = self.work.tree.parents, set()
+        for node in nodes:
+            while node not in self.place:
+                if parents[node] in self.place:
+                    found.add(node)
+                    break
+                node = parents[node]
+        return sorted(found)
+
+    def add(self, nodes: Sequence[int]) -> list[int]:
+        """Give nodes the next places. Returns their parents'."""
+        parents = [self.place[self.work.tree.parents[node]] for node in nodes]
+        for node in nodes:
+            self.place[node] = len(self.place)
+        return parents
 
 
-def _entries(own: _Round, nodes: Sequence[int]) -> Entries:
-    base, depths = own.work.base, own.work.tree.depths
-    places = [own.place[node] for node in nodes]
-    positions = [base + depths[node] for node in nodes]
-    if len(own.sees[-1]) == len(own.sees):  # a chain sees all slots before it
-        return Entries(own.work.sequence, [base + place for place in places], positions)
-    visible = torch.zeros(len(nodes), base + len(own.sees), dtype=torch.bool)
-    visible[:, :base] = True
-    for row, place in zip(visible, places, strict=True):
-        row[[base + seen for seen in own.sees[place]]] = True
-    device = own.work.hidden.device
-    return Entries(own.work.sequence, [base + place for place in places], positions, visible.to(device))
+def _grow(own: Paths, parents: Sequence[int], device: torch.device) -> Entries:
+    """The next places of a sequence, below these parents."""
+    first = len(own.paths)
+    for parent in parents:
+        own.paths.append([*own.paths[parent], len(own.paths)])
+    new = range(first, len(own.paths))
+    slots, positions = [own.base + place for place in new], [own.base + own.depth(place) for place in new]
+    if len(own.paths[-1]) == len(own.paths):  # a chain: each sees all slots before it
+        return Entries(own.sequence, slots, positions)
+    visible = torch.zeros(len(parents), own.base + len(own.paths), dtype=torch.bool)
+    visible[:, : own.base] = True
+    for row, place in zip(visible, new, strict=True):
+        row[[own.base + seen for seen in own.paths[place]]] = True
+    return Entries(own.sequence, slots, positions, visible.to(device))
+
+
+def _span(places: Sequence[int]) -> slice | list[int]:
+    """An index that selects these places; a slice, which copies nothing to the device, where they follow each other."""
+    if list(places) == list(range(places[0], places[0] + len(places))):
+        return slice(places[0], places[0] + len(places))
+    return list(places)

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .best_first import best_first
 from .cache import KVCache
-from .draft import DraftRow, Head, draft
+from .draft import DraftRow, Guesses, Head, draft
 from .forward import RowTiles, Working, advance, node_logits, prefill
 from .gate import PLAIN, DraftPolicy
 from .head_memory import HeadMemory
@@ -165,7 +166,10 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
     refused = [0] * len(works)
     if policy.exits:
         rows = [_draft_row(on, request, work) for request, work in zip(requests, works, strict=True)]
-        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories)
+        if policy.beam:
+            refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
+        else:
+            refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
     logits = verify(on, works)
     if on.observer is not None:
         on.observer(on, works, logits)
@@ -222,12 +226,14 @@ def _begin(on: Machinery, request: Request) -> Working:
 
 
 def _draft_row(on: Machinery, request: Request, work: Working) -> DraftRow:
-    def choose(logits: Tensor, node: int, count: int) -> list[int]:
-        context = Context(request.history, tuple(work.tree.path_tokens(node)))
-        return request.sampler.candidates(logits, context, on.draft_ids, count)
+    def rank(guesses: Guesses, at: int, path: tuple[int, ...], count: int) -> list[tuple[int, float]]:
+        context = Context(request.history, path)
+        if request.sampler.is_plain(context):
+            return guesses.best[at][:count]
+        return request.sampler.candidates(guesses.logits[at], context, on.draft_ids, count)
 
     # A round ends in a bonus token, so one draft less than the remaining budget can be used.
-    return DraftRow(work, max(0, request.checker.num_remaining - 1), choose)
+    return DraftRow(work, max(0, request.checker.num_remaining - 1), rank)
 
 
 def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:

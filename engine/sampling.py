@@ -261,7 +261,7 @@ class TargetSampler:
             NonFiniteLogits: NaN or +inf in the row, or -inf everywhere.
             NoTokenLeft: the processors left nothing.
         """
-        if self._is_plain(context):
+        if self.is_plain(context):
             token = greedy_tokens(logits.unsqueeze(0))[0]
             if token < 0:
                 raise _non_finite(context)
@@ -283,7 +283,7 @@ class TargetSampler:
         """
         if len(contexts) != logits.shape[0]:
             raise ValueError(f"{len(contexts)} contexts given for {logits.shape[0]} rows of logits, expected one a row")
-        if all(map(self._is_plain, contexts)):
+        if all(map(self.is_plain, contexts)):
             return greedy_tokens(logits)
         tokens = []
         for row, context in zip(logits, contexts, strict=True):
@@ -293,7 +293,9 @@ class TargetSampler:
                 tokens.append(self.FAILED)
         return tokens
 
-    def candidates(self, logits: Tensor, context: Context, ids: Tensor | None = None, count: int = 1) -> list[int]:
+    def candidates(
+        self, logits: Tensor, context: Context, ids: Tensor | None = None, count: int = 1
+    ) -> list[tuple[int, float]]:
         """A draft's tokens: the same processors and the same noise on a draft head's logits.
 
         Args:
@@ -303,15 +305,10 @@ class TargetSampler:
             count: siblings wanted.
 
         Returns:
-            At most `count` token ids, the one the head would emit first. Empty where no token can be drawn (the
-            draft ends there).
+            At most `count` token ids, the one the head would emit first, with their log-probabilities by a softmax of
+            the processed scores with their noise: under this noise the target's token is fixed, and how near the head's
+            scores are to the target's is what is not known. Empty where no token can be drawn (the draft ends there).
         """
-        if self._is_plain(context):
-            if count == 1:
-                places = [place for place in greedy_tokens(logits.unsqueeze(0)) if place >= 0]
-            else:
-                places = logits.topk(min(count, len(logits))).indices.tolist() if _drawable(logits.max()) else []
-            return places if ids is None else ids[places].tolist()
         scores = logits.to(torch.float32, copy=True)
         if ids is not None:
             if not _drawable(scores.max()):
@@ -321,11 +318,13 @@ class TargetSampler:
             scores, kept = self._perturbed(scores, context)
         except SamplingError:
             return []
-        best = scores.topk(min(count, len(scores)))
-        drawable = best.indices[best.values > -math.inf]
-        return (drawable if kept is None else kept[drawable]).tolist()
+        best = scores.log_softmax(-1).topk(min(count, len(scores)))
+        tokens = best.indices if kept is None else kept[best.indices]
+        pairs = zip(tokens.tolist(), best.values.tolist(), strict=True)
+        return [(token, log_prob) for token, log_prob in pairs if log_prob > -math.inf]
 
-    def _is_plain(self, context: Context) -> bool:
+    def is_plain(self, context: Context) -> bool:
+        """Whether the token drawn is the largest logit's: neither noise nor a processor acts there."""
         masked = context.num_new < self.params.min_new_tokens and len(self.params.stop_ids) > 0
         return self.params.is_greedy and not self.params.has_processors and not masked
 

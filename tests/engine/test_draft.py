@@ -32,10 +32,10 @@ def rows(on, depths):
         work.embed_new(on.decoder)
         works.append(work)
 
-    def choose(logits, node, count):
-        return logits.topk(count).indices.tolist()
+    def rank(guesses, at, path, count):
+        return guesses.best[at][:count]
 
-    return [DraftRow(work, depth, choose) for work, depth in zip(works, depths, strict=True)]
+    return [DraftRow(work, depth, rank) for work, depth in zip(works, depths, strict=True)]
 
 
 def peaks(*tokens):

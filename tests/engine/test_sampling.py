@@ -58,7 +58,7 @@ def random_tree(rng, sampler, history, vocab_size, dtype):
         context = Context(history, tuple(tree.path_tokens(parent)))
         token = rng.randrange(vocab_size)
         if rng.random() < 0.7:
-            token = sampler.candidates(toy_logits(context.prefix(), vocab_size, dtype), context)[0]
+            token = sampler.candidates(toy_logits(context.prefix(), vocab_size, dtype), context)[0][0]
         if tree.child(parent, token) is None:
             tree.add(parent, token)
     return tree
@@ -407,13 +407,13 @@ def test_a_draft_with_the_targets_logits_draws_the_targets_token(name, seed, tri
     logits = torch.randn(40, generator=torch.Generator().manual_seed(trial)) * 2
     context = Context(history, (4, 7))
     target = sampler.target(logits, context)
-    assert TargetSampler(params, 40).candidates(logits, context) == [target]
+    assert TargetSampler(params, 40).candidates(logits, context)[0][0] == target
     # A draft vocabulary that holds every likely token changes nothing.
     rare = {int(token) for token in logits.argsort()[:5]}
     ids = torch.tensor([token for token in range(40) if token not in rare])
     masked = logits.clone()
     masked[list(rare)] = -math.inf
-    assert sampler.candidates(logits[ids], context, ids) == [sampler.target(masked, context)]
+    assert sampler.candidates(logits[ids], context, ids)[0][0] == sampler.target(masked, context)
 
 
 @pytest.mark.parametrize("name", ["greedy", "temperature", "top_k", "bias"])
@@ -422,7 +422,8 @@ def test_siblings_are_distinct_and_the_drawn_token_comes_first(name):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(8)) * 2
     context = Context(History([1, 2, 3]))
     for count in (1, 2, 4, 99):
-        tokens = sampler.candidates(logits, context, count=count)
+        tokens, log_probs = zip(*sampler.candidates(logits, context, count=count), strict=True)
+        assert list(log_probs) == sorted(log_probs, reverse=True) and sum(map(math.exp, log_probs)) < 1.001
         assert tokens[0] == sampler.target(logits, context)
         assert len(set(tokens)) == len(tokens)
         assert len(tokens) == min(count, {"top_k": 3, "bias": 39}.get(name, 40))

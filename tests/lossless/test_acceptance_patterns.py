@@ -115,7 +115,7 @@ def hang(row, truth, shape):
 
 
 def draft_shapes(truths, shape_of_round):
-    def draft(decoder, cache, rows, heads, policy, tiles, memories):
+    def draft(decoder, cache, rows, heads, policy, tiles, *rest):
         for row in rows:
             runs = hang(row, truths[row.work.sequence], shape_of_round())
             row.work.embed_new(decoder)

@@ -98,7 +98,8 @@ def write(sampler, noise, gate, target_logits, draft_logits):
                 path = tuple(tree.path_tokens(node))
                 logits, uncertainty = draft_logits[(*new, *path)]
                 width = gate.width(uncertainty, 2)
-                for token in sampler.candidates(logits, Context(request.history, path), None, width) if width else ():
+                context = Context(request.history, path)
+                for token, _ in sampler.candidates(logits, context, None, width) if width else ():
                     grown.append(tree.add(node, token))
             frontier = grown
         logits = [target_logits[(*new, *tree.path_tokens(node))] for node in range(len(tree))]
