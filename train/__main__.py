@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"{stopped.message}; the same command goes on", STOPPED)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _say(str(error), REFUSED)
     except (RuntimeError, MemoryError) as error:
         return _say(str(error) or type(error).__name__, FAILED)

@@ -82,7 +82,10 @@ class TrainConfig:
 
     model: Annotated[str, "base model: a packaged model's name, a hub id, a folder or a .gguf file"]
     out: Annotated[str, "output folder; an interrupted run there goes on"]
-    prompts: Annotated[str | None, "JSON lines with 'prompt' or Spec-Bench's 'turns', .gz too"] = None
+    prompts: Annotated[
+        str | None, "prompts: JSON lines, Spec-Bench's, or a hub data set; or plain text (.txt); .gz too; or none: the "
+        "model writes its own"
+    ] = None  # fmt: skip
     kind: Annotated[str, "kind of head: linear, adapter, block or recurrent"] = "adapter"
     exits: Annotated[tuple[int, ...] | None, "exit layers, such as 6,12,18; chosen from the model's depth"] = None
     options: Annotated[Mapping[str, Any], "an option of the head kind, such as width=192; may be given again"] = field(
@@ -91,10 +94,14 @@ class TrainConfig:
     draft_vocab: Annotated[int, "ids that a head can draft, the most frequent ones; 0 for all"] = 8_192
     rounds: Annotated[int, "text is written and trained on this many times, each time from another seed"] = 1
     max_prompts: Annotated[int | None, "use only the first prompts of the file"] = None
-    prompts_per_round: Annotated[int | None, "training prompts of a round; the next round takes the next ones"] = None
+    prompts_per_round: Annotated[
+        int | None, "prompts of a round, the next ones each time; all of the file, or 4,000 of the model's own"
+    ] = None
     max_prompt_tokens: Annotated[int, "longer prompts are left out"] = 640
     max_new_tokens: Annotated[int, "tokens written after a prompt"] = 256
-    temperature: Annotated[float, "every prompt is continued greedily and once at this temperature"] = 0.8
+    copies: Annotated[int, "texts written after each prompt"] = 2
+    greedy_fraction: Annotated[float, "of these texts, at most 1 / copies: greedy ones do not vary"] = 0.5
+    temperature: Annotated[float, "of the other texts"] = 0.8
     held_out_percent: Annotated[float, "of the prompts, by hash, never trained on"] = 3.0
     cache_tokens: Annotated[int | None, "KV slots held while writing; 32,768 on the CPU, half a GPU's free memory"] = (
         None
@@ -120,7 +127,7 @@ class TrainConfig:
             raise ValueError(f"draft_vocab is {self.draft_vocab}, expected at least 1, or 0 for all ids")
         if not 1 <= self.rounds <= self.recipe.steps:
             raise ValueError(f"rounds is {self.rounds}, expected 1 to the number of steps, {self.recipe.steps}")
-        for name in ("max_new_tokens", "max_prompt_tokens", "eval_every", "eval_texts", "save_every"):
+        for name in ("max_new_tokens", "max_prompt_tokens", "copies", "eval_every", "eval_texts", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 

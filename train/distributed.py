@@ -44,9 +44,7 @@ class Ranks:
             return list(parts)
         gathered: list[Sequence[T]] = [[]] * self.size
         dist.all_gather_object(gathered, list(parts))
-        whole = [part for row in zip(*gathered, strict=False) for part in row]
-        shortest = min(len(part) for part in gathered)
-        return whole + [part[shortest] for part in gathered if len(part) > shortest]
+        return [part[i] for i in range(max(map(len, gathered))) for part in gathered if i < len(part)]
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, in place; equal on all of them to the bit."""

@@ -16,87 +16,118 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .config import TrainConfig
-from .data import SelfText, encode_chat, is_held_out, read_prompts
+from .data import SelfText, is_held_out
 from .distributed import Ranks
 from .generate import Sampling, write_text
 from .progress import bar
+from .sources import Prompt, corpus_text, is_corpus, load_corpus, load_prompts, mix_temperatures, write_prompts
 
 if TYPE_CHECKING:
     from .run import Base
 
-Ids = list[int]
+OWN_PROMPTS = 4_000  # of a round, where none are given
+CORPUS_OPENING = 32  # tokens of a held-out document that the model goes on with
 
 
 class RunText:
-    """Reads prompts when text must be written, and not when it lies there already."""
+    """Reads or writes prompts when text must be written, and not when it lies there already."""
 
     def __init__(self, config: TrainConfig, base: Base, ranks: Ranks, out: Path) -> None:
-        self.config, self.decoder, self.tokenizer, self.ranks, self.out = (
-            config, base.decoder, base.tokenizer, ranks, out,
-        )  # fmt: skip
-        self._splits: tuple[list[Ids], list[Ids]] | None = None
+        self.config, self.decoder, self.tokenizer = config, base.decoder, base.tokenizer
+        self.ranks, self.out = ranks, out
+        self._kept: tuple[int, tuple[list[Prompt], list[Prompt]]] | None = None
+        self._is_corpus = config.prompts is not None and is_corpus(config.prompts)
 
     def held_out(self) -> SelfText:
         """What the model wrote after prompts that training never sees."""
         path = self.out / "held_out.safetensors"
         if not path.exists():
-            self._store(path, self._write("held-out text", self._prompts()[1], 0), 0)
+            prompts = self._prompts(0)[1]
+            if self._is_corpus:
+                prompts = [Prompt(p.text, p.ids[: min(CORPUS_OPENING, len(p.ids) - 1)]) for p in prompts]
+            pairs = mix_temperatures(len(prompts), temperatures=(self.config.temperature,))
+            self._store(path, self._write("held-out text", prompts, pairs, 0), 0)
         return self._read(path)[0]
 
     def of_round(self, index: int) -> SelfText:
-        """What the model wrote to train on in a round, from 0."""
+        """The text to train on in a round, from 0."""
         path = self.out / "text.safetensors"
         if path.exists():
             text, found = self._read(path)
             if found == index:
                 return text
-        chosen = self._prompts()[0]
-        count = min(len(chosen), self.config.prompts_per_round or len(chosen))
-        chosen = [chosen[(index * count + i) % len(chosen)] for i in range(count)]
-        name = "text" if self.config.rounds == 1 else f"text, round {index + 1}"
-        self._store(path, self._write(name, chosen, index + 1), index)
+        config, chosen = self.config, self._prompts(index)[0]
+        if config.prompts is not None:
+            count = min(len(chosen), config.prompts_per_round or len(chosen))
+            chosen = [chosen[(index * count + i) % len(chosen)] for i in range(count)]
+        if self._is_corpus:
+            text = corpus_text(chosen)
+        else:
+            name = "text" if config.rounds == 1 else f"text, round {index + 1}"
+            pairs = mix_temperatures(len(chosen), config.copies, config.greedy_fraction, (config.temperature,))
+            text = self._write(name, chosen, pairs, index + 1)
+        self._store(path, text, index)
         return self._read(path)[0]
 
-    def _prompts(self) -> tuple[list[Ids], list[Ids]]:
-        """Token ids of the training and the held-out prompts."""
-        if self._splits is None:
-            config = self.config
-            if config.prompts is None:
-                raise ValueError("no prompts: give a file with --prompts")
-            prompts = read_prompts(config.prompts)[: config.max_prompts]
-            longest = min(config.max_prompt_tokens, self.decoder.config.max_context - config.max_new_tokens)
-            splits: tuple[list[Ids], list[Ids]] = [], []
-            for prompt in prompts:
-                ids = encode_chat(self.tokenizer, prompt)
-                if 0 < len(ids) <= longest:
-                    splits[is_held_out(prompt, config.held_out_percent)].append(ids)
-            for name, split in zip(("train", "held-out"), splits, strict=True):
-                if not split:
-                    raise ValueError(
-                        f"no prompts for the {name} split among {len(prompts)} (of at most {longest} tokens): "
-                        "give more prompts, or change held_out_percent or max_prompt_tokens"
-                    )
-            self._splits = splits
-        return self._splits
-
-    def _write(self, name: str, prompts: Sequence[Ids], number: int) -> SelfText:
-        """Every prompt continued greedily and once at the run's temperature; each process writes its share."""
+    def _prompts(self, index: int) -> tuple[list[Prompt], list[Prompt]]:
+        """Training and held-out prompts: a file's, the same in every round, or the model's own."""
         config = self.config
-        sampling = Sampling(
-            config.max_new_tokens,
-            tuple(self.tokenizer.stop_ids),
-            config.cache_tokens,
-            config.recipe.seed * (config.rounds + 1) + number,
-        )
-        pairs = [(ids, temperature) for temperature in (0.0, config.temperature) for ids in prompts]
+        number = index if config.prompts is None else 0
+        if self._kept is not None and self._kept[0] == number:
+            return self._kept[1]
+        longest = min(config.max_prompt_tokens, self.decoder.config.max_context - config.max_new_tokens)
+        if config.prompts is None:
+            found = self._own_prompts(index)
+        elif self._is_corpus:
+            longest = min(config.max_prompt_tokens + config.max_new_tokens, self.decoder.config.max_context)
+            found = load_corpus(config.prompts, self.tokenizer, longest)[: config.max_prompts]
+        else:
+            found = load_prompts(config.prompts, self.tokenizer, config.max_prompts)
+        splits: tuple[list[Prompt], list[Prompt]] = [], []
+        for prompt in found:
+            if 0 < len(prompt.ids) <= longest:
+                splits[is_held_out(prompt.text, config.held_out_percent)].append(prompt)
+        for name, split in zip(("train", "held-out"), splits, strict=True):
+            # later rounds need no held-out prompts: theirs are dropped
+            if not split and (name == "train" or number == 0):
+                raise ValueError(
+                    f"no prompts for the {name} split among {len(found)} (of at most {longest} tokens): "
+                    "give more prompts, or change held_out_percent or max_prompt_tokens"
+                )
+        self._kept = number, splits
+        return splits
+
+    def _own_prompts(self, index: int) -> list[Prompt]:
+        """Prompts that the model writes; each process writes a part, from a seed of its own."""
+        config, ranks = self.config, self.ranks
+        count = len(ranks.share(range(config.prompts_per_round or OWN_PROMPTS)))
+        seed = self._seed(index + 1) * ranks.size + ranks.rank
+        with bar(config.progress, "writing prompts", count * 32) as shown:
+            own = write_prompts(
+                self.decoder, self.tokenizer, count, config.max_prompt_tokens, seed=seed,
+                cache_tokens=config.cache_tokens, on_tokens=shown.advance,
+            )  # fmt: skip
+        return list({prompt.text: prompt for prompt in ranks.unite(own)}.values())
+
+    def _write(self, name: str, prompts: Sequence[Prompt], pairs: Sequence[tuple[int, float]], number: int) -> SelfText:
+        """Prompts continued, (prompt, temperature) each; each process writes its share."""
+        config, stops = self.config, tuple(self.tokenizer.stop_ids)
+        sampling = Sampling(config.max_new_tokens, stops, config.cache_tokens, self._seed(number))
         own, numbers = self.ranks.share(pairs), self.ranks.share(range(len(pairs)))
+        starts, temperatures = [prompts[p].ids for p, _ in own], [t for _, t in own]
         with bar(config.progress, f"writing {name}", len(own) * config.max_new_tokens) as shown:
-            text = write_text(
-                self.decoder, [p for p, _ in own], [t for _, t in own], sampling, shown.advance, numbers=numbers
-            )
-        rows = [(text.text(i).tolist(), int(text.prompt_lens[i]), bool(text.greedy[i])) for i in range(len(text))]
-        texts, lens, greedy = zip(*self.ranks.unite(rows), strict=True)
-        return SelfText.of(texts, lens, greedy)
+            if self.ranks.size == 1:
+                return write_text(self.decoder, starts, temperatures, sampling, shown.advance)
+            rows = []
+            if own:
+                text = write_text(self.decoder, starts, temperatures, sampling, shown.advance, numbers=numbers)
+                lens, greedy = text.prompt_lens.tolist(), text.greedy.tolist()
+                rows = [(text.text(i).tolist(), lens[i], greedy[i]) for i in range(len(text))]
+        return SelfText.of(*zip(*self.ranks.unite(rows), strict=True))
+
+    def _seed(self, number: int) -> int:
+        """Of held-out text (0) and of each round's (from 1)."""
+        return self.config.recipe.seed * (self.config.rounds + 1) + number
 
     def _store(self, path: Path, text: SelfText, index: int) -> None:
         if self.ranks.rank == 0:

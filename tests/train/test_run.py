@@ -20,9 +20,10 @@ from skipstone.engine.model import Decoder
 from skipstone.heads import BaseIdentity, HeadSet, base_fingerprint
 from skipstone.train import Base, Recipe, TrainConfig, newest_checkpoint, run, run_text, train, training_projection
 from skipstone.train.choose import choose_heads
-from skipstone.train.data import SelfText
+from skipstone.train.data import SelfText, is_held_out
 from skipstone.train.generate import write_text
 from skipstone.train.run import fresh_heads, look
+from skipstone.train.sources import Prompt
 from skipstone.train.stop import Stopped
 from skipstone.train.trainer import HeadTrainer
 
@@ -245,6 +246,42 @@ def test_rounds_keep_one_round_of_text(in_rounds: TrainConfig, base: Base, monke
     assert files == {"text.safetensors", "held_out.safetensors", "run.json", "report.json"}
     written = newest_checkpoint(out / "checkpoints").values["written_tokens"]
     assert heads.config.training["written_tokens"] == sum(written.values()) and set(written) == {"0", "1", "2"}
+
+
+def test_without_prompts_the_model_writes_its_own(
+    in_rounds: TrainConfig, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New prompts each round; none that hashes into the held-out split is ever trained on, in later rounds too."""
+    asked, trained = [], []
+
+    def write_prompts(decoder: Any, tokenizer: Any, count: int, *args: Any, seed: int, **kwargs: Any) -> list[Prompt]:
+        asked.append((count, seed))
+        words = [f"{seed % 7} {i} {i * 3 % 190}" for i in range(count)]
+        return [Prompt(text, tokenizer.encode(text)) for text in words]
+
+    def spy(decoder: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.append({" ".join(map(str, prompt)) for prompt in prompts})
+        return write_text(decoder, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(run_text, "write_prompts", write_prompts)
+    monkeypatch.setattr(run_text, "write_text", spy)
+    train(replace(in_rounds, prompts=None, prompts_per_round=30), base)
+    assert [count for count, _ in asked] == [30, 30, 30] and len({seed for _, seed in asked}) == 3
+    held_out, *rounds = trained
+    assert all(is_held_out(prompt, 25.0) for prompt in held_out) and len(held_out) > 1
+    assert not any(is_held_out(prompt, 25.0) for prompts in rounds for prompt in prompts)
+    assert not rounds[0] & rounds[1] and not rounds[1] & rounds[2]
+
+
+def test_plain_text_is_trained_on_as_it_is(settings: TrainConfig, base: Base, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(" ".join(str((i * 7 + j) % 190) for j in range(20)) + "\n" for i in range(60)))
+    heads = train(replace(settings, prompts=str(corpus), max_prompt_tokens=8), base)
+    text = SelfText.from_tensors(load_file(Path(settings.out) / "text.safetensors"))
+    assert set(text.prompt_lens.tolist()) == {1} and max(text.lens) <= 20
+    words = " ".join(corpus.read_text().split())
+    assert all(" ".join(map(str, text.text(i).tolist())) in words for i in range(len(text)))
+    assert heads.calibration is not None  # on what the model goes on with after held-out pieces
 
 
 def test_the_recurrent_kind_trains_with_its_defaults(settings: TrainConfig, base: Base) -> None:
