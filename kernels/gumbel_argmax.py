@@ -40,7 +40,7 @@ def gumbel_argmax_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor,
 if triton is not None:
 
     @triton.jit
-    def _gumbel_argmax_kernel(
+    def _gumbel_argmax_kernel(  # type: ignore[no-untyped-def]
         logits, temperatures, seeds, positions, out, logits_row, vocab_size, BLOCK: tl.constexpr
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)

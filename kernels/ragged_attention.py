@@ -56,7 +56,7 @@ def ragged_attention_reference(
 if triton is not None:
 
     @triton.jit
-    def _ragged_attention_kernel(
+    def _ragged_attention_kernel(  # type: ignore[no-untyped-def]
         q, k, v, k_cache, v_cache, positions, out,
         scale, softcap, window,
         q_row, q_head, k_row, k_head, v_row, v_head, cache_row, cache_head, cache_at, out_row, out_head,

@@ -28,6 +28,7 @@ PREFILL_TOKENS = 16_384  # of a prefill call, filling included: bounds the activ
 LOGITS_AT_ONCE = 1 << 27  # numbers; rows beyond are projected in a second call
 MAX_ROWS = 4_096  # more rows raise memory, hardly throughput
 REPLAYS = 16  # steps between two looks of the host on a GPU
+CPU_STEPS = 1  # the same on the CPU, where a look costs nothing
 CPU_CACHE_TOKENS = 32_768
 
 
@@ -184,7 +185,8 @@ class _Slots:
         before = int(self.length[self.alive].sum())
         was_alive = self.alive.clone()
         if self.decoder.device.type != "cuda":
-            self._step()
+            for _ in range(CPU_STEPS):
+                self._step()
         else:
             if self.graph is None:
                 self._step()  # compiles kernels, which a capture cannot

@@ -46,11 +46,14 @@ def test_greedy_text_equals_full_forwards(tiny: Callable, family: str) -> None:
 
 
 @torch.no_grad()
-def test_slots_are_refilled_and_dropped(tiny: Callable) -> None:
+@pytest.mark.parametrize("steps", [1, 5])
+def test_slots_are_refilled_and_dropped(tiny: Callable, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Four slots for 24 prompts: texts end at different times, slots take other prompts, the last rows move together.
 
-    Catches: a refilled slot that keeps its old end or keys, rows moved without their cache, a text cut or told twice.
+    Catches: a refilled slot that keeps its old end, prompts not prefilled, rows moved without their cache; with several
+    steps between two looks, as on a GPU: a row without a text that writes into the one it held.
     """
+    monkeypatch.setattr(generate, "CPU_STEPS", steps)
     config, weights = tiny("llama3")
     decoder = Decoder(config, weights)
     stops = tuple(range(0, config.vocab_size, 40))
