@@ -18,8 +18,8 @@ from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 
 ARM_FORMS = (
-    "plain, default, always, accuracy:LEVEL[:LENGTH], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, LEVEL may be "
-    "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
+    "plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, "
+    "LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
 LEVEL_STEP = 0.05
 Number = TypeVar("Number", int, float)
@@ -154,9 +154,9 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
             raise ValueError(f"arm {form!r}: * stands for the exits of trained heads, and this engine has none")
         firsts = [str(exit_layer) for exit_layer in exits]
     rests = [":".join(parts[1:])]
-    if len(parts) == 2 and "-" in parts[1]:
+    if len(parts) > 1 and "-" in parts[1]:
         first, last = _bounds(form, parts[1], int)
-        rests = [str(length) for length in range(first, last + 1)]
+        rests = [":".join([str(length), *parts[2:]]) for length in range(first, last + 1)]
     return [":".join(part for part in (kind, first, rest) if part) for first in firsts for rest in rests]
 
 
@@ -191,12 +191,17 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if kind == "accuracy" and rest:
         if engine.heads is None or engine.heads.calibration is None:
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
-        level, _, depth = rest.partition(":")
+        level, depth, exits, *more = [*rest.split(":"), "", ""]
         try:
             accuracy, max_depth = float(level), int(depth) if depth else DraftPolicy.max_depth
+            asked = [int(exit_layer) for exit_layer in exits.split("+")] if exits else None
         except ValueError:
-            raise ValueError(f"arm {name!r}: expected a level such as accuracy:0.9, or accuracy:0.9:4") from None
-        policy = calibrated(engine.heads.calibration, accuracy=accuracy, max_depth=max_depth)
+            raise ValueError(
+                f"arm {name!r}: expected a level such as accuracy:0.9, accuracy:0.9:4 or accuracy:0.9:4:12+18"
+            ) from None
+        if any(more):
+            raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
+        policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
     if kind in ("fixed", "bare"):
         exit_layer, length = _exit_and_length(name)

@@ -380,8 +380,8 @@ def bench(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Of plain, default, always, accuracy:LEVEL[:LENGTH], fixed:EXIT:LENGTH, bare:EXIT:LENGTH. To sweep: "
-            "LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have heads)."
+            help="Of plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH. "
+            "To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have heads)."
         ),
     ] = None,
     baseline: Annotated[

@@ -51,6 +51,8 @@ def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
         ("accuracy:high", "expected a level"),
         ("accuracy:0.2", "accuracy is 0.2"),
         ("accuracy:0.8:x", "accuracy:0.9:4"),
+        ("accuracy:0.8:2:2:2", "too many parts"),
+        ("accuracy:0.8:2:1", "no calibration for exit layer 1"),
         ("fixed:2:4-1", "a range that rises"),
         ("fixed:2:1-b", "no range such as"),
     ],
@@ -67,6 +69,8 @@ def test_ranges_become_one_arm_a_setting(engine: Engine) -> None:
         "accuracy:0.60", "accuracy:0.65", "accuracy:0.70", "accuracy:0.8:1", "accuracy:0.8:2",
     ]  # fmt: skip
     assert parse_arms("accuracy:0.7:2", engine)[1].describe()["max_depth"] == 2
+    assert expand("accuracy:0.7:1-2:2+3", ()) == ["accuracy:0.7:1:2+3", "accuracy:0.7:2:2+3"]
+    assert parse_arms("accuracy:0.7:2:3", engine)[1].describe()["exits"] == [3]
     with pytest.raises(ValueError, match="has none"):
         expand("bare:*:2", ())
 
