@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +28,13 @@ from .statistics import StatisticsRecorder
 from .stopping import Emission, StopChecker
 from .tree import MAX_NODES, Acceptance, DraftTree, accept
 
+Mode = Literal["lossless", "early_exit"]
+
 
 @dataclass(frozen=True)
 class Origin:
-    """How one committed token came about. `exit_layer` and `entropy` are None for a bonus token, which no head
-    drafted."""
+    """How one committed token came about. `exit_layer` and `entropy` are None where no head drafted it (a bonus token)
+    or, in early-exit mode, wrote it."""
 
     exit_layer: int | None
     entropy: float | None
@@ -50,6 +53,7 @@ class Request:
     sampler: TargetSampler
     checker: StopChecker
     statistics: StatisticsRecorder
+    mode: Mode = "lossless"
     origins: list[Origin] = field(default_factory=list)  # one a committed new token
     error: str | None = None
 
@@ -124,13 +128,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
     Raises:
         MemoryError: not even a plain step fits.
     """
-    for request in requests:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            take = partial(on.take, request.sequence)
-            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1], on.kept_layers, take)
-        _synchronise(on.decoder)
-        request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
+    read_prompts(on, requests)
     max_nodes = policy.max_nodes
     while active := [request for request in requests if not request.checker.finished]:
         start = time.perf_counter()
@@ -140,7 +138,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             with torch.inference_mode():
                 blocks = play_round(on, active, shape)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if not drafting:
                 raise MemoryError(f"out of memory in a plain step; {on.cache.plan.arithmetic()}") from error
@@ -158,6 +156,17 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
         if pace is not None and policy.exits:
             _keep_pace(pace, active, blocks, drafting, elapsed)
         yield released
+
+
+def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
+    """Prefill every request, one after the other."""
+    for request in requests:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            take = partial(on.take, request.sequence)
+            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1], on.kept_layers, take)
+        _synchronise(on.decoder)
+        request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
 
 
 def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:
@@ -251,6 +260,7 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
         on.take(request.sequence, {layer: states[rows] for layer, states in block.states.items()})
     request.history.extend(block.tokens)
     request.origins += block.origins
+    request.statistics.num_row_layers += len(block.tree) * on.decoder.config.num_layers
     request.statistics.record_round(
         block.tree, block.acceptance, len(request.checker.token_ids) - before, gate_stops=block.num_refused
     )
@@ -270,7 +280,8 @@ def _keep_pace(
             request.statistics.record_fallback("drafting does not pay")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the host has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

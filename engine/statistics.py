@@ -4,6 +4,9 @@ Drafted, accepted and committed are kept apart (hazard 4): *drafted* are all nod
 *committed* are the tokens of the output, so their number is always the output's length, also when a stop cuts a block
 or a stop string takes back tokens of earlier blocks; *accepted* are the committed tokens that a head had drafted. The
 other committed tokens are the full model's own, one bonus a verification at most.
+
+In early-exit mode (`engine/early_exit.py`) nothing is drafted or verified: `tokens_by_exit` counts the tokens that
+exits wrote, and a verification is a step in which no exit did.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ class Statistics:
     trees that reached that depth: their quotient is the per-position acceptance. `tokens_by_exit` counts accepted
     tokens by the layers executed when they were drafted. `gate_stops` counts drafts that the gate ended, `fallbacks`
     changes to less drafting, by their reason.
-    A verification is any full-depth step, plain ones too.
+    A verification is any full-depth step, plain ones too. `num_row_layers` counts layers of rows: one row through one
+    layer is 1, whatever ran beside it; drafts that were rejected count, and in early-exit mode layers that a token
+    skipped count once they are made up for.
     """
 
     num_drafted: int = 0
@@ -37,6 +42,7 @@ class Statistics:
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
+    num_row_layers: int = 0
 
     @property
     def acceptance_rate(self) -> float:
@@ -53,6 +59,21 @@ class Statistics:
         """Share of the drafts that reached each depth whose token there was accepted."""
         pairs = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
         return tuple(accepted / drafted if drafted else 0.0 for accepted, drafted in pairs)
+
+    @property
+    def layers_per_token(self) -> float:
+        """Layers of rows / committed; 0 before the first."""
+        return self.num_row_layers / self.num_committed if self.num_committed else 0.0
+
+    def mean_depth(self, num_layers: int) -> float:
+        """In early-exit mode, layers run one after the other for a token: up to its exit, or all; 0 before the first.
+
+        Layers that earlier tokens had skipped run beside them, so this is what a step's time follows.
+        """
+        by_exits = sum(self.tokens_by_exit.values())
+        layers = sum(layer * count for layer, count in self.tokens_by_exit.items())
+        layers += num_layers * (self.num_committed - by_exits)
+        return layers / self.num_committed if self.num_committed else 0.0
 
     @classmethod
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
@@ -74,6 +95,7 @@ class Statistics:
             fallbacks=dict(fallbacks),
             prefill_ms=sum(part.prefill_ms for part in parts),
             decode_ms=sum(part.decode_ms for part in parts),
+            num_row_layers=sum(part.num_row_layers for part in parts),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -85,23 +107,26 @@ class Statistics:
         values["fallbacks"] = dict(self.fallbacks)
         values["acceptance_rate"] = self.acceptance_rate
         values["tokens_per_verification"] = self.tokens_per_verification
+        values["layers_per_token"] = self.layers_per_token
         return values
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a committed token came from: its depth in its tree and its exit; depth 0 for the full model's own."""
+    """Where a committed token came from: its depth in its tree (0 for what was not drafted) and its exit (None for the
+    full model's own)."""
 
     depth: int
     exit_layer: int | None
 
 
 class StatisticsRecorder:
-    """Counts one sequence's rounds; `prefill_ms` and `decode_ms` are added to from outside."""
+    """Counts one sequence's rounds; `prefill_ms`, `decode_ms` and `num_row_layers` are added to from outside."""
 
     def __init__(self) -> None:
         self.prefill_ms = 0.0
         self.decode_ms = 0.0
+        self.num_row_layers = 0
         self._num_drafted = 0
         self._num_verifications = 0
         self._reached: list[int] = []  # per depth - 1, trees that deep
@@ -128,6 +153,20 @@ class StatisticsRecorder:
         """
         block = [_Source(tree.depths[node], tree.exit_layers[node]) for node in acceptance.nodes]
         block.append(_Source(0, None))
+        self._keep(block, num_kept)
+        self._num_verifications += 1
+        self._num_drafted += tree.num_drafted
+        self._gate_stops += gate_stops
+        self._reached += [0] * (tree.max_depth - len(self._reached))
+        for place in range(tree.max_depth):
+            self._reached[place] += 1
+
+    def record_step(self, exit_layer: int | None, num_kept: int) -> None:
+        """Count one token of early-exit mode: what wrote it, and by how much the output grew (see `record_round`)."""
+        self._keep([_Source(0, exit_layer)], num_kept)
+        self._num_verifications += exit_layer is None
+
+    def _keep(self, block: list[_Source], num_kept: int) -> None:
         if not -self.num_committed <= num_kept <= len(block):
             raise ValueError(
                 f"num_kept is {num_kept}, expected {-self.num_committed} to {len(block)}: "
@@ -137,12 +176,6 @@ class StatisticsRecorder:
             del self._sources[num_kept:]
         else:
             self._sources += block[:num_kept]
-        self._num_verifications += 1
-        self._num_drafted += tree.num_drafted
-        self._gate_stops += gate_stops
-        self._reached += [0] * (tree.max_depth - len(self._reached))
-        for place in range(tree.max_depth):
-            self._reached[place] += 1
 
     def record_fallback(self, reason: str) -> None:
         """Count a change to less drafting, by its reason."""
@@ -152,7 +185,7 @@ class StatisticsRecorder:
         """The counts so far."""
         drafted = [source for source in self._sources if source.depth > 0]
         depths = Counter(source.depth for source in drafted)
-        exits = Counter(source.exit_layer for source in drafted if source.exit_layer is not None)
+        exits = Counter(source.exit_layer for source in self._sources if source.exit_layer is not None)
         return Statistics(
             num_drafted=self._num_drafted,
             num_accepted=len(drafted),
@@ -165,6 +198,7 @@ class StatisticsRecorder:
             fallbacks=dict(self._fallbacks),
             prefill_ms=self.prefill_ms,
             decode_ms=self.decode_ms,
+            num_row_layers=self.num_row_layers,
         )
 
 
