@@ -56,7 +56,9 @@ def print_inventory(found: Mapping[str, Any]) -> None:
         )
     out.print(table)
     if heads["exits_in_use"]:
-        out.print(f"Drafting asks exits {heads['exits_in_use']}. Measured on {heads['calibrated_on']}.")
+        source = heads["calibrated_on"]
+        how = "Not calibrated: chains of a fixed length." if source is None else f"Measured on {source}."
+        out.print(f"Drafting asks exits {heads['exits_in_use']}. {how}")
     else:
         out.print("Not calibrated: give --exit, or thresholds through the Python API, to draft with them.")
 

@@ -18,8 +18,8 @@ from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
 from .forward import RowTiles
 from .gate import PLAIN, DraftPolicy, calibrated, fixed_exit
-from .head_memory import HeadMemory, plan_memory, scratch_of
-from .loop import Machinery, Observer, Origin, Request, decode
+from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
+from .loop import Machinery, Observer, Origin, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
@@ -246,10 +246,21 @@ class Engine:
         return LosslessReport(False, speculative, plain, first, margin)
 
     def memory(self, batch: int = 1, context: int | None = None) -> str:
-        """The KV cache's size for a batch of a context, in words and factors."""
+        """Sizes of the KV cache and of the heads' memories for a batch of a context, in words and factors."""
         config = self.decoder.config
         wanted = config.max_context if context is None else context
-        return plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False).arithmetic()
+        cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
+        memories = self.memory_plans(self.policy, batch, wanted)
+        return "; ".join(
+            [cache.arithmetic(), *(f"memory of the head at {e}: {plan.arithmetic()}" for e, plan in memories.items())]
+        )
+
+    def memory_plans(self, policy: DraftPolicy, batch: int, context: int) -> dict[int, MemoryPlan]:
+        """Sizes of the memories that a policy needs, by exit layer of the stateful heads that it asks."""
+        heads = {} if self.heads is None else self.heads.heads
+        asked = {e: head for e in policy.exits if isinstance(head := heads[e], StatefulHead)}
+        scratch, device = scratch_of(policy), self.decoder.device
+        return {e: plan_memory(head, batch, context, scratch, device) for e, head in asked.items()}
 
     def pace(self, batch: int = 1) -> Pace | None:
         """What is known of plain steps and of whether drafting pays, for batches of one size; None before the first."""
@@ -271,14 +282,23 @@ class Engine:
         pace = None
         if speculation is True and policy is None:
             pace = self._paces.setdefault(len(requests), Pace())
+        cache = self._cache_for(requests)
+        try:
+            memories = self._memories_for(chosen, cache)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            memories, chosen = {}, PLAIN
+            for request in requests:
+                request.statistics.record_fallback("out of memory")
         on = Machinery(
             self.decoder,
-            self._cache_for(requests),
+            cache,
             self.tiles,
             {} if self.heads is None else self.heads.heads,
             None if self.heads is None else self.heads.draft_ids,
             self.observer,
-            self._memories_for(chosen),
+            memories,
         )
         return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
 
@@ -296,20 +316,16 @@ class Engine:
             cache.restart(sequence)
         return cache
 
-    def _memories_for(self, policy: DraftPolicy) -> dict[int, HeadMemory]:
+    def _memories_for(self, policy: DraftPolicy, cache: KVCache) -> dict[int, HeadMemory]:
         """An empty memory of each stateful head that the policy asks, as large as the cache; the last ones again where
-        they are large enough."""
-        assert self._cache is not None
-        cache, found = self._cache.plan, {}
-        for exit_layer in policy.exits:
-            head = self.heads.heads[exit_layer] if self.heads else None
-            if not isinstance(head, StatefulHead):
-                continue
-            plan = plan_memory(head, cache.batch, cache.context, scratch_of(policy), self.decoder.device)
-            memory = self._memories.get(exit_layer)
-            if memory is None or memory.head is not head or memory.plan != plan:
-                memory = HeadMemory(head, plan, self.decoder.device)
-            for sequence in range(cache.batch):
+        they fit."""
+        batch, found = cache.plan.batch, {}
+        for exit_layer, plan in self.memory_plans(policy, batch, cache.plan.context).items():
+            memory = self._memories.pop(exit_layer, None)
+            if memory is None or memory.plan != plan:
+                memory = None  # free again before the next one is made
+                memory = HeadMemory(plan, self.decoder.device)
+            for sequence in range(batch):
                 memory.restart(sequence)
             found[exit_layer] = self._memories[exit_layer] = memory
         return found

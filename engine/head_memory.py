@@ -26,23 +26,34 @@ WAITING = 128  # verified tokens that wait at most, before the head takes them i
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes of a head's memory, known before a byte is allocated."""
+    """Sizes of a head's memory, known before a byte is allocated.
 
+    `context` is tokens a sequence may hold, `scratch` the draft entries of one round, its root's included.
+    """
+
+    head: StatefulHead
     batch: int
     context: int
     scratch: int
     slot_bytes: int
-    state_bytes: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers after which the head reads a verified token's residual stream."""
+        return tuple(sorted({self.head.spec.exit_layer, *self.head.taps}))
 
     @property
     def num_bytes(self) -> int:
-        return self.batch * ((self.context + self.scratch) * self.slot_bytes + (1 + WAITING) * self.state_bytes)
+        slots = (self.context + self.scratch) * self.slot_bytes
+        states = (1 + WAITING) * len(self.layers) + self.scratch
+        return self.batch * (slots + 4 * self.head.hidden_size * states)
 
     def arithmetic(self) -> str:
         """The size in words and factors, for reports and errors."""
         return (
             f"{self.batch} sequences x ({self.context + self.scratch} slots x {self.slot_bytes:,} bytes + "
-            f"{1 + WAITING} waiting states x {self.state_bytes:,} bytes)"
+            f"({1 + WAITING} x {len(self.layers)} + {self.scratch}) states x {self.head.hidden_size} x 4 bytes) = "
+            f"{self.num_bytes / 2**20:.1f} MiB"
         )
 
 
@@ -50,12 +61,7 @@ def plan_memory(head: StatefulHead, batch: int, context: int, scratch: int, devi
     """Size the memory of one head for `batch` sequences of `context` tokens and `scratch` draft entries each."""
     one = head.new_state(1, 1, device)
     slot_bytes = (one.k.numel() + one.v.numel()) * one.k.element_size()
-    return MemoryPlan(batch, context, scratch, slot_bytes, 4 * len(layers_of(head)) * head.hidden_size)
-
-
-def layers_of(head: StatefulHead) -> tuple[int, ...]:
-    """Layers after which the head reads a verified token's residual stream."""
-    return tuple(sorted({head.spec.exit_layer, *head.taps}))
+    return MemoryPlan(head, batch, context, scratch, slot_bytes)
 
 
 def scratch_of(policy: DraftPolicy) -> int:
@@ -84,11 +90,10 @@ Level = Sequence[tuple[Paths, Sequence[int]]]
 class HeadMemory:
     """One stateful head's cache, and the verified states that it has not taken in yet, for all sequences of a batch."""
 
-    def __init__(self, head: StatefulHead, plan: MemoryPlan, device: torch.device) -> None:
-        self.head, self.plan = head, plan
-        self.layers = layers_of(head)
-        self.cache = head.new_state(plan.batch, plan.context + plan.scratch, device)
-        width = head.hidden_size
+    def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
+        self.plan, self.head, self.layers = plan, plan.head, plan.layers
+        self.cache = self.head.new_state(plan.batch, plan.context + plan.scratch, device)
+        width = self.head.hidden_size
         # By layer, of each sequence: the state of the last token taken in, and of those that wait.
         self._states = {layer: torch.zeros(plan.batch, 1 + WAITING, width, device=device) for layer in self.layers}
         self._out = torch.zeros(plan.batch, plan.scratch, width, device=device)  # the round's entries, by place

@@ -1,4 +1,4 @@
-"""What a loaded engine consists of, and the bytes it takes: weights, second copies, KV cache, heads."""
+"""What a loaded engine consists of, and the bytes it takes: weights, second copies, KV cache, heads, their memory."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
         items.append(MemoryItem(what, decoder.head_weight.numel() * size, table, second_copy=True))
     plan = plan_cache(config, batch, context, decoder.device, decoder.dtype, check_free=False)
     items.append(MemoryItem(f"KV cache of {batch} x {context} tokens", plan.num_bytes, plan.arithmetic()))
+    for exit_layer, memory in engine.memory_plans(engine.policy, batch, context).items():
+        what = f"memory of the head at {exit_layer} for {batch} x {context} tokens"
+        items.append(MemoryItem(what, memory.num_bytes, memory.arithmetic()))
     return items + _head_items(engine)
 
 

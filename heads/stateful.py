@@ -119,7 +119,7 @@ class StatefulHead(ExitHead):
         self._inv_freq = self._inv_freq.to(projection.head_weight.device)
         self._products = None
         if projection.linear is not None:
-            self._products = [layer.products(self.prepared) for layer in self._layers()]
+            self._products = [layer.products(self._packed) for layer in self._layers()]
 
     def new_state(self, num_rows: int, capacity: int, device: torch.device | str = "cpu") -> HeadCache:
         """An empty cache for `num_rows` sequences of `capacity` slots (true entries and scratch)."""
@@ -210,6 +210,11 @@ class StatefulHead(ExitHead):
             steps.append(out)
         return steps
 
+    def _packed(self, weight: Tensor) -> Product:
+        """An inference product for fp32 inputs."""
+        product, dtype = self.prepared(weight), self.attached().dtype
+        return lambda x: product(x.to(dtype))
+
     def _layers(self) -> list[_Layer]:
         return [layer for layer in self.layers if isinstance(layer, _Layer)]
 
@@ -260,17 +265,17 @@ class RecurrentHead(StatefulHead):
     def attach(self, projection: Projection) -> None:
         super().attach(projection)
         packed = projection.linear is not None
-        self._fuse = self.prepared(self.fuse) if packed else None
-        self._join = self.prepared(self.join) if packed else None
+        self._fuse = self._packed(self.fuse) if packed else None
+        self._join = self._packed(self.join) if packed else None
 
     def context(self, taps: Tensor) -> Tensor:
         normed = rms_normalise(taps, None).flatten(1)
-        return _apply(self._fuse, normed, self.fuse, self.attached().dtype)
+        return _apply(self._fuse, normed, self.fuse)
 
     def enter(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         assert context is not None
         both = torch.cat([rms_normalise(hidden, self.token_norm), rms_normalise(context, self.context_norm)], -1)
-        return _apply(self._join, both, self.join, self.attached().dtype)
+        return _apply(self._join, both, self.join)
 
 
 @dataclass(frozen=True)
@@ -295,9 +300,9 @@ class _Layer(nn.Module):
         self.up = _Weight(_random(2 * sizes.ff, hidden_size))
         self.down = _Weight(_random(hidden_size, sizes.ff) * 0.1)
 
-    def products(self, prepared: Callable[[Tensor], Product]) -> dict[str, Product]:
+    def products(self, packed: Callable[[Tensor], Product]) -> dict[str, Product]:
         """Inference projections of the four matrices."""
-        return {name: prepared(getattr(self, name).weight) for name in ("qkv", "o", "up", "down")}
+        return {name: packed(getattr(self, name).weight) for name in ("qkv", "o", "up", "down")}
 
     def project(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], products: dict[str, Product] | None
@@ -322,7 +327,7 @@ class _Layer(nn.Module):
 
     def _product(self, name: str, x: Tensor, products: dict[str, Product] | None) -> Tensor:
         weight = getattr(self, name).weight
-        return _apply(None if products is None else products[name], x, weight, weight.dtype)
+        return _apply(None if products is None else products[name], x, weight)
 
 
 class _Weight(nn.Module):
@@ -352,11 +357,11 @@ def _random(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns) * columns**-0.5
 
 
-def _apply(packed: Product | None, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _apply(packed: Product | None, x: Tensor, weight: Tensor) -> Tensor:
     """`x [..., K] @ weight.T` in fp32: through the packed inference product, or differentiable."""
     if packed is None:
         return F.linear(x, weight).float()
-    return packed(x.reshape(-1, x.shape[-1]).to(dtype)).float().view(*x.shape[:-1], -1)
+    return packed(x.reshape(-1, x.shape[-1])).float().view(*x.shape[:-1], -1)
 
 
 def _shift(x: Tensor) -> Tensor:

@@ -315,6 +315,72 @@ def planned() -> Callable[..., PlannedHeads]:
     return build
 
 
+_STATEFUL = {"recurrent": (0, {"taps": (2, 4)}), "block": (2, {})}
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _studied(kind: str, prompts: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
+    """Parameters of a stateful head of the tiny Llama after a short study of what the model writes to these prompts:
+    right on much of it, not on all."""
+    import torch.nn.functional as F
+    from skipstone.heads import Projection, build_head
+
+    engine = _engine("llama2", torch.float32, None, True)
+    decoder, spec = engine.decoder, _stateful_spec(kind, engine.decoder.config)
+    texts = [g.prompt_ids + g.token_ids for g in engine.generate([list(p) for p in prompts], max_new_tokens=60)]
+    torch.manual_seed(1)
+    head = build_head(spec, decoder.config.hidden_size, decoder.config.vocab_size)
+    head.attach(Projection(decoder.final_norm, decoder.head_weight))
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    layers = (spec.exit_layer, *head.taps)
+    for step in range(26):
+        ids = torch.tensor([texts[step % len(texts)]])
+        with torch.no_grad():
+            states = decoder.encode(ids, layers)
+        taps = torch.stack([states[layer] for layer in head.taps], 2) if head.taps else None
+        loss = torch.zeros(())
+        for lag, out in enumerate(head.unroll(states[spec.exit_layer], taps, 3)):
+            loss = loss + F.cross_entropy(head.draft_logits(out[0, lag:-1]), ids[0, lag + 1 :])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in head.named_parameters()}
+
+
+def _stateful_spec(kind: str, config: ModelConfig) -> Any:
+    from skipstone.heads import HeadSpec, layer_options
+
+    exit_layer, options = _STATEFUL[kind]
+    sizes = layer_options(config.num_heads, config.num_kv_heads, config.head_dim, 64, 1e4, False)
+    return HeadSpec(kind, exit_layer, {**sizes, **options})
+
+
+@pytest.fixture(scope="session")
+def stateful() -> Callable[..., Any]:
+    """`stateful(engine, "recurrent", "block", prompts=None)` -> these heads, at exits 0 and 2, set on the engine.
+    Random ones, or, on the tiny Llama, such as have studied what it writes to `prompts`."""
+
+    def build(engine: Any, *kinds: str, prompts: Any = None) -> Any:
+        from skipstone.heads import HeadSet, HeadSetConfig, Projection
+        from skipstone.kernels.linear import PackedLinear
+
+        decoder, config = engine.decoder, engine.decoder.config
+        specs = tuple(_stateful_spec(kind, config) for kind in kinds)
+        torch.manual_seed(0)
+        heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
+        for kind in kinds:
+            if prompts is not None:
+                head = heads.heads[_STATEFUL[kind][0]]
+                head.load_state_dict(_studied(kind, tuple(map(tuple, prompts))))
+        with torch.inference_mode():
+            projection = Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear)
+            engine.heads = heads.attach(projection)
+        return heads
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def assert_same_output() -> Callable[[Any, Any], None]:
     """`assert_same_output(generation, plain)`: everything that a user sees, logprobs bit for bit."""
