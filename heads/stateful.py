@@ -393,25 +393,21 @@ def _attend_unrolled(q: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
         made: of each step, k and v `[B, T, KV, d]`.
 
     Returns:
-        `[B, T, H, d]`. Position u sees the true keys j <= u - s, and of step m = 1..s the key at u - (s - m).
+        `[B, T, H, d]`. Position u sees the true keys j <= u - s, and of step m = 1..s the key at u - (s - m): each
+        step's keys are moved until that one stands at u, and the mask shows its diagonal only.
     """
-    step, (batch, length, num_heads, head_dim) = len(made) - 1, q.shape
-    num_kv = made[0][0].shape[2]
-    q = q.view(batch, length, num_kv, num_heads // num_kv, head_dim) * head_dim**-0.5
+    step, length = len(made) - 1, q.shape[1]
     at = torch.arange(length, device=q.device)
-    visible = at <= (at - step).unsqueeze(1)
-    scores = torch.einsum("btkgd,bskd->bkgts", q, made[0][0]).float()
-    scores = scores.masked_fill(~visible, float("-inf"))
-    own = [(_roll(k, step - m), _roll(v, step - m)) for m, (k, v) in enumerate(made) if m]
-    if own:
-        beside = torch.stack([(q * k.unsqueeze(3)).sum(-1).float() for k, _ in own], -1)  # [B, T, KV, G, s]
-        scores = torch.cat([scores, beside.permute(0, 2, 3, 1, 4)], -1)
-    probs = scores.softmax(-1)
-    out = torch.einsum("bkgts,bskd->btkgd", probs[..., :length].to(made[0][1].dtype), made[0][1])
-    for place, (_, v) in enumerate(own):
-        share = probs[..., length + place].permute(0, 3, 1, 2).unsqueeze(-1)
-        out = out + share.to(v.dtype) * v.unsqueeze(3)
-    return out.reshape(batch, length, num_heads, head_dim)
+    own = at == at.unsqueeze(1)
+    visible = torch.cat([at <= (at - step).unsqueeze(1), *[own] * step], 1)
+    repeat = q.shape[2] // made[0][0].shape[2]
+    keys, values = (
+        torch.cat([_roll(pair[which], step - m if m else 0) for m, pair in enumerate(made)], 1)
+        .transpose(1, 2)
+        .repeat_interleave(repeat, 1)
+        for which in (0, 1)
+    )
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible).transpose(1, 2)
 
 
 def _roll(x: Tensor, count: int) -> Tensor:
