@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,10 +16,11 @@ from ..heads.stateful import StatefulHead
 from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
+from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .gate import PLAIN, DraftPolicy, calibrated, fixed_exit
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
-from .loop import Machinery, Observer, Origin, Request, decode, is_out_of_memory
+from .loop import Machinery, Mode, Observer, Origin, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
@@ -42,11 +43,14 @@ class Generation:
         text: the output, without stop ids and stop strings.
         token_ids: new tokens; a stop id that ended the output is the last of them.
         finish_reason: "stop", "length", "context" (the model's context is full), "cancelled" or "error".
-        logprobs: of each new token, raw distribution, when asked for.
+        logprobs: of each new token, raw distribution, when asked for. In early-exit mode it is that of the head that
+            wrote the token.
         stats: what drafting and verification did.
-        exit_layers: of each new token, the exit that drafted it, None where the full model wrote it itself.
+        exit_layers: of each new token, the exit that drafted it (in early-exit mode, wrote it), None where the full
+            model wrote it itself.
         prompt_ids: the prompt as the model saw it.
         error: why, when finish_reason is "error".
+        mode: "lossless", or "early_exit", whose text need not be the full model's.
     """
 
     text: str
@@ -57,12 +61,13 @@ class Generation:
     exit_layers: list[int | None]
     prompt_ids: list[int]
     error: str | None = None
+    mode: Mode = "lossless"
 
 
 @dataclass(frozen=True)
 class Event:
-    """One streamed token. `entropy` (nats) and `exit_layer` are of the head that drafted it; `logprob` of the raw
-    distribution, when asked for."""
+    """One streamed token. `entropy` (nats) and `exit_layer` are of the head that drafted it (in early-exit mode wrote
+    it); `logprob` of the raw distribution, when asked for."""
 
     text: str
     token_id: int
@@ -145,6 +150,8 @@ class Engine:
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
+        mode: Mode = "lossless",
+        accuracy: float | None = None,
         speculation: Speculation = True,
         policy: DraftPolicy | None = None,
         num_return_sequences: int = 1,
@@ -156,8 +163,13 @@ class Engine:
 
         Args:
             prompt: text, token ids, or a list of either.
+            mode: "lossless", or "early_exit": the first exit that is sure writes the token and nothing verifies it
+                (`engine/early_exit.py`). Its text need not be the full model's.
+            accuracy: of early exit: how often an exit agreed with the full model where it was sure, 0.60 to 0.99; 0.95
+                where None.
             speculation: True drafts where it pays, False never, "always" also where it does not.
-            policy: how to draft, in place of the calibrated default; it is followed without asking whether it pays.
+            policy: how to draft, in place of the calibrated default; it is followed without asking whether it pays. For
+                early exit, the exits and their gates, in place of `accuracy`.
             num_return_sequences: outputs per prompt, each with its own seed.
             seeds: one per output; without it output i has `derive_seed(seed, i)`, and output 0 has `seed` itself.
             ignore_eos: do not stop at the model's own stop ids.
@@ -178,7 +190,7 @@ class Engine:
         prompts = [ids for ids in prompts for _ in range(num_return_sequences)]
         with self._claimed():
             requests = self._requests(prompts, seeds, ignore_eos, sampling)
-            for _ in self._decode(requests, speculation, policy):
+            for _ in self._decode(requests, mode, accuracy, speculation, policy):
                 pass
             outputs = [self._finished(request) for request in requests]
         return outputs[0] if single and num_return_sequences == 1 else outputs
@@ -199,6 +211,8 @@ class Engine:
         self,
         prompt: Prompt,
         *,
+        mode: Mode = "lossless",
+        accuracy: float | None = None,
         speculation: Speculation = True,
         policy: DraftPolicy | None = None,
         ignore_eos: bool = False,
@@ -214,7 +228,7 @@ class Engine:
         self._claim()
         try:
             request = self._requests(prompts, None, ignore_eos, sampling)[0]
-            rounds = self._decode([request], speculation, policy)
+            rounds = self._decode([request], mode, accuracy, speculation, policy)
         except BaseException:
             self._release()
             raise
@@ -267,8 +281,19 @@ class Engine:
         return self._paces.get(batch)
 
     def _decode(
-        self, requests: list[Request], speculation: Speculation, policy: DraftPolicy | None
+        self,
+        requests: list[Request],
+        mode: Mode,
+        accuracy: float | None,
+        speculation: Speculation,
+        policy: DraftPolicy | None,
     ) -> Iterator[list[tuple[Request, list[Emission]]]]:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}, expected one of {get_args(Mode)}")
+        if mode == "early_exit":
+            return self._exit_early(requests, accuracy, speculation, policy)
+        if accuracy is not None:
+            raise ValueError("accuracy is of mode='early_exit'; lossless drafting takes policy=calibrated(...)")
         if speculation not in (True, False, "always"):
             raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
         chosen = PLAIN if speculation is False else (policy or self.policy)
@@ -301,6 +326,25 @@ class Engine:
             memories,
         )
         return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
+
+    def _exit_early(
+        self, requests: list[Request], accuracy: float | None, speculation: Speculation, policy: DraftPolicy | None
+    ) -> Iterator[list[tuple[Request, list[Emission]]]]:
+        if speculation is not True:
+            raise ValueError(
+                f"speculation is {speculation!r} in mode 'early_exit', which drafts and verifies nothing: leave it out"
+            )
+        if policy is None:
+            policy = calibrated_exits(self.heads, DEFAULT_ACCURACY if accuracy is None else accuracy)
+        elif accuracy is not None:
+            raise ValueError("mode 'early_exit' takes accuracy or policy, and both were given")
+        else:
+            check_policy(self.heads, policy)
+        heads, draft_ids = ({}, None) if self.heads is None else (self.heads.heads, self.heads.draft_ids)
+        on = Machinery(self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids)
+        for request in requests:
+            request.mode = "early_exit"
+        return write(on, [request for request in requests if not request.checker.finished], policy)
 
     def _cache_for(self, requests: list[Request]) -> KVCache:
         """A cache with room for every request; the last one again where it is large enough."""
@@ -412,6 +456,7 @@ class Engine:
             exit_layers=[origin.exit_layer for origin in origins],
             prompt_ids=request.history.token_ids[: request.history.prompt_len],
             error=request.error,
+            mode=request.mode,
         )
 
     def _tokenizer(self) -> Tokenizer:
