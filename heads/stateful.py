@@ -158,19 +158,19 @@ class StatefulHead(ExitHead):
         out = self.enter(hidden, context)
         positions = torch.tensor([p for e in entries for p in e.positions], device=out.device)
         rotary = self._rotary(positions)
-        places = [torch.tensor(list(e.slots), device=out.device) for e in entries]
+        reaches = [_Reach(e, out.device) for e in entries]
         for index, layer in enumerate(self._layers()):
             products = None if self._products is None else self._products[index]
             q, k, v = layer.project(out, rotary, products)
             attended, first = [], 0
-            for own, place in zip(entries, places, strict=True):
-                rows = slice(first, first + len(place))
-                first += len(place)
+            for own, reach in zip(entries, reaches, strict=True):
+                rows = slice(first, first + len(own.slots))
+                first += len(own.slots)
                 keys, values = state.k[index, own.sequence], state.v[index, own.sequence]
                 # a NaN shows in the row's own output; stored, it would reach rows that must not see it
-                keys[:, place] = k[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(keys.dtype)
-                values[:, place] = v[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(values.dtype)
-                attended.append(_attend(q[rows], keys, values, place, own.visible))
+                keys[:, reach.place] = k[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(keys.dtype)
+                values[:, reach.place] = v[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(values.dtype)
+                attended.append(_attend(q[rows], keys[:, : reach.num_slots], values[:, : reach.num_slots], reach.mask))
             out = layer.finish(out, torch.cat(attended), products)
         return out
 
@@ -369,17 +369,30 @@ def _shift(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor | None) -> Tensor:
-    """`q [n, H, d]` over the first slots of `keys, values [KV, capacity, d]` -> `[n, H, d]` fp32."""
-    if visible is None:
-        num_slots = int(slots.max()) + 1
-        visible = torch.arange(num_slots, device=q.device) <= slots.unsqueeze(1)
-    num_slots = visible.shape[1]
+class _Reach:
+    """Where one sequence's rows are written and what they see, for all layers of a call, without asking the device."""
+
+    def __init__(self, own: Entries, device: torch.device) -> None:
+        first, count = own.slots[0], len(own.slots)
+        in_a_row = list(own.slots) == list(range(first, first + count))
+        self.place: slice | Tensor = slice(first, first + count)
+        if not in_a_row:
+            self.place = torch.tensor(list(own.slots), device=device)
+        self.num_slots, self.mask = max(own.slots) + 1, own.visible
+        if own.visible is not None:
+            self.num_slots = own.visible.shape[1]
+        elif count > 1:
+            slots = torch.tensor(list(own.slots), device=device)
+            self.mask = torch.arange(self.num_slots, device=device) <= slots.unsqueeze(1)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """`q [n, H, d]` over `keys, values [KV, S, d]` as `mask [n, S]` says (None: all) -> `[n, H, d]` fp32."""
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0).to(keys.dtype),
-        keys[:, :num_slots].unsqueeze(0),
-        values[:, :num_slots].unsqueeze(0),
-        attn_mask=visible,
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
         enable_gqa=q.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1).float()
