@@ -6,6 +6,7 @@ An arm turns prompt ids into an `Outcome`. Arms of our own engine must give the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.config import ModelConfig
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, calibrated, fixed_exit
+from ..engine.gate import DraftPolicy, best_first, calibrated, fixed_exit
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 
 ARM_FORMS = (
-    "plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, "
+    "plain, default, always, tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
+    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, "
     "LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
 LEVEL_STEP = 0.05
@@ -92,6 +94,7 @@ class EngineArm:
             "max_depth": policy.max_depth,
             "max_nodes": policy.max_nodes,
             "branch": policy.branch,
+            "beam": policy.beam,
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
             "paced": self.speculation is True and self.policy is None,
         }
@@ -203,6 +206,8 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
         policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
+    if kind == "tree":
+        return EngineArm(name, engine, "always", _tree(name, engine))
     if kind in ("fixed", "bare"):
         exit_layer, length = _exit_and_length(name)
         owner = engine if kind == "fixed" else bare
@@ -211,6 +216,17 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             raise ValueError(f"arm {name!r}: no trained head at exit {exit_layer}; trained exits are {list(exits)}")
         return EngineArm(name, owner, "always", fixed_exit(exit_layer, length))
     raise ValueError(f"unknown arm {name!r}; expected {ARM_FORMS}")
+
+
+def _tree(name: str, engine: Engine) -> DraftPolicy:
+    if engine.heads is None or 0 not in engine.heads.exits:
+        raise ValueError(f"arm {name!r} needs a head at exit 0 (recurrent), and this engine has none; give --heads")
+    try:
+        sizes, stop = name.split(":")[1:4], name.split(":")[4:]
+        beam, branch, depth = map(int, sizes)
+        return best_first(beam, branch, depth, stop=float(stop[0]) if stop else math.inf)
+    except ValueError:
+        raise ValueError(f"arm {name!r}: expected tree:BEAM:BRANCH:DEPTH[:ENTROPY], e.g. tree:4:4:6:3.5") from None
 
 
 def _exit_and_length(name: str) -> tuple[int, int]:

@@ -40,6 +40,21 @@ def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
     assert arms[0].describe() == {"speculation": False}
 
 
+def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None:
+    own = Engine(engine.decoder, engine.tokenizer)
+    stateful(own, "recurrent")
+    plain, chain, tree, gated = parse_arms("fixed:0:4,tree:3:2:5,tree:3:2:5:2.5", own)
+    outcomes = [arm.run(ids_of(engine), SAMPLING) for arm in (plain, chain, tree, gated)]
+    assert len({tuple(outcome.token_ids) for outcome in outcomes}) == 1
+    assert outcomes[2].stats is not None and outcomes[2].stats.num_drafted > 0
+    assert tree.describe()["beam"] == 3 and tree.describe()["gates"] == {"0": [None, None]}
+    assert gated.describe()["gates"] == {"0": [None, 2.5]}
+    with pytest.raises(ValueError, match="expected tree:BEAM:BRANCH:DEPTH"):
+        parse_arms("tree:3:2", own)
+    with pytest.raises(ValueError, match="needs a head at exit 0"):
+        parse_arms("tree:3:2:5", engine)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
