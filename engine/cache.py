@@ -1,8 +1,8 @@
-"""KV cache of a batch: preallocated, committed by length, keys in groups of absolute positions.
+"""KV cache of a batch: preallocated, committed by length, whole groups of positions.
 
-Slot s of a sequence is place s % group of its group s // group; committed tokens stand at slot == position. The nodes
-of a draft tree write at base + node, beyond the committed length; commit moves the accepted path into position order
-and everything else is overwritten later. Nothing here decides what may be seen: `engine/forward.py` builds the masks.
+Committed tokens stand at slot == position. The nodes of a draft tree write at base + node, beyond the committed
+length; commit moves the accepted path into position order and everything else is overwritten later. Nothing here
+decides what may be seen: `engine/forward.py` builds the masks.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class CachePlan:
     dtype: torch.dtype
 
     @property
-    def num_groups(self) -> int:
-        return -(-(self.context + MAX_NODES) // self.group)
+    def num_slots(self) -> int:
+        return -(-(self.context + MAX_NODES) // self.group) * self.group
 
     @property
     def num_bytes(self) -> int:
-        slots = self.num_layers * self.batch * self.num_groups * self.group
+        slots = self.num_layers * self.batch * self.num_slots
         return 2 * slots * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def arithmetic(self) -> str:
         """The size in words and factors, for reports and errors."""
         size = f"{self.num_bytes / 2**20:.1f} MiB"
         return (
-            f"KV cache 2 x {self.num_layers} layers x {self.batch} sequences x {self.num_groups * self.group} slots x "
+            f"KV cache 2 x {self.num_layers} layers x {self.batch} sequences x {self.num_slots} slots x "
             f"{self.num_kv_heads} heads x {self.head_dim} x {self.dtype.itemsize} bytes = {size}"
         )
 
@@ -107,12 +107,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class KVCache:
-    """Keys and values `[L, B, G, KV, group, d]` and the committed length of each sequence."""
+    """Keys and values `[L, B, KV, S, d]` of S slots, and the committed length of each sequence."""
 
     def __init__(self, plan: CachePlan, device: torch.device) -> None:
-        shape = (
-            plan.num_layers, plan.batch, plan.num_groups, plan.num_kv_heads, plan.group, plan.head_dim,
-        )  # fmt: skip
+        shape = (plan.num_layers, plan.batch, plan.num_kv_heads, plan.num_slots, plan.head_dim)
         self.plan, self.device = plan, device
         self.k = torch.zeros(shape, dtype=plan.dtype, device=device)
         self.v = torch.zeros(shape, dtype=plan.dtype, device=device)
@@ -123,19 +121,18 @@ class KVCache:
     def group(self) -> int:
         return self.plan.group
 
-    def layers(self, sequence: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of one sequence, layer by layer, `[G, KV, group, d]` each (views)."""
-        return list(zip(self.k[:, sequence].unbind(), self.v[:, sequence].unbind(), strict=True))
+    def of_sequence(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, `[L, KV, S, d]` each (views)."""
+        return self.k[:, sequence], self.v[:, sequence]
 
     def writer(self, sequence: int, slots: list[int]) -> Writer:
         """What stores rows of one sequence at these slots, in any layer."""
         return Writer(self, sequence, slots)
 
-    def write_rows(self, layer: int, sequences: Tensor, groups: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """`Writer` for rows of several sequences: row i goes to `sequences[i]`, `groups[i]`, `places[i]` (long `[w]`
-        each)."""
-        self.k[layer][sequences, groups, :, places] = k.to(self.k.dtype)
-        self.v[layer][sequences, groups, :, places] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
+    def write_rows(self, layer: int, sequences: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """`Writer` for rows of several sequences: row i goes to slot `slots[i]` of `sequences[i]` (long `[w]` each)."""
+        self.k[layer][sequences, :, slots] = k.to(self.k.dtype)
+        self.v[layer][sequences, :, slots] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
     def clear_open(self, sequence: int, keys: bool = False) -> None:
         """Zero what a round can read beyond the committed length, to the end of its last group (rule 4), unless that
@@ -148,11 +145,10 @@ class KVCache:
         base = self.lens[sequence]
         end = -(-(base + MAX_NODES) // self.group) * self.group
         start = base if keys else max(base, self._cleared[sequence])
-        for group in range(start // self.group, end // self.group):
-            place = max(0, start - group * self.group)
-            self.v[:, sequence, group, :, place:].zero_()
+        if start < end:
+            self.v[:, sequence, :, start:end].zero_()
             if keys:
-                self.k[:, sequence, group, :, place:].zero_()
+                self.k[:, sequence, :, start:end].zero_()
         self._cleared[sequence] = end
 
     def restart(self, sequence: int) -> None:
@@ -169,18 +165,12 @@ class KVCache:
             source = torch.tensor([base + node for node in path], device=self.device)
             target = torch.arange(base, base + len(path), device=self.device)
             for store in (self.k[:, sequence], self.v[:, sequence]):
-                moved = store[:, source // self.group, :, source % self.group].clone()
-                store[:, target // self.group, :, target % self.group] = moved
+                store[:, :, target] = store[:, :, source]
         self.lens[sequence] = base + len(path)
 
     def read(self, layer: int, sequence: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` slots of a layer, `[KV, length, d]` each."""
-        groups = -(-length // self.group)
-        k, v = (
-            store[layer, sequence, :groups].transpose(0, 1).reshape(self.plan.num_kv_heads, -1, self.plan.head_dim)
-            for store in (self.k, self.v)
-        )
-        return k[:, :length], v[:, :length]
+        """The first `length` slots of a layer, `[KV, length, d]` each (views)."""
+        return self.k[layer, sequence, :, :length], self.v[layer, sequence, :, :length]
 
 
 class Writer:
@@ -191,35 +181,30 @@ class Writer:
     """
 
     def __init__(self, cache: KVCache, sequence: int, slots: list[int]) -> None:
+        self._dtype = cache.v.dtype
         self._parts = []
-        for group, place, first, count in runs(slots, cache.group):
+        for slot, first, count in runs(slots):
             views = [
-                store[:, sequence, group, :, place : place + count].transpose(1, 2).unbind()
-                for store in (cache.k, cache.v)
+                store[:, sequence, :, slot : slot + count].transpose(1, 2).unbind() for store in (cache.k, cache.v)
             ]
             self._parts.append((views[0], views[1], slice(first, first + count)))
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
-        v = v.nan_to_num(0.0, 0.0, 0.0)
-        if len(self._parts) == 1:
-            keys, values, _ = self._parts[0]
-            keys[layer].copy_(k)
-            values[layer].copy_(v)
-            return
+        v = v.to(self._dtype)
+        whole = len(self._parts) == 1
         for keys, values, rows in self._parts:
-            keys[layer].copy_(k[rows])
-            values[layer].copy_(v[rows])
+            keys[layer].copy_(k if whole else k[rows])
+            torch.nan_to_num(v if whole else v[rows], 0.0, 0.0, 0.0, out=values[layer])
 
 
-def runs(slots: list[int], group: int) -> list[tuple[int, int, int, int]]:
-    """Slots as `(group, place, first row, count)`, split where slots or groups break."""
-    found: list[tuple[int, int, int, int]] = []
+def runs(slots: list[int]) -> list[tuple[int, int, int]]:
+    """Slots as `(first slot, first row, count)` of stretches without a break."""
+    found: list[tuple[int, int, int]] = []
     for row, slot in enumerate(slots):
-        at, place = divmod(slot, group)
         if found:
-            last_at, last_place, first, count = found[-1]
-            if at == last_at and place == last_place + count:
-                found[-1] = (last_at, last_place, first, count + 1)
+            start, first, count = found[-1]
+            if slot == start + count:
+                found[-1] = (start, first, count + 1)
                 continue
-        found.append((at, place, row, 1))
+        found.append((slot, row, 1))
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.attention import GATHER_CHUNK, RowKeys, decode_attention, full_attention, gathered_attention
+from ..kernels.attention import GATHER_CHUNK, RowKeys, decode_attention, full_attention, gathered_attention, read_views
 from .cache import KVCache, Writer
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
@@ -149,27 +149,28 @@ class _Span:
         self.rows = slice(first, first + len(nodes))
         self.index = torch.tensor(nodes, device=decoder.device)
         self._write = cache.writer(work.sequence, [work.base + node for node in nodes])
-        self._stored = cache.layers(work.sequence)
         self._scale = torch.full((1,), self.config.attention_scale, device=decoder.device)
         want = -(-tiles.least_attention // self.config.group_size)
         self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
-        self._keys: dict[int | None, RowKeys] = {}
+        self._seen: dict[int | None, tuple[RowKeys, list[tuple[Tensor, tuple[Tensor, ...]]]]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._write(layer, k, v)
         window, config = self.config.windows[layer], self.config
         if not self.tiles.deterministic:
             return self._fused(layer, q, window)
-        if window not in self._keys:
-            self._keys[window] = row_keys(
-                self.work.tree, self.nodes + self.nodes[-1:] * self.padding, self.work.base, self.cache.group, window,
-                q.device,
-            )  # fmt: skip
+        if window not in self._seen:
+            nodes = self.nodes + self.nodes[-1:] * self.padding
+            keys = row_keys(self.work.tree, nodes, self.work.base, self.cache.group, window, q.device)
+            self._seen[window] = keys, read_views(*self.cache.of_sequence(self.work.sequence), keys)
         if self.padding:
-            q = torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
-        keys, values = self._stored[layer]
-        seen = self._keys[window]
-        out = decode_attention(q, keys, values, seen, self._scale, config.attention_softcap)
+            q = (
+                torch.cat([q, q[-1:].expand(self.padding, -1, -1)])
+                if len(q) > 1
+                else q.expand(1 + self.padding, -1, -1)
+            )
+        keys, views = self._seen[window]
+        out = decode_attention(q, *views[layer], keys, self._scale, config.attention_softcap)
         return out[: len(self.nodes)] if self.padding else out
 
     def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:
@@ -207,11 +208,11 @@ class _GatheredRows:
         self._slots, self._sequences = slots.to(device), torch.tensor([w.sequence for w, _ in rows], device=device)
         self._hidden: dict[int | None, Tensor] = {}
         written = own[:count].to(device)
-        self._target = self._sequences[:count], written // cache.group, written % cache.group
+        self._target = self._sequences[:count], written
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences, groups, places = self._target
-        self.cache.write_rows(layer, sequences, groups, places, k[: len(places)], v[: len(places)])
+        sequences, slots = self._target
+        self.cache.write_rows(layer, sequences, slots, k[: len(slots)], v[: len(slots)])
         window = self.config.windows[layer]
         if window not in self._hidden:
             hidden = self._key_at > self._positions
@@ -243,34 +244,28 @@ def row_keys(
     tree: DraftTree, nodes: Sequence[int], base: int, group: int, window: int | None, device: torch.device
 ) -> RowKeys:
     """What the rows of `nodes` see: the committed prefix and their own root-to-leaf path."""
-    num_groups = -(-(base + len(tree)) // group)
-    open_group = base // group
+    open_slot = base // group * group
+    stop = -(-(base + len(tree)) // group) * group
     positions = [base + tree.depths[node] for node in nodes]
-    first_group = 0 if window is None else max(0, min(positions) - window + 1) // group
-    first_group = min(first_group, open_group)
+    first = 0 if window is None else min(max(0, min(positions) - window + 1) // group * group, open_slot)
     at = torch.tensor(positions).unsqueeze(1)
-    key_at = torch.arange(first_group * group, num_groups * group).unsqueeze(0)
-    visible = key_at <= at
+    key_at = torch.arange(open_slot if window is None else first, stop)
+    hidden = key_at > at
     if window is not None:
-        visible &= key_at > at - window
-    first_hidden = open_group if window is None else first_group
-    hidden = ~visible.view(len(nodes), num_groups - first_group, group)[:, first_hidden - first_group :].transpose(0, 1)
-    hidden = hidden[:, None, :, None].to(device)
+        hidden |= key_at <= at - window
+    hidden = hidden.unsqueeze(1).to(device)
     if tree.is_chain:
-        return RowKeys(num_groups, first_group, open_group, hidden)
-    offset = base - open_group * group
-    width = (num_groups - open_group) * group
+        return RowKeys(group, first, stop, open_slot, hidden)
+    offset = base - open_slot
     paths = [tree.path(leaf) for leaf in tree.leaves()]
-    identity = torch.arange(width)
-    path_slots = identity.repeat(len(paths), 1)
+    path_slots = torch.arange(stop - open_slot).repeat(len(paths), 1)
     for row, path in zip(path_slots, paths, strict=True):
         row[offset : offset + len(path)] = torch.tensor(path) + offset
         row[offset + len(path) :] = offset  # past the path's end: any finite slot
-    of = [next(i for i, path in enumerate(paths) if node in path) for node in nodes]
-    path_of_row = torch.tensor(of)
+    path_of_row = torch.tensor([next(i for i, path in enumerate(paths) if node in path) for node in nodes])
     order = path_slots[path_of_row]
     return RowKeys(
-        num_groups, first_group, open_group, hidden, order.to(device), path_slots.to(device), path_of_row.to(device)
+        group, first, stop, open_slot, hidden, order.to(device), path_slots.to(device), path_of_row.to(device)
     )
 
 

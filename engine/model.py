@@ -223,9 +223,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first rotary_dim places of each head; pairs are (i, i + rotary_dim / 2)."""
     width = cos.shape[-1]
     head = x if width == x.shape[-1] else x[..., :width]
-    low, high = head.chunk(2, -1)
-    swapped = torch.cat((high, low), -1)
-    turned = (head * cos).add_(swapped.mul_(sin))
+    turned = (head * cos).add_(head.roll(width // 2, -1).mul_(sin))
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 

@@ -1,13 +1,14 @@
-"""Attention of a few decode rows over grouped keys, reduced in position order (design rules 3 and 4).
+"""Attention of a few decode rows, reduced in position order (design rules 3 and 4).
 
-Keys and values lie in groups of `group` absolute positions: `k, v [G, KV, group, d]`, position p in group
-p // group at place p % group. A row's scores are put in position order, masked to its own root-to-leaf path, and
+Keys and values of one sequence lie by slot: `k, v [KV, S, d]`. A row's scores are put in position order and masked to
+its own root-to-leaf path; weights are their softmax, and
 
-    o = sum_g P_g V_g / sum_g sum(P_g),   P = exp(score - max over the row's own keys)
+    o = sum_g P_g V_g
 
-with one product of fixed shape `[rows, group] x [group, d]` per group and a serial sum over groups. A group that holds
-only keys a row must not see adds exact zeros, so the bits depend on the row's own tokens and positions and on nothing
-else: not on cache length, round start, tree shape, or other rows.
+one product of fixed shape `[rows, group] x [group, d]` after the other over groups of absolute positions. A key that a
+row must not see has weight zero, and whole groups of such keys add exact zeros to the softmax's sum (over a multiple of
+the vector's width) and to o. So the bits depend on the row's own tokens and positions and on nothing else: not on cache
+length, round start, tree shape, or other rows.
 
 The one place where a tree differs from a chain: siblings share a position, so the groups that hold uncommitted
 positions (at most two) are multiplied once per root-to-leaf path, with that path's keys gathered into their
@@ -16,6 +17,7 @@ positions' places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,24 +27,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Which keys each of M rows sees. Slot s of a sequence is place s % group of group s // group.
+    """Which keys each of M rows sees, in slots of one sequence. All borders are multiples of `group`.
 
     Attributes:
-        num_groups: groups to read, so that every visible slot is inside.
-        first_group: groups before this one are outside every row's window.
-        open_group: first group that holds an uncommitted position.
-        hidden: bool `[n, 1, M, 1, group]`: keys that a row must not see, in the last n groups read, in position order;
-            every row sees all of the groups before.
-        order: None when slot == position for every row (a chain); else long `[M, n]`, the slot, relative to
-            open_group's first, that holds each position from open_group on.
-        path_slots: with `order`, long `[P, n]`: the same for each root-to-leaf path; positions past the path's end
-            name any finite slot (their weight is zero).
+        group: positions in one product.
+        first, stop: the slots to read; no row sees one outside.
+        open_slot: start of the first group that holds an uncommitted position.
+        hidden: bool `[M, 1, n]`: keys that a row must not see, among the last n read, in position order; every row sees
+            all that come before.
+        order: None when slot == position for every row (a chain); else long `[M, stop - open_slot]`: the slot, relative
+            to open_slot, that holds each position from there on.
+        path_slots: with `order`, long `[P, stop - open_slot]`: the same for each root-to-leaf path; positions past the
+            path's end name any finite slot (their weight is zero).
         path_of_row: with `order`, long `[M]`.
     """
 
-    num_groups: int
-    first_group: int
-    open_group: int
+    group: int
+    first: int
+    stop: int
+    open_slot: int
     hidden: Tensor
     order: Tensor | None = None
     path_slots: Tensor | None = None
@@ -68,20 +71,34 @@ def decode_attention_reference(
     return torch.stack(rows)
 
 
+def read_views(k: Tensor, v: Tensor, keys: RowKeys) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """What `decode_attention` reads of each layer, made for all layers at once: slicing costs more than multiplying.
+
+    Args:
+        k, v: `[L, KV, S, d]`, one sequence's cache.
+
+    Returns:
+        For each layer, keys `[KV, d, n]` and the values of each group `[KV, group, d]` of the n slots in `keys`.
+    """
+    keys_read = k[:, :, keys.first : keys.stop].transpose(2, 3).unbind()
+    values_read = v[:, :, keys.first : keys.stop].unflatten(2, (-1, keys.group)).unbind()
+    return [(one, layer.unbind(1)) for one, layer in zip(keys_read, values_read, strict=True)]
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Sequence[Tensor],
     keys: RowKeys,
     scale: float | Tensor,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of M rows of one sequence, for devices where a batched product's bits do not depend on the batch count
-    and on M from some small M on (CPU, measured by `engine/selftest.py`).
+    """Attention of M rows of one sequence, for devices where a product's bits do not depend on M x H / KV from some
+    small number on (CPU, measured by `engine/selftest.py`).
 
     Args:
         q: `[M, H, d]` fp32, rotated.
-        k, v: `[G, KV, group, d]`, G >= keys.num_groups; unseen slots of v are finite.
+        k, v: of `read_views`, fp32; unseen slots of v are finite.
         keys: what each row sees.
         scale: factor on q . k; as a tensor `[1]` it need not be converted at each call.
         softcap: cap * tanh(score / cap) when given (Gemma 2).
@@ -90,67 +107,44 @@ def decode_attention(
         `[M, H, d]` fp32.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv, group = k.shape[1], k.shape[2]
-    lo, hi = keys.first_group, keys.num_groups
-    rows = num_rows * (num_heads // num_kv)
-    q = (q * scale).view(num_rows, num_kv, -1, head_dim).transpose(0, 1).reshape(1, num_kv, rows, head_dim)
+    num_kv, num_keys = len(k), k.shape[2]
+    q = (q * scale).view(num_rows, num_kv, -1, head_dim).transpose(0, 1).reshape(num_kv, -1, head_dim)
 
-    scores = _by_groups(q, k[lo:hi].float().transpose(2, 3))
+    scores = torch.bmm(q, k)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    per_row = scores.view(hi - lo, num_kv, num_rows, -1, group)
+    per_row = scores.view(num_kv, num_rows, -1, num_keys)
     if keys.order is not None:
-        open_scores = per_row[keys.open_group - lo :]
-        per_row[keys.open_group - lo :] = _in_position_order(open_scores, keys.order)
-    per_row[-len(keys.hidden) :].masked_fill_(keys.hidden, float("-inf"))
+        open_scores = per_row[..., keys.open_slot - keys.first :]
+        open_scores.copy_(open_scores.gather(3, keys.order.unsqueeze(1).expand_as(open_scores)))
+    per_row[..., num_keys - keys.hidden.shape[-1] :].masked_fill_(keys.hidden, float("-inf"))
 
-    weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
-    split = hi if keys.order is None else keys.open_group
-    products = [_by_groups(weights[: split - lo], v[lo:split].float())] if split > lo else []
-    if keys.order is not None:
-        products.append(_per_path(weights[split - lo :], v[split:hi], keys, num_rows))
-    out = _serial_sum(products) / _serial_sum([weights.sum(-1)]).unsqueeze(-1)
+    weights = scores.softmax(-1).view(num_kv, -1, len(v), keys.group).unbind(2)
+    out = _add_groups(None, weights, v) if keys.order is None else _with_paths(weights, v, keys, num_rows)
     return out.view(num_kv, num_rows, -1, head_dim).transpose(0, 1).reshape(num_rows, num_heads, head_dim)
 
 
-def _by_groups(a: Tensor, b: Tensor) -> Tensor:
-    """`a [G or 1, KV, M, x] @ b [G, KV, x, y] -> [G, KV, M, y]`."""
-    num_groups, num_kv = b.shape[:2]
-    a = a.expand(num_groups, -1, -1, -1)
-    out = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
-    return out.view(num_groups, num_kv, a.shape[2], b.shape[3])
+def _add_groups(out: Tensor | None, weights: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """`out + weights [KV, M, group] @ v [KV, group, d]`, one group after the other; `out` [KV, M, d] is overwritten."""
+    for part, values in zip(weights, v, strict=True):
+        out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
+    assert out is not None
+    return out
 
 
-def _in_position_order(scores: Tensor, order: Tensor) -> Tensor:
-    """Scores of the open groups `[U, KV, M, g, group]`, from slot order to each row's position order."""
-    num_open, num_kv, num_rows, per_kv, group = scores.shape
-    flat = scores.permute(1, 2, 3, 0, 4).reshape(num_kv, num_rows, per_kv, num_open * group)
-    flat = flat.gather(3, order.view(1, num_rows, 1, -1).expand(num_kv, -1, per_kv, -1))
-    return flat.view(num_kv, num_rows, per_kv, num_open, group).permute(3, 0, 1, 2, 4)
-
-
-def _per_path(weights: Tensor, v: Tensor, keys: RowKeys, num_rows: int) -> Tensor:
-    """Products of the open groups, once per root-to-leaf path; every row keeps its own path's: `[U, KV, M*g, d]`."""
+def _with_paths(weights: Sequence[Tensor], v: Sequence[Tensor], keys: RowKeys, num_rows: int) -> Tensor:
+    """The same for a tree: open groups once per root-to-leaf path, and every row keeps its own path's sum."""
     assert keys.path_slots is not None and keys.path_of_row is not None
-    num_open, num_kv, rows, group = weights.shape
-    by_slot = v.float().transpose(1, 2).reshape(num_open * group, num_kv, -1)
-    kept = []
+    closed = (keys.open_slot - keys.first) // keys.group
+    before = _add_groups(None, weights[:closed], v[:closed]) if closed else None
+    open_values = torch.cat(tuple(v[closed:]), 1)
+    sums = []
     for path in keys.path_slots:
-        values = by_slot[path].view(num_open, group, num_kv, -1).transpose(1, 2)
-        kept.append(_by_groups(weights, values))
-    stacked = torch.stack(kept)  # [P, U, KV, M*g, d]
+        start = None if before is None else before.clone()
+        sums.append(_add_groups(start, weights[closed:], open_values[:, path].split(keys.group, 1)))
+    rows = weights[0].shape[1]
     path_of = keys.path_of_row.repeat_interleave(rows // num_rows)
-    return stacked[path_of, :, :, torch.arange(rows, device=v.device)].permute(1, 2, 0, 3)
-
-
-def _serial_sum(parts: list[Tensor]) -> Tensor:
-    """Sum over the leading group axis of all parts, one group after the other."""
-    total: Tensor | None = None
-    for part in parts:
-        for group in part:
-            total = group if total is None else total + group
-    assert total is not None
-    return total
+    return torch.stack(sums)[path_of, :, torch.arange(rows, device=path_of.device)].transpose(0, 1).contiguous()
 
 
 GATHER_CHUNK = 512  # positions in one product of `gathered_attention`; boundaries are absolute
@@ -174,7 +168,7 @@ def gathered_attention(
 
     Args:
         q: `[M, H, d]` fp32, rotated.
-        k, v: `[B, G, KV, group, d]`, one layer of the cache.
+        k, v: `[B, KV, S, d]`, one layer of the cache.
         sequences: long `[M]`, each row's place in the cache.
         slots: long `[M, S]`, the slot that holds each position for this row, S a multiple of `GATHER_CHUNK`; hidden
             positions name any finite slot.
@@ -185,12 +179,12 @@ def gathered_attention(
         `[M, H, d]` fp32.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv, group = k.shape[2], k.shape[3]
+    num_kv = k.shape[1]
     q = (q * scale).view(num_rows * num_kv, -1, head_dim)
     owner = sequences.unsqueeze(1)
 
     def gather(store: Tensor, chunk: Tensor) -> Tensor:
-        rows = store[owner, chunk // group, :, chunk % group]  # [M, chunk, KV, d]
+        rows = store[owner, :, chunk]  # [M, chunk, KV, d]
         return rows.transpose(1, 2).float().reshape(num_rows * num_kv, -1, head_dim)
 
     chunks = slots.split(GATHER_CHUNK, 1)

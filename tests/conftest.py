@@ -228,7 +228,9 @@ class PlannedHeads:
         logits = torch.full((len(states), vocab_size), -50.0)
         for row, state in zip(logits, states, strict=True):
             index, truth = self.known.get((exit_layer, state), (None, None))
-            place = Place(exit_layer, index, truth, zlib.crc32(state, exit_layer), vocab_size)
+            # Not of the state's bits where the place is known: what the plan covers would differ between machines.
+            salt = zlib.crc32(state if index is None else f"{index} {truth}".encode(), exit_layer)
+            place = Place(exit_layer, index, truth, salt, vocab_size)
             self.asked.append(place)
             wanted = self.plan(place)
             if wanted is None:

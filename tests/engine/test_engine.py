@@ -337,7 +337,7 @@ def test_a_cache_is_reused_and_grows(engine):
     assert engine._cache is first
     engine.generate([PROMPT, [7]], max_new_tokens=2)
     assert engine._cache is not first and engine._cache.plan.batch == 2
-    assert engine._cache.plan.num_groups * engine._cache.group >= engine._cache.plan.context + MAX_NODES
+    assert engine._cache.plan.num_slots >= engine._cache.plan.context + MAX_NODES
 
 
 def test_rows_that_ran_stay_as_they_are(engine):

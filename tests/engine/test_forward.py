@@ -186,13 +186,13 @@ def test_row_keys_show_each_row_its_own_path():
             for row, node in enumerate(nodes):
                 slots = [*range(base), *(base + ancestor for ancestor in tree.path(node))]
                 slots = slots if window is None else slots[-window:]
-                first = keys.num_groups - len(keys.hidden)
-                seen = [*range(keys.first_group * 64, first * 64)]
-                for position in range(first * 64, keys.num_groups * 64):
-                    if not keys.hidden[position // 64 - first, 0, row, 0, position % 64]:
-                        offset = position - keys.open_group * 64
+                masked = keys.stop - keys.hidden.shape[-1]
+                seen = [*range(keys.first, masked)]
+                for position in range(masked, keys.stop):
+                    if not keys.hidden[row, 0, position - masked]:
+                        offset = position - keys.open_slot
                         at_slot = keys.order is None or offset < 0
-                        seen.append(position if at_slot else keys.open_group * 64 + int(keys.order[row, offset]))
+                        seen.append(position if at_slot else keys.open_slot + int(keys.order[row, offset]))
                 assert seen == slots
                 if keys.path_slots is not None:
                     assert torch.equal(keys.order[row], keys.path_slots[keys.path_of_row[row]])

@@ -15,6 +15,7 @@ from skipstone.kernels.attention import (
     decode_attention_reference,
     full_attention,
     gathered_attention,
+    read_views,
 )
 
 TOLERANCE = 2e-5  # fp32 products of up to 130 keys with scores of a few units, against fp64
@@ -30,14 +31,16 @@ def make_tree(kind: str, size: int) -> DraftTree:
 
 def poisoned_store(tree: DraftTree, base: int, kv: int, dim: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    groups = -(-(base + 32) // GROUP)
-    k = torch.randn(groups, kv, GROUP, dim, generator=generator)
-    v = torch.randn(groups, kv, GROUP, dim, generator=generator)
-    flat_k, flat_v = k.transpose(1, 2).reshape(-1, kv, dim), v.transpose(1, 2).reshape(-1, kv, dim)
-    flat_k[base + len(tree) :] = float("nan")
-    flat_v[base + len(tree) :] = 0.0
-    store = [t.view(groups, GROUP, kv, dim).transpose(1, 2).contiguous() for t in (flat_k, flat_v)]
-    return (*store, flat_k, flat_v)
+    slots = -(-(base + 32) // GROUP) * GROUP
+    k = torch.randn(kv, slots, dim, generator=generator)
+    v = torch.randn(kv, slots, dim, generator=generator)
+    k[:, base + len(tree) :] = float("nan")
+    v[:, base + len(tree) :] = 0.0
+    return k, v
+
+
+def attend(q, k, v, keys, scale, softcap=None):
+    return decode_attention(q, *read_views(k[None], v[None], keys)[0], keys, scale, softcap)
 
 
 def visible_slots(tree: DraftTree, node: int, base: int, window: int | None) -> list[int]:
@@ -51,12 +54,12 @@ def visible_slots(tree: DraftTree, node: int, base: int, window: int | None) -> 
 def test_matches_reference(kind, base, window):
     for heads, kv, dim, softcap in [(4, 2, 16, None), (3, 3, 8, 20.0)]:
         tree = make_tree(kind, 12)
-        k, v, flat_k, flat_v = poisoned_store(tree, base, kv, dim)
+        k, v = poisoned_store(tree, base, kv, dim)
         q = torch.randn(len(tree), heads, dim, generator=torch.Generator().manual_seed(1))
         keys = row_keys(tree, range(len(tree)), base, GROUP, window, q.device)
-        out = decode_attention(q, k, v, keys, 0.3, softcap)
+        out = attend(q, k, v, keys, 0.3, softcap)
         slots = [visible_slots(tree, node, base, window) for node in range(len(tree))]
-        expected = decode_attention_reference(q, flat_k, flat_v, slots, 0.3, softcap)
+        expected = decode_attention_reference(q, k.transpose(0, 1), v.transpose(0, 1), slots, 0.3, softcap)
         assert torch.isfinite(out).all()
         assert (out - expected).abs().max() < TOLERANCE
 
@@ -66,7 +69,7 @@ def test_matches_reference(kind, base, window):
 @pytest.mark.parametrize("base", [0, 17, GATHER_CHUNK - 3])
 def test_gathered_matches_reference(kind, base, window):
     heads, kv, dim, tree = 4, 2, 8, make_tree(kind, 9)
-    k, v, flat_k, flat_v = poisoned_store(tree, base, kv, dim)
+    k, v = poisoned_store(tree, base, kv, dim)
     q = torch.randn(len(tree), heads, dim, generator=torch.Generator().manual_seed(4))
     slots = [visible_slots(tree, node, base, None) for node in range(len(tree))]
     width = -(-max(map(len, slots)) // GATHER_CHUNK) * GATHER_CHUNK
@@ -81,7 +84,7 @@ def test_gathered_matches_reference(kind, base, window):
         stores = torch.stack([other, k]), torch.stack([other, v])
         out = gathered_attention(q, *stores, sequences, table, hidden, 0.3, softcap)
         seen = [visible_slots(tree, node, base, window) for node in range(len(tree))]
-        expected = decode_attention_reference(q, flat_k, flat_v, seen, 0.3, softcap)
+        expected = decode_attention_reference(q, k.transpose(0, 1), v.transpose(0, 1), seen, 0.3, softcap)
         assert (out - expected).abs().max() < TOLERANCE
 
 
@@ -93,27 +96,25 @@ def test_rows_keep_their_bits_in_any_tree_width_and_group_count(window):
     """
     base, heads, kv, dim = 45, 6, 2, 16
     spine_tree = make_tree("chain", 6)
-    k, v, flat_k, flat_v = poisoned_store(spine_tree, base, kv, dim)
+    k, v = poisoned_store(spine_tree, base, kv, dim)
     q = torch.randn(6, heads, dim, generator=torch.Generator().manual_seed(2))
-    alone = decode_attention(q, k, v, row_keys(spine_tree, range(6), base, GROUP, window, q.device), 0.25)
+    alone = attend(q, k, v, row_keys(spine_tree, range(6), base, GROUP, window, q.device), 0.25)
 
     bushy, spine = DraftTree(3), [0]
     for i in range(1, 6):
         bushy.add(spine[-1], 50 + i)
         spine.append(bushy.add(spine[-1], 10 + i))
-    k2, v2, flat_k2, flat_v2 = poisoned_store(bushy, base, kv, dim, seed=9)
-    flat_k2[:base], flat_v2[:base] = flat_k[:base], flat_v[:base]
-    for place, node in enumerate(spine):
-        flat_k2[base + node], flat_v2[base + node] = flat_k[base + place], flat_v[base + place]
-    store = [t.view(-1, GROUP, kv, dim).transpose(1, 2).contiguous() for t in (flat_k2, flat_v2)]
+    k2, v2 = poisoned_store(bushy, base, kv, dim, seed=9)
+    slots = [*range(base), *(base + node for node in spine)]
+    k2[:, slots], v2[:, slots] = k[:, : base + 6], v[:, : base + 6]
     q2 = torch.randn(len(bushy), heads, dim, generator=torch.Generator().manual_seed(3))
     q2[spine] = q
     keys = row_keys(bushy, range(len(bushy)), base, GROUP, window, q.device)
-    assert torch.equal(decode_attention(q2, *store, keys, 0.25)[spine], alone)
+    assert torch.equal(attend(q2, k2, v2, keys, 0.25)[spine], alone)
 
     for node in range(6):
         twice = row_keys(spine_tree, [node, node], base, GROUP, window, q.device)
-        assert torch.equal(decode_attention(q[[node, node]], k, v, twice, 0.25)[0], alone[node])
+        assert torch.equal(attend(q[[node, node]], k, v, twice, 0.25)[0], alone[node])
 
 
 @pytest.mark.parametrize(("first", "window", "softcap"), [(0, None, None), (3, None, None), (0, 4, None), (5, 3, 30.0)])
