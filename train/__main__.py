@@ -37,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), REFUSED)
     except (RuntimeError, MemoryError) as error:
         return _say(str(error) or type(error).__name__, FAILED)
-    if os.environ.get("RANK", "0") == "0" and heads.calibration is not None:
-        for layer, measured in heads.calibration.exits.items():
-            print(f"exit {layer}: agreement {measured.agreement:.3f}, in top 4 {measured.top_k[3]:.3f}")
+    if os.environ.get("RANK", "0") == "0":
+        if heads.calibration is None:
+            print("the heads are not calibrated, which needs the whole base on one device: skipstone calibrate does it")
+        else:
+            for layer, measured in heads.calibration.exits.items():
+                print(f"exit {layer}: agreement {measured.agreement:.3f}, in top 4 {measured.top_k[3]:.3f}")
         print(f"heads in {os.path.join(config.out, 'heads')}")
     return 0
 

@@ -112,6 +112,7 @@ class TrainConfig:
     keep: Annotated[int, "checkpoints kept"] = 2
     device: Annotated[str | None, "cpu or cuda; a GPU is taken if there is one"] = None
     dtype: Annotated[Dtype, "of the base: weights and matmuls"] = "bf16"
+    shard_base: Annotated[bool, "spread the base's layers over the processes; needs text that is there already"] = False
     tracker: Annotated[str | None, "also log to this tracker of Accelerate, such as tensorboard"] = None
     progress: Annotated[bool, "progress on stderr"] = True
     recipe: Recipe = field(default_factory=Recipe)

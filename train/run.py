@@ -43,7 +43,7 @@ from .checkpoint import newest_checkpoint, save_checkpoint
 from .choose import choose_heads
 from .config import Recipe, TrainConfig
 from .data import SelfText, frequent_ids
-from .distributed import Ranks, processes
+from .distributed import ALONE, Ranks, processes
 from .measure import inference_projection, measure, simulate_chain, training_projection
 from .progress import Bar, Tracker, bar
 from .run_text import RunText
@@ -52,7 +52,7 @@ from .trainer import HeadTrainer, StepResult
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Where a run computes and what it shows may change when it goes on; what it computes may not.
-FREE = {"out", "progress", "device", "keep", "save_every", "tracker"}
+FREE = {"out", "progress", "device", "keep", "save_every", "tracker", "shard_base"}
 _PACKAGES = ("skipstone", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -67,16 +67,28 @@ class Base:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def load_base(model: str, dtype: torch.dtype, device: str, progress: bool = True) -> Base:
-    """Load the base and take its fingerprint from the weights as they were read."""
-    pretrained = load_pretrained(model, dtype, progress=progress)
+def load_base(
+    model: str, dtype: torch.dtype, device: str, progress: bool = True, ranks: Ranks = ALONE, shard: bool = False
+) -> Base:
+    """Load the base and take its fingerprint from the weights as they were read.
+
+    Args:
+        ranks: the processes; the first reads before the others do.
+        shard: spread the layers over the processes, see `sharded`.
+    """
+    pretrained = ranks.first(lambda: load_pretrained(model, dtype, progress=progress))
     identity = BaseIdentity(
         pretrained.model_id,
         base_fingerprint(pretrained.weights, pretrained.config.num_layers),
         tokenizer_sha256(pretrained.tokenizer),
         pretrained.revision,
     )
-    decoder = Decoder(pretrained.config, pretrained.weights, dtype, device)
+    if shard:
+        from .sharded import ShardedDecoder
+
+        decoder: Decoder = ShardedDecoder(pretrained.config, pretrained.weights, dtype, device, ranks)
+    else:
+        decoder = Decoder(pretrained.config, pretrained.weights, dtype, device)
     return Base(decoder, pretrained.tokenizer, identity, pretrained.weights)
 
 
@@ -155,10 +167,13 @@ class _Run:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
+        if config.shard_base and ranks.size == 1:
+            raise ValueError("--shard-base spreads the base over processes, and this is one: start it with torchrun")
         self.tracker = None if config.tracker is None else Tracker(config.tracker, self.out, asdict(config))
         if base is None:
             place = ranks.place(device_type(config.device))
-            base = ranks.first(lambda: load_base(config.model, DTYPES[config.dtype], place, config.progress))
+            dtype, shard = DTYPES[config.dtype], config.shard_base
+            base = load_base(config.model, dtype, place, config.progress, ranks, shard)
         self.decoder, self.identity = base.decoder, base.identity
         self.stop_ids = base.tokenizer.stop_ids
         specs = choose_heads(config, base.decoder.config)
@@ -203,10 +218,11 @@ class _Run:
             facts = self._facts()
             self.heads.config = replace(self.heads.config, training=facts)
             self.heads.save(folder, overwrite=True)
-            # What is measured is what was stored: rounded weights, packed as in decoding.
-            heads = HeadSet.load(folder, self.identity).attach(projection)
-            heads.calibration = calibrate(self.decoder, heads, self.held_out, self.stop_ids)
-            heads.save(folder, overwrite=True, card=card(heads))
+            if not self.config.shard_base:
+                # What is measured is what was stored: rounded weights, packed as in decoding.
+                heads = HeadSet.load(folder, self.identity).attach(projection)
+                heads.calibration = calibrate(self.decoder, heads, self.held_out, self.stop_ids)
+                heads.save(folder, overwrite=True, card=card(heads))
             report = {"run": facts, "curve": self.curve, "minutes": (time.monotonic() - started) / 60}
             (self.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         self.ranks.wait()
@@ -235,7 +251,7 @@ class _Run:
                 raise Stopped(f"stopped by {who}, saved at step {at:,} of {config.recipe.steps:,}")
 
     def _evaluate(self, result: StepResult, shown: Bar) -> None:
-        if self.ranks.rank:
+        if self.ranks.rank and not self.config.shard_base:  # spread layers are gathered by all processes together
             return
         recipe = self.config.recipe
         members = list(range(min(self.config.eval_texts, len(self.held_out))))

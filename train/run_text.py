@@ -41,21 +41,23 @@ class RunText:
     def held_out(self) -> SelfText:
         """What the model wrote after prompts that training never sees."""
         path = self.out / "held_out.safetensors"
-        if not path.exists():
+        if not self._lies_at(path, 0):
             prompts = self._prompts(0)[1]
-            if self._is_corpus:
-                prompts = [Prompt(p.text, p.ids[: min(CORPUS_OPENING, len(p.ids) - 1)]) for p in prompts]
-            pairs = mix_temperatures(len(prompts), temperatures=(self.config.temperature,))
-            self._store(path, self._write("held-out text", prompts, pairs, 0), 0)
-        return self._read(path)[0]
+            if self._is_corpus and self.config.shard_base:
+                text = corpus_text(prompts)
+            else:
+                if self._is_corpus:
+                    prompts = [Prompt(p.text, p.ids[: min(CORPUS_OPENING, len(p.ids) - 1)]) for p in prompts]
+                pairs = mix_temperatures(len(prompts), temperatures=(self.config.temperature,))
+                text = self._write("held-out text", prompts, pairs, 0)
+            self._store(path, text, 0)
+        return self._read(path)
 
     def of_round(self, index: int) -> SelfText:
         """The text to train on in a round, from 0."""
         path = self.out / "text.safetensors"
-        if path.exists():
-            text, found = self._read(path)
-            if found == index:
-                return text
+        if self._lies_at(path, index):
+            return self._read(path)
         config, chosen = self.config, self._prompts(index)[0]
         if config.prompts is not None:
             count = min(len(chosen), config.prompts_per_round or len(chosen))
@@ -67,7 +69,7 @@ class RunText:
             pairs = mix_temperatures(len(chosen), config.copies, config.greedy_fraction, (config.temperature,))
             text = self._write(name, chosen, pairs, index + 1)
         self._store(path, text, index)
-        return self._read(path)[0]
+        return self._read(path)
 
     def _prompts(self, index: int) -> tuple[list[Prompt], list[Prompt]]:
         """Training and held-out prompts: a file's, the same in every round, or the model's own."""
@@ -100,6 +102,7 @@ class RunText:
     def _own_prompts(self, index: int) -> list[Prompt]:
         """Prompts that the model writes; each process writes a part, from a seed of its own."""
         config, ranks = self.config, self.ranks
+        self._refuse_if_sharded()
         count = len(ranks.share(range(config.prompts_per_round or OWN_PROMPTS)))
         seed = self._seed(index + 1) * ranks.size + ranks.rank
         with bar(config.progress, "writing prompts", count * 32) as shown:
@@ -111,6 +114,7 @@ class RunText:
 
     def _write(self, name: str, prompts: Sequence[Prompt], pairs: Sequence[tuple[int, float]], number: int) -> SelfText:
         """Prompts continued, (prompt, temperature) each; each process writes its share."""
+        self._refuse_if_sharded()
         config, stops = self.config, tuple(self.tokenizer.stop_ids)
         sampling = Sampling(config.max_new_tokens, stops, config.cache_tokens, self._seed(number))
         own, numbers = self.ranks.share(pairs), self.ranks.share(range(len(pairs)))
@@ -125,6 +129,13 @@ class RunText:
                 rows = [(text.text(i).tolist(), lens[i], greedy[i]) for i in range(len(text))]
         return SelfText.of(*zip(*self.ranks.unite(rows), strict=True))
 
+    def _refuse_if_sharded(self) -> None:
+        if self.config.shard_base:
+            raise ValueError(
+                "a base spread over processes cannot write text: give plain text (--prompts FILE.txt), or start the "
+                "same command without --shard-base where the base fits, until it has written its text"
+            )
+
     def _seed(self, number: int) -> int:
         """Of held-out text (0) and of each round's (from 1)."""
         return self.config.recipe.seed * (self.config.rounds + 1) + number
@@ -137,6 +148,10 @@ class RunText:
             os.replace(work, path)
         self.ranks.wait()
 
-    def _read(self, path: Path) -> tuple[SelfText, int]:
-        tensors = load_file(path)
-        return SelfText.from_tensors(tensors), int(tensors["round"])
+    def _lies_at(self, path: Path, index: int) -> bool:
+        """Whether this round's text is there; asked together, before anybody writes it."""
+        here = path.exists() and int(load_file(path)["round"]) == index
+        return self.ranks.total(int(here)) == self.ranks.size
+
+    def _read(self, path: Path) -> SelfText:
+        return SelfText.from_tensors(load_file(path))
