@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..engine.config import ModelConfig
-from ..engine.engine import Engine, Speculation
+from ..engine.early_exit import calibrated_exits
+from ..engine.engine import Engine, Generation, Speculation
 from ..engine.gate import DraftPolicy, best_first, calibrated, fixed_exit
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 
 ARM_FORMS = (
     "plain, default, always, tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
-    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH; to sweep, "
-    "LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
+    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+    "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); to sweep, LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT "
+    "* (all that have heads)"
 )
 LEVEL_STEP = 0.05
 Number = TypeVar("Number", int, float)
@@ -80,9 +82,14 @@ class EngineArm:
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
         start = time.perf_counter()
-        out = self.engine.generate(prompt_ids, speculation=self.speculation, policy=self.policy, **sampling)
+        out = self.generate(prompt_ids, sampling)
         wall_ms = 1e3 * (time.perf_counter() - start)
         return Outcome(out.text, out.token_ids, wall_ms, out.stats.decode_ms, len(out.token_ids), out.stats, out.error)
+
+    def generate(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Generation:
+        out = self.engine.generate(prompt_ids, speculation=self.speculation, policy=self.policy, **sampling)
+        assert isinstance(out, Generation)
+        return out
 
     def describe(self) -> dict[str, Any]:
         policy = self.policy or self.engine.policy
@@ -98,6 +105,22 @@ class EngineArm:
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
             "paced": self.speculation is True and self.policy is None,
         }
+
+
+class EarlyExitArm(EngineArm):
+    """Early exit: lossy, so its tokens need not be plain decoding's; `bench/early_exit.py` judges them."""
+
+    lossless = False
+
+    def __init__(self, name: str, engine: Engine, policy: DraftPolicy) -> None:
+        super().__init__(name, engine, policy=policy)
+
+    def generate(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Generation:
+        return self.engine.generate(prompt_ids, mode="early_exit", policy=self.policy, **sampling)
+
+    def describe(self) -> dict[str, Any]:
+        gates = self.policy.gates if self.policy else {}
+        return {"mode": "early_exit", "lossy": True, "gates": {str(e): _finite(gate.low) for e, gate in gates.items()}}
 
 
 def bare_heads(config: ModelConfig, exits: Sequence[int]) -> HeadSet:
@@ -149,10 +172,11 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
         ValueError: a * without heads, or a range that does not rise.
     """
     kind, *parts = form.split(":")
-    if kind not in ("accuracy", "fixed", "bare") or not parts:
+    if kind not in ("accuracy", "early", "fixed", "bare") or not parts:
         return [form]
-    firsts = _levels(form, parts[0]) if kind == "accuracy" else [parts[0]]
-    if kind != "accuracy" and parts[0] == "*":
+    by_level = kind in ("accuracy", "early")
+    firsts = _levels(form, parts[0]) if by_level else [parts[0]]
+    if not by_level and parts[0] == "*":
         if not exits:
             raise ValueError(f"arm {form!r}: * stands for the exits of trained heads, and this engine has none")
         firsts = [str(exit_layer) for exit_layer in exits]
@@ -206,6 +230,13 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
         policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
+    if kind == "early" and rest:
+        level, _, layers = rest.partition(":")
+        try:
+            accuracy, asked = float(level), [int(exit_layer) for exit_layer in layers.split("+")] if layers else None
+        except ValueError:
+            raise ValueError(f"arm {name!r}: expected a level such as early:0.95, or early:0.95:18+24") from None
+        return EarlyExitArm(name, engine, calibrated_exits(engine.heads, accuracy, asked))
     if kind == "tree":
         return EngineArm(name, engine, "always", _tree(name, engine))
     if kind in ("fixed", "bare"):

@@ -74,6 +74,12 @@ def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str
     return tokenizer.encode(text)
 
 
+def question_seeds(questions: Sequence[Question], sampling: Mapping[str, Any]) -> dict[int | str, int]:
+    """Each question's own seed, by its id."""
+    seed = int(sampling.get("seed", 0))
+    return {question.question_id: derive_seed(seed, i) for i, question in enumerate(questions)}
+
+
 def measure(
     arms: Sequence[Arm],
     questions: Sequence[Question],
@@ -95,7 +101,7 @@ def measure(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected at least 1")
     found = Measurements()
-    seed, budget = int(sampling.get("seed", 0)), int(sampling.get("max_new_tokens", 128))
+    seeds, budget = question_seeds(questions, sampling), int(sampling.get("max_new_tokens", 128))
     try:
         warm = prompt_ids(tokenizer, questions[0].turns[:1], ())[: max(1, max_context - WARM_UP_TOKENS)]
         for arm in arms:
@@ -104,7 +110,7 @@ def measure(
             for i, question in enumerate(questions):
                 first = (repeat + i) % len(arms)
                 order = [*arms[first:], *arms[:first]]
-                own = {**sampling, "seed": derive_seed(seed, i)}
+                own = {**sampling, "seed": seeds[question.question_id]}
                 try:
                     _ask(found, order, question, tokenizer, own, repeat, max_context - budget, on_step)
                 except ContextTooLong:

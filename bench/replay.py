@@ -9,6 +9,7 @@ timed. Heads with memory draft from states of their own and are not replayed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class ReplayArm:
         room = self.plain.engine.decoder.config.max_context - len(prompt_ids)
         budget = min(int(sampling["max_new_tokens"]), room)
         stats = replay(out.token_ids, guesses, self.exit_layer, self.length, budget)
+        row_layers = self.plain.engine.decoder.config.num_layers * (stats.num_verifications + stats.num_drafted)
+        stats = replace(stats, num_row_layers=row_layers)
         return Outcome(out.text, out.token_ids, 0.0, 0.0, 0, stats, out.error)
 
     def describe(self) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
     drafts = total.drafted_by_position[0] if total.drafted_by_position else 0
     checks, tokens = total.num_verifications, total.num_committed
     exits = total.tokens_by_exit
+    # Each node of a tree runs each layer once, since verification goes on from where its draft ended.
+    row_layers = total.num_row_layers or num_layers * (checks + total.num_drafted)
     return {
         "num_drafted": total.num_drafted,
         "num_accepted": total.num_accepted,
@@ -73,7 +75,7 @@ def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
         "tokens_by_exit": {str(layer): count for layer, count in exits.items()},
         "share_by_exit": {str(layer): count / tokens for layer, count in exits.items()} if tokens else {},
         "mean_exit_layer": _mean_exit(exits),
-        "row_layers_per_token": num_layers * (checks + total.num_drafted) / tokens if tokens else None,
+        "row_layers_per_token": row_layers / tokens if tokens else None,
         "gate_stops": total.gate_stops,
         "fallbacks": dict(total.fallbacks),
     }

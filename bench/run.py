@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..engine.engine import Engine
 from .arms import Arm, default_arms, parse_arms
 from .baselines import baseline_arms
+from .early_exit import judged
 from .environment import describe_device, versions
 from .measure import measure
 from .questions import Question
 from .replay import replayed
-from .report import document
+from .report import document, strict
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,5 @@ def run(engine: Engine, questions: Sequence[Question], settings: Settings, progr
         "deterministic": engine.deterministic,
         "versions": versions(),
     }
-    return document(found, arms, engine.decoder.config.num_layers, about)
+    early_exit = judged(engine, found, arms, questions, engine.tokenizer, sampling)
+    return document(found, arms, engine.decoder.config.num_layers, about) | strict({"early_exit": early_exit})

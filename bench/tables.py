@@ -130,6 +130,8 @@ def print_bench(document: Mapping[str, Any]) -> None:
             out.print(_matched(document["matched"][OVERALL]))
         if len(summary[OVERALL]) <= MOST_COLUMNS:
             out.print(_by_task(summary))
+    if document.get("early_exit"):
+        out.print(_early_exit(document["early_exit"]))
     if document["skipped_questions"]:
         out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")
     found = document["lossless"]
@@ -175,6 +177,23 @@ def _drafts(arms: Mapping[str, Any]) -> Table:
                 " ".join(f"{a:.2f}" for a in m["acceptance_by_position"]),
                 " ".join(f"{layer}:{share:.0%}" for layer, share in m["share_by_exit"].items()),
             )
+    return table
+
+
+def _early_exit(arms: Mapping[str, Any]) -> Table:
+    table = _table(
+        "Early exit (lossy). Depth: layers until a token is written; row layers: with those made up for later; "
+        "agreement with the full model after the same prefix; perplexity under the full model",
+        "arm", ">depth", ">saved", ">row layers/tok", ">by exits", "tokens by exit", ">agreement", ">of exits",
+        ">equal texts", ">differs from", ">perplexity", ">plain's",
+    )  # fmt: skip
+    for name, m in arms.items():
+        table.add_row(
+            name, _number(m["mean_depth"], 1), _percent(m["depth_saved"]), _number(m["layers_per_token"], 1),
+            _percent(m["share_by_exits"]), " ".join(f"{e}:{n}" for e, n in m["tokens_by_exit"].items()),
+            _number(m["agreement"], 3), _number(m["agreement_of_exits"], 3), f"{m['num_equal']}/{m['num_compared']}",
+            _number(m["median_first_difference"], 0), _number(m["perplexity"], 2), _number(m["plain_perplexity"], 2),
+        )  # fmt: skip
     return table
 
 

@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..engine.engine import Engine, Event, Generation
+from ..engine.loop import Mode
 
 TINTS = ("green", "cyan", "blue", "magenta", "yellow", "red")  # shallow exits first
 
@@ -60,9 +61,10 @@ class Transcript:
         place = self._exits.index(exit_layer) if exit_layer in self._exits else 0
         return Style(color=TINTS[place % len(TINTS)], underline=True)
 
-    def legend(self) -> Text:
+    def legend(self, mode: Mode = "lossless") -> Text:
         """What the marks mean."""
-        legend = Text("underlined: drafted by an exit head and accepted; exit layer")
+        how = "drafted by an exit head and accepted" if mode == "lossless" else "written by an exit head, unverified"
+        legend = Text(f"underlined: {how}; exit layer")
         for exit_layer in self._exits:
             legend.append(" ").append(str(exit_layer), self.style(exit_layer))
         return legend.append("; the rest is the full model's own")
@@ -117,7 +119,13 @@ def last_line(out: Generation, engine: Engine, paced: bool) -> str:
     parts = [f"{stats.num_committed} tokens"]
     if found["tokens_per_second"] is not None:
         parts.append(f"{found['tokens_per_second']:.1f} tokens/s")
-    if stats.num_drafted:
+    if out.mode == "early_exit":
+        num_layers = engine.decoder.config.num_layers
+        share = sum(stats.tokens_by_exit.values()) / max(1, stats.num_committed)
+        parts.append(f"early exit (lossy): {share:.0%} of them by exits")
+        parts.append(f"depth {stats.mean_depth(num_layers):.1f} of {num_layers} layers")
+        parts.append(f"{stats.layers_per_token:.1f} layers a token with those made up for later")
+    elif stats.num_drafted:
         parts.append(f"acceptance rate {stats.acceptance_rate:.0%}")
         parts.append(f"{stats.tokens_per_verification:.2f} tokens per verification")
     else:

@@ -33,25 +33,30 @@ from .tree import MAX_NODES, DraftTree
 DEFAULT_ACCURACY = 0.95
 
 
-def calibrated_exits(heads: HeadSet | None, accuracy: float) -> DraftPolicy:
-    """All exits whose heads read the trunk alone, with their thresholds for an accuracy level (0.60..0.99). Exits that
-    are never sure at that level are left out.
+def calibrated_exits(heads: HeadSet | None, accuracy: float, exits: Sequence[int] | None = None) -> DraftPolicy:
+    """Exits with their thresholds for an accuracy level (0.60..0.99); those never sure at that level are left out.
+
+    Args:
+        exits: None asks all whose heads read the trunk alone.
 
     Raises:
         ValueError: no heads, no such heads, none calibrated, or an accuracy out of range.
     """
     if heads is None:
         raise ValueError("mode 'early_exit' needs exit heads, and this engine has none; load with heads=...")
-    exits = [e for e in heads.exits if not isinstance(heads.heads[e], StatefulHead)]
-    if not exits:
+    asked = [e for e in heads.exits if not isinstance(heads.heads[e], StatefulHead)]
+    if not asked:
         raise ValueError(_no_trunk_heads(heads.exits))
+    if exits is not None:
+        asked = sorted(exits)
     if heads.calibration is None:
         raise ValueError(
             "mode 'early_exit' needs calibrated heads, and these are not; run `skipstone calibrate`, or give a policy"
         )
-    lows = {e: heads.calibration.gate(e, accuracy)[0] for e in exits}
-    open_exits = tuple(e for e in exits if lows[e] > 0)
-    return DraftPolicy(open_exits, {e: Gate(lows[e], lows[e]) for e in open_exits})
+    lows = {e: heads.calibration.gate(e, accuracy)[0] for e in asked}
+    policy = DraftPolicy(tuple(e for e in asked if lows[e] > 0), {e: Gate(low, low) for e, low in lows.items()})
+    check_policy(heads, policy)
+    return policy
 
 
 def check_policy(heads: HeadSet | None, policy: DraftPolicy) -> None:

@@ -85,6 +85,39 @@ def test_speed_against_plain_comes_from_timed_plain_steps(run: Run) -> None:
     assert plain["stats"]["num_drafted"] == 0 and plain["speedup"] is None
 
 
+def test_early_exit_is_named_and_reported(run: Run, engine: Engine) -> None:
+    args = (PROMPT, "--mode", "early_exit", "--accuracy", "0.9", *SHORT)
+    out = engine.generate(PROMPT, mode="early_exit", accuracy=0.9, max_new_tokens=12)
+    done = run("generate", *args)
+    assert done.exit_code == 0 and done.stdout == out.text + "\n"
+    last = done.stderr.strip().splitlines()[-1]
+    share = sum(out.stats.tokens_by_exit.values()) / 12
+    assert f"early exit (lossy): {share:.0%} of them by exits, depth {out.stats.mean_depth(4):.1f} of 4 layers" in last
+    document = strict_json(run("generate", "--json", *args).stdout)
+    assert document["mode"] == "early_exit" and document["token_ids"] == out.token_ids
+    assert document["stats"]["layers_per_token"] == out.stats.layers_per_token
+    assert strict_json(run("generate", PROMPT, "--json", *SHORT).stdout)["mode"] == "lossless"
+    talk = run("chat", "--mode", "early_exit", "--max-new-tokens", "5", input="a stone\n")
+    assert talk.exit_code == 0 and "early exit (lossy)" in talk.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--mode", "early_exit", "--always-speculate"), "takes --accuracy alone"),
+        (("--mode", "early_exit", "--no-speculation"), "takes --accuracy alone"),
+        (("--mode", "early_exit", "--exit", "2"), "takes --accuracy alone"),
+        (("--mode", "early_exit", "--accuracy", "0.3"), "accuracy is 0.3"),
+        (("--mode", "early_exit", "--heads", "none"), "needs exit heads"),
+        (("--mode", "quick"), "mode is 'quick'"),
+    ],
+)
+def test_early_exit_that_makes_no_sense_is_refused(run: Run, args: tuple[str, ...], message: str) -> None:
+    heads = "none" if "none" in args else ""
+    done = run("generate", PROMPT, *[a for a in args if a not in ("--heads", "none")], *SHORT, heads=heads)
+    assert done.exit_code == 2 and message in done.stderr
+
+
 def test_json_and_trace_hold_the_same_tokens(run: Run, tmp_path: Path) -> None:
     trace = tmp_path / "t.jsonl"
     args = (PROMPT, "--always-speculate", "--json", "--trace", str(trace), "--logprobs", "2", *SHORT)

@@ -60,8 +60,12 @@ MaxNewTokens = Annotated[int, typer.Option()]
 Seed = Annotated[int, typer.Option()]
 NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Plain decoding.")]
 Always = Annotated[bool, typer.Option("--always-speculate", help="Draft also where it does not pay.")]
+Mode = Annotated[
+    str, typer.Option(help="lossless, or early_exit: the first sure exit writes the token, unverified (lossy).")
+]
 Accuracy = Annotated[
-    float | None, typer.Option(help="Gate: draft where the heads were right this often, 0.60 to 0.99.")
+    float | None,
+    typer.Option(help="Gate: draft (early_exit: write) where the heads were right this often, 0.60 to 0.99."),
 ]
 Exit = Annotated[int | None, typer.Option(help="LayerSkip's scheme: always draft from this exit layer.")]
 Length = Annotated[int | None, typer.Option(min=1, max=15, help="Most tokens drafted in a row.")]
@@ -162,6 +166,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
     logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities, and of the N likeliest too.")] = None,
+    mode: Mode = "lossless",
     no_speculation: NoSpeculation = False,
     always_speculate: Always = False,
     accuracy: Accuracy = None,
@@ -179,7 +184,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
     engine = _load(model, heads, dtype, device, exit_layer)
-    drafting = _drafting(engine, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     messages = [{"role": "system", "content": system}] if system is not None else []
     given: Any = text
     if chat:
@@ -210,6 +215,7 @@ def chat(
     stop: Stop = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
+    mode: Mode = "lossless",
     no_speculation: NoSpeculation = False,
     always_speculate: Always = False,
     accuracy: Accuracy = None,
@@ -225,7 +231,7 @@ def chat(
     """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
     sampling = _sampling(locals())
     engine = _load(model, heads, dtype, device, exit_layer)
-    drafting = _drafting(engine, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     start = [{"role": "system", "content": system}] if system is not None else []
     messages, failed = list(start), False
     if not _tokenizer(engine).has_chat_template:
@@ -380,8 +386,9 @@ def bench(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Of plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH. "
-            "To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have heads)."
+            help="Of plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            "early:LEVEL[:EXIT+EXIT] (early exit, lossy). To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have "
+            "heads)."
         ),
     ] = None,
     baseline: Annotated[
@@ -477,6 +484,7 @@ def _dtype(name: str) -> Any:
 
 def _drafting(
     engine: Engine,
+    mode: str,
     never: bool,
     always: bool,
     accuracy: float | None,
@@ -484,7 +492,14 @@ def _drafting(
     length: int | None,
     branch: int | None,
 ) -> dict[str, Any]:
-    """`speculation` and `policy` for the engine."""
+    """`mode`, `accuracy`, `speculation` and `policy` for the engine."""
+    if mode != "lossless":
+        shaped_otherwise = never or always or exit_layer is not None or length is not None or branch is not None
+        if shaped_otherwise:
+            raise ValueError(
+                f"--mode {mode} drafts nothing: of the options that shape drafts it takes --accuracy alone"
+            )
+        return {"mode": mode, "accuracy": accuracy, "speculation": True, "policy": None}
     shaped = [value is not None for value in (accuracy, exit_layer, length, branch)]
     if never:
         if always or any(shaped):
@@ -550,9 +565,11 @@ def _stream(
     """Stream one answer to stdout (unless quiet) and to the trace; whether Ctrl-C ended it."""
     from .bench.transcript import Transcript, last_line
 
-    policy = options["policy"] or engine.policy
-    transcript = None if quiet else Transcript(sys.stdout, policy.exits)
-    paced = options["speculation"] is True and options["policy"] is None
+    exits = (options["policy"] or engine.policy).exits
+    if "mode" in options:
+        exits = engine.heads.exits if engine.heads else ()
+    transcript = None if quiet else Transcript(sys.stdout, exits)
+    paced = _is_paced(options)
     interrupted = False
     with _tracing(trace) as write, engine.stream(prompt, **options) as stream:
         try:
@@ -565,12 +582,17 @@ def _stream(
     out = _result(stream)
     if transcript is not None:
         transcript.finish(out.text)
-        if transcript.tinted and out.stats.num_accepted:
+        if transcript.tinted and out.stats.tokens_by_exit:
             from rich.console import Console
 
-            Console(stderr=True, highlight=False).print(transcript.legend())
+            Console(stderr=True, highlight=False).print(transcript.legend(out.mode))
     note(last_line(out, engine, paced) if not interrupted else f"interrupted; {last_line(out, engine, paced)}")
     return out, interrupted
+
+
+def _is_paced(options: dict[str, Any]) -> bool:
+    """Whether the engine decides round by round if drafting pays."""
+    return "mode" not in options and options["speculation"] is True and options["policy"] is None
 
 
 def _result(stream: Stream) -> Generation:
@@ -602,10 +624,10 @@ def _answer(engine: Engine, out: Generation, drafting: dict[str, Any], interrupt
     from .bench.report import strict
     from .bench.transcript import speed
 
-    paced = drafting["speculation"] is True and drafting["policy"] is None
     answer = {
         "schema_version": 1,
         "model": engine.model_id,
+        "mode": out.mode,
         "text": out.text,
         "token_ids": out.token_ids,
         "prompt_ids": out.prompt_ids,
@@ -614,7 +636,7 @@ def _answer(engine: Engine, out: Generation, drafting: dict[str, Any], interrupt
         "exit_layers": out.exit_layers,
         "logprobs": None if out.logprobs is None else [vars(entry) for entry in out.logprobs],
         "stats": out.stats.to_dict(),
-        **speed(out, engine, paced),
+        **speed(out, engine, _is_paced(drafting)),
     }
     return dict(strict(answer))
 

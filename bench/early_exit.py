@@ -1,0 +1,168 @@
+"""What early exit costs: its text as the full model judges it.
+
+The full model reads each text again, 16 tokens a pass, with the rows of decoding, so after the same prefix it says
+exactly what plain decoding would say there (design rules 2 and 3).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.cache import KVCache, plan_cache
+from ..engine.engine import Engine
+from ..engine.forward import Working, advance, node_logits, prefill
+from ..engine.sampling import Context, History, SamplingParams, TargetSampler
+from ..engine.statistics import Statistics
+from ..engine.tokenizer import Tokenizer
+from ..engine.tree import MAX_NODES, DraftTree
+from .arms import Arm, EarlyExitArm
+from .measure import Measurements, Record, prompt_ids, question_seeds
+from .questions import Question
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of each token of a text: whether the full model would have written it after the same prefix, and its negative
+    log-likelihood in nats under the full model."""
+
+    agrees: list[bool]
+    nats: list[float]
+
+    @property
+    def mean_nats(self) -> float:
+        return sum(self.nats) / len(self.nats) if self.nats else 0.0
+
+
+def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Tensor]:
+    """The full model's logits `[V]` in front of each of these tokens, in order."""
+    decoder, tiles = engine.decoder, engine.tiles
+    ids = [*prompt, *tokens][:-1]
+    plan = plan_cache(decoder.config, 1, len(ids), decoder.device, decoder.dtype)
+    cache, first = KVCache(plan, decoder.device), len(prompt) - 1
+    with torch.inference_mode():
+        prefill(decoder, cache, 0, ids[:first])
+        while first < len(ids):
+            tree = DraftTree(ids[first])
+            for token in ids[first + 1 : first + MAX_NODES]:
+                tree.add(len(tree) - 1, token)
+            work = Working(0, first, tree, torch.zeros(MAX_NODES, decoder.config.hidden_size, device=decoder.device))
+            work.embed_new(decoder)
+            cache.clear_open(0, keys=not tiles.deterministic)
+            advance(decoder, cache, [(work, range(len(tree)))], decoder.config.num_layers, tiles)
+            yield from node_logits(decoder, work.hidden[: len(tree)], tiles)
+            cache.commit(0, list(range(len(tree))))
+            first += len(tree)
+
+
+def judge(engine: Engine, prompt: Sequence[int], tokens: Sequence[int], sampling: Mapping[str, Any]) -> Judgement:
+    """What the full model says of a text.
+
+    Args:
+        sampling: fields of `SamplingParams`; above temperature 0 the full model's token is the one that it draws with
+            the same seed at that position.
+    """
+    sampler = TargetSampler(SamplingParams(**sampling), engine.decoder.config.vocab_size, engine.decoder.device)
+    history, agrees, nats = History(prompt), [], []
+    for token, logits in zip(tokens, full_model_logits(engine, prompt, tokens), strict=True):
+        agrees.append(sampler.target(logits, Context(history)) == token)
+        nats.append(-float(logits.float().log_softmax(-1)[token]))
+        history.extend([token])
+    return Judgement(agrees, nats)
+
+
+def judged(
+    engine: Engine,
+    found: Measurements,
+    arms: Sequence[Arm],
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    sampling: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Early-exit arm -> what it saved and what it cost, over the first repeat of all questions."""
+    seeds = question_seeds(questions, sampling)
+    texts: dict[str, dict[tuple[int | str, int], tuple[list[int], Record]]] = {}
+    for arm in arms:
+        if arm.name == "plain" or isinstance(arm, EarlyExitArm):
+            texts[arm.name] = _conversations([r for r in found.records if r.arm == arm.name], tokenizer)
+    opinions = {
+        name: {
+            key: judge(engine, prompt, record.outcome.token_ids, {**sampling, "seed": seeds[key[0]]})
+            for key, (prompt, record) in own.items()
+        }
+        for name, own in texts.items()
+        if len(texts) > 1
+    }
+    num_layers = engine.decoder.config.num_layers
+    return {
+        name: _summary(texts[name], texts["plain"], opinions[name], opinions["plain"], num_layers)
+        for name in opinions
+        if name != "plain" and texts[name]
+    }
+
+
+def _conversations(
+    records: Sequence[Record], tokenizer: Tokenizer
+) -> dict[tuple[int | str, int], tuple[list[int], Record]]:
+    """(question, turn) -> the prompt that the arm saw, and its answer."""
+    found: dict[tuple[int | str, int], tuple[list[int], Record]] = {}
+    answers: list[str] = []
+    for record in records:
+        if record.repeat == 0:
+            answers = [*answers, record.outcome.text] if record.turn else [record.outcome.text]
+            ids = prompt_ids(tokenizer, record.question.turns[: record.turn + 1], answers[:-1])
+            found[record.question.question_id, record.turn] = ids, record
+    return found
+
+
+def _summary(
+    own: Mapping[Any, tuple[list[int], Record]],
+    plain: Mapping[Any, tuple[list[int], Record]],
+    opinions: Mapping[Any, Judgement],
+    plain_opinions: Mapping[Any, Judgement],
+    num_layers: int,
+) -> dict[str, Any]:
+    total = Statistics.merge([r.outcome.stats for _, r in own.values() if r.outcome.stats is not None])
+    tokens, by_exits = total.num_committed, sum(total.tokens_by_exit.values())
+    disagreements = sum(not agrees for judgement in opinions.values() for agrees in judgement.agrees)
+    # Only answers to the same prompt can be compared token by token: later turns follow the arm's own first answer.
+    alike = [key for key in own if own[key][0] == plain[key][0]]
+    firsts = [_first_difference(own[key][1].outcome.token_ids, plain[key][1].outcome.token_ids) for key in alike]
+    left = [first for first in firsts if first is not None]
+    nats, plain_nats = _mean_nats(opinions), _mean_nats(plain_opinions)
+    return {
+        "num_tokens": tokens,
+        "share_by_exits": by_exits / tokens if tokens else None,
+        "tokens_by_exit": {str(layer): count for layer, count in total.tokens_by_exit.items()},
+        "mean_depth": total.mean_depth(num_layers),
+        "depth_saved": 1 - total.mean_depth(num_layers) / num_layers,
+        "layers_per_token": total.layers_per_token,
+        "agreement": 1 - disagreements / tokens if tokens else None,
+        "agreement_of_exits": 1 - disagreements / by_exits if by_exits else None,
+        "num_compared": len(alike),
+        "num_equal": len(alike) - len(left),
+        "median_first_difference": statistics.median(left) if left else None,
+        "nats_per_token": nats,
+        "plain_nats_per_token": plain_nats,
+        "perplexity": math.exp(nats),
+        "plain_perplexity": math.exp(plain_nats),
+    }
+
+
+def _mean_nats(opinions: Mapping[Any, Judgement]) -> float:
+    every = [nats for judgement in opinions.values() for nats in judgement.nats]
+    return statistics.fmean(every) if every else 0.0
+
+
+def _first_difference(own: Sequence[int], plain: Sequence[int]) -> int | None:
+    """Index of the first new token that differs, or where the shorter text ends; None for equal texts."""
+    if list(own) == list(plain):
+        return None
+    pairs = zip(own, plain, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(plain)))
