@@ -218,10 +218,10 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if kind == "accuracy" and rest:
         if engine.heads is None or engine.heads.calibration is None:
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
-        level, depth, exits, *more = [*rest.split(":"), "", ""]
+        level, depth, layers, *more = [*rest.split(":"), "", ""]
         try:
             accuracy, max_depth = float(level), int(depth) if depth else DraftPolicy.max_depth
-            asked = [int(exit_layer) for exit_layer in exits.split("+")] if exits else None
+            asked = [int(exit_layer) for exit_layer in layers.split("+")] if layers else None
         except ValueError:
             raise ValueError(
                 f"arm {name!r}: expected a level such as accuracy:0.9, accuracy:0.9:4 or accuracy:0.9:4:12+18"
