@@ -117,7 +117,8 @@ def print_bench(document: Mapping[str, Any]) -> None:
         out.print("Interrupted: only whole questions count.")
     if OVERALL in summary:
         out.print(_overall(summary[OVERALL]))
-        out.print(_drafts(summary[OVERALL]))
+        if any(m.get("num_drafted") for m in summary[OVERALL].values()):
+            out.print(_drafts(summary[OVERALL]))
         for name, m in summary[OVERALL].items():
             if m.get("fallbacks"):
                 reasons = ", ".join(f"{reason} ({count} times)" for reason, count in m["fallbacks"].items())
