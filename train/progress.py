@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .trainer import StepResult
 
@@ -17,18 +18,28 @@ REFRESH_S = 0.5  # reading a loss waits for the device, so not every step is rea
 TRACK_EVERY = 10
 
 
+class _Lines(Progress):
+    """A bar, and under it what an 80-column terminal has no room for beside it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(task.fields["note"])
+
+
 class Bar:
-    """The progress line: tokens/s, time left, loss and agreement of each exit, the last held-out result."""
+    """The progress lines: tokens/s, time left, loss and agreement of each exit, the last held-out result."""
 
     def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(label, total=total, completed=done, note="")
+        self._task = progress.add_task(label, total=total, completed=done, speed="", note="")
         self._tokens, self._since, self._held_out, self._shown = 0, time.monotonic(), "", 0.0
 
     def advance(self, count: int) -> None:
         """More text was written."""
         self._tokens += count
-        self._progress.update(self._task, advance=count, note=f"{self._rate():,.0f} tokens/s")
+        self._progress.update(self._task, advance=count, speed=self._rate())
 
     def step(self, result: StepResult) -> None:
         """A step was taken."""
@@ -38,21 +49,20 @@ class Bar:
             return
         self._shown = time.monotonic()
         loss, agreement = (_row(part["heads"].tolist()) for part in (result.loss, result.agreement))
-        note = f"{self._rate():,.0f} tokens/s  loss {loss}  agreement {agreement}{self._held_out}"
-        self._progress.update(self._task, note=note)
+        note = f"loss {loss}  agreement {agreement}{self._held_out}"
+        self._progress.update(self._task, speed=self._rate(), note=note)
 
     def held_out(self, entry: Mapping[str, Any]) -> None:
         """Held-out text was measured; this stays on the screen."""
         shown = _row(entry["tokens_per_verification"].values())
-        self._held_out = f"  held-out tokens per verification {shown}"
+        self._held_out = f"\nheld-out tokens per verification {shown}"
         if not self._progress.disable:
             agreement = _row(entry["agreement"].values())
-            self._progress.console.print(
-                f"step {entry['step']}: held-out agreement {agreement}, tokens per verification {shown}"
-            )
+            said = f"step {entry['step']}: held-out agreement {agreement}, tokens per verification {shown}"
+            self._progress.console.print(said, soft_wrap=True)
 
-    def _rate(self) -> float:
-        return self._tokens / max(1e-6, time.monotonic() - self._since)
+    def _rate(self) -> str:
+        return f"{self._tokens / max(1e-6, time.monotonic() - self._since):,.0f} tokens/s"
 
 
 @contextmanager
@@ -60,9 +70,9 @@ def bar(show: bool, label: str, total: int, done: int = 0) -> Iterator[Bar]:
     """A progress line on stderr while inside."""
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[speed]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True, highlight=False), disable=not show) as progress:
+    with _Lines(*columns, console=Console(stderr=True, highlight=False), disable=not show) as progress:
         yield Bar(progress, label, total, done)
 
 
