@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.attention import full_attention
+from ..kernels.huge_pages import settle
 from ..kernels.linear import PackedLinear
 from .config import ModelConfig, RopeSpec
 
@@ -90,6 +91,8 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale != 1.0 else 1.0
         self._activation = (FUSED_ACTIVATIONS if self.device.type == "cuda" else ACTIVATIONS)[config.activation]
         self._one = torch.ones(1, device=self.device)
+        projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.up, layer.down)]
+        settle(projection.weight for projection in (*projections, self.output))
         self._tables: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
         self._rope_rows = 0
 
