@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..heads.artefact import ArtefactError
+from ..heads.base import head_kinds
 from ..heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from ..heads.head_set import HeadSet
 from .engine import Engine
@@ -31,8 +32,8 @@ def load(
 
     Args:
         model: a packaged model's name ("smollm2-135m-instruct"), a hub id, a folder or a .gguf file.
-        heads: "default" takes the shipped set made for these weights, if there is one; a folder or a `HeadSet`; None
-            decodes plainly.
+        heads: "default" takes the shipped set made for these weights, if there is one; a kind ("recurrent", "adapter")
+            takes the shipped set of that kind; a folder or a `HeadSet`; None decodes plainly.
         dtype: of weights and matmuls: torch.bfloat16, float16 or float32.
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
@@ -62,12 +63,19 @@ def load(
             tokenizer_sha256=tokenizer_sha256(pretrained.tokenizer),
             revision=pretrained.revision,
         )
-        if heads == "default":
-            head_set = HeadSet.default_for(base)
+        if heads in ("default", *head_kinds()):
+            head_set = HeadSet.default_for(base, kind=str(heads))
+            if head_set is None and heads != "default":
+                raise ArtefactError(
+                    f"no {heads} heads are shipped for {pretrained.model_id}: train some, or give a folder"
+                )
         else:
             folder = Path(os.fspath(heads))  # type: ignore[arg-type]
             if not folder.is_dir():
-                raise ArtefactError(f"no head set at {folder}: expected a folder with manifest.json, 'default' or None")
+                raise ArtefactError(
+                    f"no head set at {folder}: expected a folder with manifest.json, 'default', a kind "
+                    f"({', '.join(head_kinds())}) or None"
+                )
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
     return Engine(decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id)

@@ -27,6 +27,8 @@ from .fingerprint import BaseIdentity
 from .stateful import StatefulHead
 
 FORMAT_VERSION = 1
+DEFAULT = "default"
+PREFERRED = ("recurrent", "block", "adapter", "linear")  # of several shipped sets: the cheaper draft first
 CARD = "README.md"
 HASHED = {"config.json", "heads.safetensors", "calibration.json"}
 
@@ -216,9 +218,9 @@ class HeadSet:
         return heads
 
     @classmethod
-    def default_for(cls, base: BaseIdentity, root: Path | None = None) -> HeadSet | None:
-        """The shipped set for this base (same fingerprint), or None. `root` defaults to the package's own folder."""
-        folder = shipped_folder_for(base, root)
+    def default_for(cls, base: BaseIdentity, root: Path | None = None, kind: str = DEFAULT) -> HeadSet | None:
+        """The shipped set for this base (same fingerprint), or None; arguments as in `shipped_folder_for`."""
+        folder = shipped_folder_for(base, root, kind)
         return None if folder is None else cls.load(folder, base)
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -246,13 +248,21 @@ def shipped_folders(root: Path | None = None) -> list[Path]:
     return sorted(path for path in root.iterdir() if (path / "manifest.json").is_file())
 
 
-def shipped_folder_for(base: BaseIdentity, root: Path | None = None) -> Path | None:
-    """The folder of the shipped set that was trained on these weights, or None."""
+def shipped_folder_for(base: BaseIdentity, root: Path | None = None, kind: str = DEFAULT) -> Path | None:
+    """The folder of the shipped set that was trained on these weights, or None.
+
+    Args:
+        root: where sets lie; None is the package's own folder.
+        kind: of its heads; "default" takes the set that drafts fastest, by the order of `PREFERRED`.
+    """
+    found: dict[str, Path] = {}
     for folder in shipped_folders(root):
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if manifest["base"]["fingerprint"] == base.fingerprint:
-            return folder
-    return None
+            config = json.loads((folder / "config.json").read_bytes())
+            found.setdefault(config["heads"][0]["kind"], folder)
+    wanted = PREFERRED if kind == DEFAULT else (kind,)
+    return next((found[one] for one in wanted if one in found), None)
 
 
 def store_calibration(folder: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..heads import Calibration, HeadSet, shipped_folder_for, store_calibration
+from ..heads import Calibration, HeadSet, head_kinds, shipped_folder_for, store_calibration
 from ..heads.calibration import CURVE_LEVEL
 from .calibrate import DRAFT_LEVEL, NEW_TOKENS, NUM_PROMPTS, measuring_engine, record
 from .data import encode_chat, is_held_out, read_prompts
@@ -17,6 +17,7 @@ from .run import device_type, load_base
 
 SHOWN_LEVELS = (0.60, 0.75, 0.90, 0.95)
 HELD_OUT_PERCENT = 3.0
+SHIPPED = ("default", *head_kinds())  # names of shipped sets; their folder is not written
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Settings:
 
     Args:
         model: as for `skipstone.load`.
-        heads: a head set's folder, or "default" for the shipped one.
+        heads: a head set's folder, or "default" or a kind for the shipped one.
         prompts: see `data.read_prompts`.
         out: folder to write; None replaces `heads`, and writes nothing for "default".
         max_prompts, max_prompt_tokens: prompts beyond are left out.
@@ -103,8 +104,8 @@ def recalibrate(settings: Settings) -> Recalibrated:
     texts = read_prompts(settings.prompts)
     base = load_base(settings.model, settings.dtype, device_type(settings.device), settings.progress)
     folder: Path | None = Path(settings.heads)
-    if settings.heads == "default":
-        folder = shipped_folder_for(base.identity)
+    if settings.heads in SHIPPED:
+        folder = shipped_folder_for(base.identity, kind=settings.heads)
     if folder is None or not folder.is_dir():
         raise ValueError(
             f"no head set at {settings.heads!r} for {settings.model}: expected a folder with manifest.json"
@@ -141,4 +142,4 @@ def _recorded_percent(heads: HeadSet) -> float:
 def _target(settings: Settings, folder: Path) -> Path | None:
     if settings.out is not None:
         return Path(settings.out)
-    return None if settings.heads == "default" else folder
+    return None if settings.heads in SHIPPED else folder

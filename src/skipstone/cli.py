@@ -38,7 +38,11 @@ DEFAULT_LENGTH = 4
 
 Model = Annotated[str, typer.Option(help="A packaged model's name, a hub id, a folder or a .gguf file.")]
 Heads = Annotated[
-    str, typer.Option(help="'default' (the shipped set), a folder, 'none', or 'bare' (no training; needs --exit).")
+    str,
+    typer.Option(
+        help="'default' (the shipped set), 'recurrent' or 'adapter' (of several), a folder, 'none', or 'bare' "
+        "(no training; needs --exit)."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]

@@ -293,6 +293,19 @@ def test_default_for_finds_the_set_of_this_base(tmp_path: Path) -> None:
     assert HeadSet.default_for(replace(BASE, fingerprint="e" * 64), tmp_path) is None
 
 
+def test_the_kind_chooses_among_shipped_sets(tmp_path: Path) -> None:
+    """Two sets of one base: the default is the one that drafts without trunk layers, whatever the folders' names."""
+    make_set().save(tmp_path / "a")
+    sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "ff": 16}
+    config = HeadSetConfig(D, V, 4, (HeadSpec("recurrent", 0, {**sizes, "taps": (2, 4)}),))
+    HeadSet(config, None, BASE).save(tmp_path / "b")
+    for kind, exits in (("default", (0,)), ("recurrent", (0,)), ("adapter", (1, 3))):
+        found = HeadSet.default_for(BASE, tmp_path, kind)
+        assert found is not None
+        assert found.exits == exits
+    assert HeadSet.default_for(BASE, tmp_path, "linear") is None
+
+
 def test_shipped_sets_load_and_are_calibrated() -> None:
     for folder in shipped_folders():
         heads = HeadSet.load(folder)
