@@ -34,7 +34,8 @@ print(f"With exit heads drafting and the full model verifying, {rate(drafted):.1
 same = plain.token_ids == drafted.token_ids == chosen.token_ids
 print(f"Equal token for token: {'yes' if same else 'NO'} ({len(drafted.token_ids)} tokens)")
 if stats.num_drafted:
-    exits = ", ".join(f"{count} from layer {layer}" for layer, count in stats.tokens_by_exit.items())
+    names = {layer: f"layer {layer}" if layer else "the recurrent head" for layer in stats.tokens_by_exit}
+    exits = ", ".join(f"{count} from {names[layer]}" for layer, count in stats.tokens_by_exit.items())
     print(
         f"Acceptance rate {stats.acceptance_rate:.0%} "
         f"({stats.num_accepted} of {stats.num_drafted} drafted tokens: {exits}), "
