@@ -31,7 +31,7 @@ from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
-CHAIN_LENGTH = 4  # of a head whose drafts cost no trunk layers: a fifth token is right in one chain of eight
+CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
 
 

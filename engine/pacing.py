@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SHARE = 0.01  # of decoding time, that trials may cost
-CREDIT_STEPS = 2.0  # plain steps that one trial may lose before it is given up
+SHARE = 0.02  # of decoding time, that trials may cost
+CREDIT_STEPS = 4.0  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
