@@ -1,0 +1,129 @@
+"""The product of a decode step: 16 rows by some columns of a weight, always in the same order.
+
+    y[r, n] = sum_k x[r, k] w[n, k]
+
+A row's result depends on its own x and on nothing else: every launch multiplies tiles of exactly 16 rows with one
+instruction, in one order of k, whatever number of the rows is real (design rule 2). Rows that are not live are read as
+zeros. With SPLIT above 1 the k of a tile is dealt to SPLIT partial products in turn, BK at a time, which the warps of a
+program work on side by side; they are added at the end by a fixed tree.
+
+A decode step is bound by latency: a chain of 36 dependent products (K = 576) takes half a microsecond, so dealing k
+out pays although the arithmetic is negligible.
+
+Norms are deferred to the consumer. A producer of the residual stream h stores x = h * norm_weight, unnormalised, and
+per tile of columns the sum (and for LayerNorm the plain sum) of h, so that
+
+    RMSNorm(h) W^T   = r (x W^T),                       r = (sum h^2 / D + eps)^-1/2
+    LayerNorm(h) W^T = r (x W^T - m u) + c,             m = sum h / D,  r = (sum h^2 / D - m^2 + eps)^-1/2
+
+with u = W norm_weight and c = W norm_bias made once. So no step waits for a whole row before it can multiply.
+
+These are device functions: the operations that use them have launchers, references and tests.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch paths run
+    triton = None
+
+BLOCK_ROWS = 16
+FLOAT16_SCALE = 2.0**-4  # x of fp16 models is stored so much smaller: h * norm_weight outgrows fp16 in some models
+
+
+def x_scale(dtype: torch.dtype) -> float:
+    """Factor (a power of two) on stored x, for `row_scale` to take out again."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s input_precision: fp32 models multiply in fp32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+if triton is not None:
+
+    @triton.jit
+    def pdl_begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Let the next kernel start: it may prefetch weights, and waits before it touches anything of ours."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def pdl_wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Wait until all kernels before this one are done and their stores visible."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def prefetch(pointers, mask, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Ask for the cache lines at `pointers` (one a line of 128 bytes) to be brought into L2."""
+        if PDL:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.s32 $0, 0; }",
+                "=r,l,r", [pointers, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+    @triton.jit
+    def prefetch_columns(w, cols, num_cols, K: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+        """Prefetch w[cols, :K]; LINE elements are 128 bytes, BLOCK_L >= K / LINE a power of two."""
+        if PDL:
+            at = tl.arange(0, BLOCK_L) * LINE
+            pointers = w + cols[:, None].to(tl.int64) * K + at[None, :]
+            prefetch(pointers, (cols < num_cols)[:, None] & (at < K)[None, :], PDL)
+
+    @triton.jit
+    def tile_product(  # type: ignore[no-untyped-def]
+        x, w, rows, cols, live, num_cols, K: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """fp32 [16, BN]: x[rows, :K] @ w[cols, :K].T; `live` bool [16], columns from num_cols on give zero."""
+        k = tl.arange(0, BK)
+        x_rows = x + rows.to(tl.int64) * K
+        w_rows = w + cols.to(tl.int64) * K
+        inside = cols < num_cols
+        if SPLIT == 1:
+            total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+            for start in range(0, K, BK):
+                at = start + k
+                a = tl.load(x_rows[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0)
+                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & (at < K)[:, None], other=0.0)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+            return total
+        else:
+            part = tl.arange(0, SPLIT)
+            parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
+            for start in range(0, K, SPLIT * BK):
+                at = start + part[:, None] * BK + k[None, :]
+                a = tl.load(
+                    x_rows[None, :, None] + at[:, None, :],
+                    mask=live[None, :, None] & (at < K)[:, None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    w_rows[None, None, :] + at[:, :, None],
+                    mask=inside[None, None, :] & (at < K)[:, :, None],
+                    other=0.0,
+                )
+                parts = tl.dot(a, b, parts, input_precision=PRECISION)
+            return tl.sum(parts, 0)
+
+    @triton.jit
+    def row_scale(  # type: ignore[no-untyped-def]
+        stats, rows, live, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, eps,
+        X_SCALE: tl.constexpr, LAYER_NORM: tl.constexpr,
+    ):  # fmt: skip
+        """(r / X_SCALE, m) fp32 [16] of rows, from stats [R, 2, NUM_STATS]: sums of h^2, and of h for LayerNorm."""
+        part = tl.arange(0, BLOCK_S)
+        mask = live[:, None] & (part < NUM_STATS)[None, :]
+        pointers = stats + rows[:, None].to(tl.int64) * (2 * NUM_STATS) + part[None, :]
+        square = tl.sum(tl.load(pointers, mask=mask, other=0.0), 1) / D
+        mean = tl.zeros_like(square)
+        if LAYER_NORM:
+            mean = tl.sum(tl.load(pointers + NUM_STATS, mask=mask, other=0.0), 1) / D
+            square -= mean * mean
+        return 1.0 / (tl.sqrt(square + eps) * X_SCALE), mean
