@@ -78,35 +78,40 @@ if triton is not None:
 
     @triton.jit
     def tile_product(  # type: ignore[no-untyped-def]
-        x, w, rows, cols, live, num_cols, K: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-        PRECISION: tl.constexpr,
+        x, w, rows, cols, live, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """fp32 [16, BN]: x[rows, :K] @ w[cols, :K].T; `live` bool [16], columns from num_cols on give zero."""
+        """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
+        with SHARE = K, first = 0. `live` bool [16]; columns from num_cols on give zero."""
         k = tl.arange(0, BK)
         x_rows = x + rows.to(tl.int64) * K
         w_rows = w + cols.to(tl.int64) * K
         inside = cols < num_cols
         if SPLIT == 1:
             total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, K, BK):
+            for start in range(0, SHARE, BK):
                 at = start + k
-                a = tl.load(x_rows[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0)
-                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & (at < K)[:, None], other=0.0)
+                real = (at < SHARE) & (first + at < K)
+                at += first
+                a = tl.load(x_rows[:, None] + at[None, :], mask=live[:, None] & real[None, :], other=0.0)
+                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
             return total
         else:
             part = tl.arange(0, SPLIT)
             parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, K, SPLIT * BK):
+            for start in range(0, SHARE, SPLIT * BK):
                 at = start + part[:, None] * BK + k[None, :]
+                real = (at < SHARE) & (first + at < K)
+                at += first
                 a = tl.load(
                     x_rows[None, :, None] + at[:, None, :],
-                    mask=live[None, :, None] & (at < K)[:, None, :],
+                    mask=live[None, :, None] & real[:, None, :],
                     other=0.0,
                 )
                 b = tl.load(
                     w_rows[None, None, :] + at[:, :, None],
-                    mask=inside[None, None, :] & (at < K)[:, :, None],
+                    mask=inside[None, None, :] & real[:, :, None],
                     other=0.0,
                 )
                 parts = tl.dot(a, b, parts, input_precision=PRECISION)

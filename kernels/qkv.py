@@ -1,0 +1,222 @@
+"""Attention's way in: norm scale, QKV projection, bias, norms of q and k, rotary embedding, keys and values stored.
+
+    y = norm(h) W^T + b          (the norm deferred, see `tile.py`)
+    q, k: RMSNorm over each head where the family has it, then with pairs (i, j = i + rotary_dim / 2)
+        y_i' = y_i cos - y_j sin,    y_j' = y_j cos + y_i sin
+
+One program makes some pairs of one head for 16 rows, so both places of a pair are at hand; with norms over heads it
+makes the whole head. Keys and values go to each row's own slot, rounded to the cache's dtype. One pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer_shape import LayerShape
+from .rows import Rows
+from .tile import BLOCK_ROWS, precision, x_scale
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+except ImportError:
+    triton = None
+
+
+def qkv_reference(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    qk_norm: tuple[Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    shape: LayerShape,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[R, H, d]`, k and v `[R, KV, d]` in fp32, from the arguments of `qkv` and the rows' positions."""
+    y = normed_product(x, stats, weight, bias, shift, shape)
+    y = y.view(len(x), -1, shape.head_dim)
+    q, k, v = y.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
+    if qk_norm is not None:
+        q, k = (
+            F.rms_norm(t, (shape.head_dim,), w.float(), shape.norm_eps) for t, w in zip((q, k), qk_norm, strict=True)
+        )
+    cos, sin = cos[positions.long()].unsqueeze(1), sin[positions.long()].unsqueeze(1)
+
+    def turn(t: Tensor) -> Tensor:
+        head, rest = t[..., : shape.rotary_dim], t[..., shape.rotary_dim :]
+        return torch.cat([head * cos + head.roll(shape.rotary_dim // 2, -1) * sin, rest], -1)
+
+    return turn(q), turn(k), v
+
+
+def normed_product(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, shape: LayerShape
+) -> Tensor:
+    """`norm(h) W^T + b` `[R, N]` fp32 from stored x and stats, as `tile.py` defines them."""
+    square = stats[:, 0].float().sum(-1) / shape.hidden_size
+    y = x.float() @ weight.float().T / x_scale(x.dtype)
+    if shape.layer_norm:
+        mean = stats[:, 1].float().sum(-1) / shape.hidden_size
+        square = square - mean * mean
+        assert shift is not None
+        y = y - mean.unsqueeze(1) * shift
+    y = y * (square + shape.norm_eps).rsqrt().unsqueeze(1)
+    return y if bias is None else y + bias.float()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _qkv_kernel(  # type: ignore[no-untyped-def]
+        x, stats, weight, bias, shift, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache,
+        live_of, sequence_of, position_of, slot_of,
+        cache_sequence, cache_head, cache_slot, eps,
+        D: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+        ROTARY_DIM: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
+        HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
+        PRECISION: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    ):  # fmt: skip
+        pdl_begin(PDL)
+        HALF: tl.constexpr = HEAD_DIM // 2
+        ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
+        TILES: tl.constexpr = (HALF + BLOCK_P - 1) // BLOCK_P
+        num_cols = (NUM_HEADS + 2 * NUM_KV) * HEAD_DIM
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        head = tl.program_id(1) // TILES
+        first_pair = (tl.program_id(1) % TILES) * BLOCK_P
+
+        # both places of every pair, the first ones in front
+        both = tl.arange(0, 2 * BLOCK_P)
+        pair = first_pair + both % BLOCK_P
+        second = both // BLOCK_P
+        rotated = pair < ROTARY_HALF
+        place = tl.where(
+            rotated,
+            pair + second * ROTARY_HALF,
+            pair + ROTARY_HALF + second * ((HEAD_DIM - ROTARY_DIM) // 2),
+        )
+        cols = tl.where(pair < HALF, head * HEAD_DIM + place, num_cols)
+        prefetch_columns(weight, cols, num_cols, D, LINE, BLOCK_L, PDL)
+        pdl_wait(PDL)
+
+        live = tl.load(live_of + rows) != 0
+        position = tl.load(position_of + rows, mask=live, other=0)
+        y = tile_product(x, weight, rows, cols, live, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+        scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
+        inside = cols < num_cols
+        if LAYER_NORM:
+            y = (
+                y * scale[:, None]
+                - (mean * scale * X_SCALE)[:, None] * tl.load(shift + cols, mask=inside, other=0.0)[None, :]
+            )
+        else:
+            y = y * scale[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias + cols, mask=inside, other=0.0)[None, :].to(tl.float32)
+        a, b = tl.split(tl.permute(tl.reshape(y, [BM, 2, BLOCK_P]), [0, 2, 1]))
+
+        pair = first_pair + tl.arange(0, BLOCK_P)
+        held = pair < HALF
+        rotated = pair < ROTARY_HALF
+        place_a = tl.where(rotated, pair, pair + ROTARY_HALF)
+        place_b = tl.where(rotated, pair + ROTARY_HALF, pair + ROTARY_HALF + (HEAD_DIM - ROTARY_DIM) // 2)
+        if head < NUM_HEADS + NUM_KV:
+            if QK_NORM:
+                norm = q_norm if head < NUM_HEADS else k_norm
+                spread = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
+                a = a * spread[:, None] * tl.load(norm + place_a, mask=held, other=0.0)[None, :]
+                b = b * spread[:, None] * tl.load(norm + place_b, mask=held, other=0.0)[None, :]
+            turned = live[:, None] & rotated[None, :]
+            angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
+            c = tl.load(cos + angle, mask=turned, other=1.0)
+            s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
+            a, b = a * c - b * s, b * c + a * s
+        stored = live[:, None] & held[None, :]
+        if head < NUM_HEADS:
+            to = q_out + rows[:, None].to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+            tl.store(to + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
+            tl.store(to + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
+        else:
+            sequence = tl.load(sequence_of + rows, mask=live, other=0).to(tl.int64)
+            slot = tl.load(slot_of + rows, mask=live, other=0).to(tl.int64)
+            cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
+            kv_head = (head - NUM_HEADS) % NUM_KV
+            to = cache + sequence * cache_sequence + kv_head * cache_head + slot * cache_slot
+            tl.store(to[:, None] + place_a[None, :], a.to(cache.dtype.element_ty), mask=stored)
+            tl.store(to[:, None] + place_b[None, :], b.to(cache.dtype.element_ty), mask=stored)
+
+
+def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
+    """Pairs a program, depth of a product, partial products, warps, stages."""
+    if shape.qk_norm:
+        pairs = triton.next_power_of_2(max(8, shape.head_dim // 2))
+    else:
+        pairs = 8
+    if dtype == torch.float32:
+        return {"BLOCK_P": max(8, pairs), "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_P": pairs, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+
+
+def qkv(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    qk_norm: tuple[Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Rows,
+    shape: LayerShape,
+    *,
+    pdl: bool = False,
+    settings: dict[str, int] | None = None,
+) -> None:
+    """Make q, and store k and v, of every live row.
+
+    Args:
+        x: `[R, D]`, h times norm weight, times `x_scale(dtype)`.
+        stats: `[R, 2, S]` fp32, see `tile.row_scale`.
+        weight: `[(H + 2 KV) d, D]`, all q heads, then k, then v.
+        bias: `[(H + 2 KV) d]` or None; for LayerNorm with the norm's own bias multiplied in.
+        shift: `[(H + 2 KV) d]` fp32, W times norm weight; LayerNorm only.
+        qk_norm: weights of the norms over heads `[d]` fp32 each.
+        cos, sin: tables `[P, rotary_dim]` fp32 by position; the first half of sin is negated.
+        q_out: `[R, H d]`, overwritten.
+        k_cache, v_cache: `[B, KV, S, d]` of one layer, equal strides.
+        rows: where each row stands.
+        shape: of the layer.
+        pdl: programmatic dependent launch.
+        settings: in place of the table's.
+    """
+    bm = BLOCK_ROWS
+    chosen = _settings(shape, x.dtype) if settings is None else settings
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
+        raise ValueError("expected caches of equal strides and a last axis without gaps")
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    tiles = triton.cdiv(shape.head_dim // 2, chosen["BLOCK_P"])
+    if shape.qk_norm and tiles > 1:
+        raise ValueError(f"a norm over heads of {shape.head_dim} needs BLOCK_P >= {shape.head_dim // 2}")
+    line = 128 // weight.element_size()
+    _qkv_kernel[(len(rows) // bm, heads * tiles)](
+        x, stats, weight, bias, shift, *(qk_norm or (None, None)), cos, sin, q_out, k_cache, v_cache,
+        rows.live, rows.sequence, rows.position, rows.slot,
+        *k_cache.stride()[:3], shape.norm_eps,
+        D=shape.hidden_size, NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, HEAD_DIM=shape.head_dim,
+        ROTARY_DIM=shape.rotary_dim, NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
+        HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), LINE=line,
+        BLOCK_L=triton.next_power_of_2(triton.cdiv(shape.hidden_size, line)), PDL=pdl, BM=bm, **chosen,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

@@ -1,0 +1,242 @@
+"""The ways back to the residual stream: a projection, its bias, the residual, and what the next norm needs.
+
+    y = a W^T + b,    h' = h + y,    x' = h' * next_weight * x_scale,    stats' = per tile: sum h'^2, sum h'
+
+`x'` and `stats'` are the deferred norm of the next consumer (see `tile.py`). Families that normalise y itself before it
+is added (Gemma 2, 3) store y and its stats instead, and `post_norm` does the rest in a second kernel.
+
+A program makes BN columns of 16 rows. With PARTS above 1 the k of a tile is shared by so many programs; the one that
+finishes last (an integer counter tells) adds the parts in order, so no number depends on which one it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+from .tile import BLOCK_ROWS, precision, x_scale
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+except ImportError:
+    triton = None
+
+
+def residual_linear_reference(
+    a: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None, next_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(h', sums [R, 2], x')` in fp32 from the arguments of `residual_linear`; the sums are over all columns, x' is
+    not yet rounded or scaled."""
+    y = a.float() @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    if hidden is not None:
+        y = y + hidden
+    return y, torch.stack([(y * y).sum(-1), y.sum(-1)], 1), None if next_weight is None else y * next_weight
+
+
+def post_norm_reference(y: Tensor, weight: Tensor, hidden: Tensor, eps: float) -> Tensor:
+    """`hidden + RMSNorm(y) * weight`, fp32."""
+    return hidden + torch.nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _leave(  # type: ignore[no-untyped-def]
+        h, rows, cols, live, tile, out, next_weight, x_next, second_weight, x_second, stats,
+        D: tl.constexpr, NUM_TILES: tl.constexpr, STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
+    ):  # fmt: skip
+        """Store h [16, BN], its stats, and x of the NORMS that read it; columns beyond D hold zeros."""
+        inside = live[:, None] & (cols < D)[None, :]
+        at = rows[:, None].to(tl.int64) * D + cols[None, :]
+        tl.store(out + at, h, mask=inside)
+        if NORMS > 0:
+            w = tl.load(next_weight + cols, mask=cols < D, other=0.0)
+            tl.store(x_next + at, (h * w[None, :] * X_SCALE).to(x_next.dtype.element_ty), mask=inside)
+        if NORMS > 1:
+            w = tl.load(second_weight + cols, mask=cols < D, other=0.0)
+            tl.store(x_second + at, (h * w[None, :] * X_SCALE).to(x_second.dtype.element_ty), mask=inside)
+        if STATS:
+            to = stats + rows.to(tl.int64) * (2 * NUM_TILES) + tile
+            tl.store(to, tl.sum(h * h, 1), mask=live)
+            tl.store(to + NUM_TILES, tl.sum(h, 1), mask=live)
+
+    @triton.jit
+    def _residual_kernel(  # type: ignore[no-untyped-def]
+        a, weight, bias, hidden, out, next_weight, x_next, second_weight, x_second, stats, parts, arrived, live_of,
+        K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+        STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+        LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        pdl_begin(PDL)
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        tile = tl.program_id(1)
+        cols = tile * BN + tl.arange(0, BN)
+        if PARTS == 1:
+            prefetch_columns(weight, cols, D, K, LINE, BLOCK_L, PDL)
+        pdl_wait(PDL)
+        live = tl.load(live_of + rows) != 0
+        if PARTS == 1:
+            y = tile_product(a, weight, rows, cols, live, D, K, K, 0, BK, SPLIT, PRECISION)
+            finish = True
+        else:
+            SHARE: tl.constexpr = ((K + PARTS - 1) // PARTS + 63) // 64 * 64
+            y = tile_product(a, weight, rows, cols, live, D, K, SHARE, tl.program_id(2) * SHARE, BK, SPLIT, PRECISION)
+            own = tl.program_id(0) * NUM_TILES + tile
+            place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            mine = parts + own.to(tl.int64) * (PARTS * BM * BN) + place
+            tl.store(mine + tl.program_id(2) * (BM * BN), y)
+            tl.debug_barrier()
+            finish = tl.atomic_add(arrived + own, 1, sem="acq_rel") == PARTS - 1
+            if finish:
+                tl.debug_barrier()
+                tl.store(arrived + own, 0)
+                y = tl.load(mine, cache_modifier=".cg")
+                for i in tl.static_range(1, PARTS):
+                    y += tl.load(mine + i * (BM * BN), cache_modifier=".cg")
+        if finish:
+            inside = live[:, None] & (cols < D)[None, :]
+            if HAS_BIAS:
+                y += tl.load(bias + cols, mask=cols < D, other=0.0)[None, :].to(tl.float32)
+            if RESIDUAL:
+                y += tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
+            _leave(
+                y, rows, cols, live, tile, out, next_weight, x_next, second_weight, x_second, stats,
+                D, NUM_TILES, STATS, NORMS, X_SCALE,
+            )  # fmt: skip
+
+    @triton.jit
+    def _post_norm_kernel(  # type: ignore[no-untyped-def]
+        y, y_stats, weight, hidden, out, next_weight, x_next, stats, live_of, eps,
+        D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, NUM_TILES: tl.constexpr,
+        X_SCALE: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        pdl_begin(PDL)
+        pdl_wait(PDL)
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        cols = tl.program_id(1) * BN + tl.arange(0, BN)
+        live = tl.load(live_of + rows) != 0
+        inside = live[:, None] & (cols < D)[None, :]
+        at = rows[:, None].to(tl.int64) * D + cols[None, :]
+        scale, _ = row_scale(y_stats, rows, live, NUM_STATS, BLOCK_S, D, eps, 1.0, False)
+        w = tl.load(weight + cols, mask=cols < D, other=0.0)
+        h = tl.load(y + at, mask=inside, other=0.0) * scale[:, None] * w[None, :]
+        h += tl.load(hidden + at, mask=inside, other=0.0)
+        _leave(
+            h, rows, cols, live, tl.program_id(1), out, next_weight, x_next, next_weight, x_next, stats,
+            D, NUM_TILES, True, 1, X_SCALE,
+        )  # fmt: skip
+
+
+class Parts:
+    """Where programs that share a tile leave their sums; counters are zero between launches."""
+
+    def __init__(self, num_rows: int, width: int, most: int, device: torch.device | str) -> None:
+        """Args: `most`, the largest PARTS; room for any tile of at least 8 columns."""
+        tiles = num_rows // BLOCK_ROWS * -(-width // 8)
+        self.sums = torch.empty(tiles * most * BLOCK_ROWS * 8 * 2 if most > 1 else 1, device=device)
+        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def column_tiles(width: int, dtype: torch.dtype, k: int) -> int:
+    """Tiles of columns, S of the stats that `residual_linear` leaves for this weight `[width, k]`."""
+    return triton.cdiv(width, _settings(width, k, dtype)["BN"])
+
+
+def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+    """Columns a program, depth of a product, partial products, programs a tile, warps, stages."""
+    if dtype == torch.float32:
+        return {"BN": 16, "BK": 32, "SPLIT": 1, "PARTS": 1, "num_warps": 4, "num_stages": 2}
+    return {"BN": 16, "BK": 64, "SPLIT": 4, "PARTS": 1, "num_warps": 4, "num_stages": 4}
+
+
+def residual_linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    *,
+    next_norms: tuple[tuple[Tensor, Tensor], ...] = (),
+    stats: Tensor | None = None,
+    parts: Parts | None = None,
+    pdl: bool = False,
+    settings: dict[str, int] | None = None,
+) -> None:
+    """Project every live row back to the residual stream.
+
+    Args:
+        a: `[R, K]` in the model's dtype.
+        weight: `[D, K]`.
+        bias: `[D]` or None.
+        hidden: `[R, D]` fp32, the stream before; None stores the projection itself, for `post_norm`.
+        out: `[R, D]` fp32, the stream after; may be `hidden`.
+        rows: which rows are live.
+        next_norms: `(norm weight [D] fp32, x [R, D] to be overwritten)` of the one or two norms that read the stream
+            next. None of them: only `out` is written.
+        stats: `[R, 2, column_tiles(...)]` fp32, overwritten; needed with `next_norms`.
+        parts: scratch, needed where the settings share a tile's k.
+        pdl, settings: as in `qkv`.
+    """
+    width, k = weight.shape
+    chosen = _settings(width, k, a.dtype) if settings is None else settings
+    tiles = triton.cdiv(width, chosen["BN"])
+    if stats is not None and stats.shape[2] != tiles:
+        raise ValueError(f"stats have {stats.shape[2]} tiles, expected {tiles}")
+    if chosen["PARTS"] > 1 and parts is None:
+        raise ValueError("settings with PARTS above 1 need scratch: Parts(...)")
+    if len(next_norms) > 2 or (next_norms and stats is None):
+        raise ValueError(f"{len(next_norms)} next norms, stats {'not ' if stats is None else ''}given")
+    first = next_norms[0] if next_norms else (out, out)
+    second = next_norms[1] if len(next_norms) == 2 else first
+    line = 128 // weight.element_size()
+    _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
+        a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
+        out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
+        K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
+        STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
+        LINE=line, BLOCK_L=triton.next_power_of_2(triton.cdiv(k, line)), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def post_norm(
+    y: Tensor,
+    y_stats: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    rows: Rows,
+    eps: float,
+    *,
+    next_norm: tuple[Tensor, Tensor],
+    stats: Tensor,
+    pdl: bool = False,
+) -> None:
+    """`out = hidden + RMSNorm(y) * weight`, with what the next norm needs.
+
+    Args:
+        y, y_stats: of `residual_linear` without `hidden`.
+        weight: `[D]` fp32.
+        hidden, out: `[R, D]` fp32.
+        next_norm, stats: as in `residual_linear`; `stats [R, 2, S]` for any S that divides the columns into tiles of a
+            power of two.
+    """
+    width = y.shape[1]
+    block = max(16, triton.next_power_of_2(triton.cdiv(width, stats.shape[2])))
+    tiles = triton.cdiv(width, block)
+    if tiles != stats.shape[2]:
+        raise ValueError(f"stats have {stats.shape[2]} tiles, expected {tiles} of {block} columns")
+    _post_norm_kernel[(len(rows) // BLOCK_ROWS, tiles)](
+        y, y_stats, weight, hidden, out, *next_norm, stats, rows.live, eps,
+        D=width, NUM_STATS=y_stats.shape[2], BLOCK_S=triton.next_power_of_2(y_stats.shape[2]), NUM_TILES=tiles,
+        X_SCALE=x_scale(next_norm[1].dtype), PDL=pdl, BM=BLOCK_ROWS, BN=block,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

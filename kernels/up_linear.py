@@ -1,0 +1,137 @@
+"""The MLP's way in: norm scale, gate and up projections, activation.
+
+    gated:  a = act(g) * u,  g = norm(h) W_gate^T + b,  u = norm(h) W_up^T + b
+    plain:  a = act(norm(h) W_up^T + b)
+
+with the norm deferred (see `tile.py`). One program makes some neurons of 16 rows, gate and up of the same ones. One
+pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer_shape import LayerShape
+from .qkv import normed_product
+from .rows import Rows
+from .tile import BLOCK_ROWS, precision, x_scale
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+except ImportError:
+    triton = None
+
+
+def up_linear_reference(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, shape: LayerShape
+) -> Tensor:
+    """fp32 `[R, FF]` from the arguments of `up_linear`."""
+    y = normed_product(x, stats, weight, bias, shift, shape)
+    act = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    }[shape.activation]
+    if not shape.gated:
+        return act(y)
+    gate, up = y.chunk(2, -1)
+    return act(gate) * up
+
+
+if triton is not None:
+
+    @triton.jit
+    def _activate(y, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+        if ACTIVATION == "silu":
+            return y / (1.0 + tl.exp(-y))
+        elif ACTIVATION == "gelu_tanh":
+            inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+            return y - y / (tl.exp(2.0 * inner) + 1.0)  # y/2 (1 + tanh(inner))
+        else:
+            return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+
+    @triton.jit
+    def _up_kernel(  # type: ignore[no-untyped-def]
+        x, stats, weight, bias, shift, out, live_of, eps,
+        D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
+        GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
+        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    ):  # fmt: skip
+        pdl_begin(PDL)
+        WAYS: tl.constexpr = 2 if GATED else 1
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        both = tl.arange(0, WAYS * BN)
+        neuron = tl.program_id(1) * BN + both % BN
+        cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
+        prefetch_columns(weight, cols, WAYS * FF, D, LINE, BLOCK_L, PDL)
+        pdl_wait(PDL)
+
+        live = tl.load(live_of + rows) != 0
+        y = tile_product(x, weight, rows, cols, live, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
+        scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
+        inside = cols < WAYS * FF
+        if LAYER_NORM:
+            y = (
+                y * scale[:, None]
+                - (mean * scale * X_SCALE)[:, None] * tl.load(shift + cols, mask=inside, other=0.0)[None, :]
+            )
+        else:
+            y = y * scale[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias + cols, mask=inside, other=0.0)[None, :].to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [BM, 2, BN]), [0, 2, 1]))
+            y = _activate(gate, ACTIVATION) * up
+        else:
+            y = _activate(y, ACTIVATION)
+        neuron = tl.program_id(1) * BN + tl.arange(0, BN)
+        to = out + rows[:, None].to(tl.int64) * FF + neuron[None, :]
+        tl.store(to, y.to(out.dtype.element_ty), mask=live[:, None] & (neuron < FF)[None, :])
+
+
+def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
+    """Neurons a program, depth of a product, partial products, warps, stages."""
+    if dtype == torch.float32:
+        return {"BN": 16, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    return {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+
+
+def up_linear(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    shape: LayerShape,
+    *,
+    pdl: bool = False,
+    settings: dict[str, int] | None = None,
+) -> None:
+    """Make the MLP's inner activations of every live row.
+
+    Args:
+        x, stats, shift: as in `qkv`.
+        weight: `[2 FF, D]`, gate rows first, or `[FF, D]` for a plain MLP.
+        bias: of the same length, or None; for LayerNorm with the norm's own bias multiplied in.
+        out: `[R, FF]` in the model's dtype, overwritten.
+        rows, shape, pdl, settings: as in `qkv`.
+    """
+    chosen = _settings(shape, x.dtype) if settings is None else settings
+    line = 128 // weight.element_size()
+    _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
+        x, stats, weight, bias, shift, out, rows.live, shape.norm_eps,
+        D=shape.hidden_size, FF=shape.intermediate_size,
+        NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
+        GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), LINE=line,
+        BLOCK_L=triton.next_power_of_2(triton.cdiv(shape.hidden_size, line)), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

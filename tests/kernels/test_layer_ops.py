@@ -1,0 +1,277 @@
+"""The operations of a decoder layer against their references.
+
+Regimes: 1 to 16 live rows in one or two tiles, dead rows between live ones; widths that are no power of two and no
+multiple of a block; biases, LayerNorm (deferred means), norms over heads, partial rotary, wide norms' two readers,
+shared tiles (PARTS); grouped heads 1, 3, 4; windows inside and across splits; soft-caps; contexts of one and several
+splits; trees whose siblings share a position; everything a row must not see poisoned with NaN. Without a GPU the
+kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
+
+Planted bugs that these tests were seen to catch: norms scaled by the other row's r, the mean not taken off, sin of the
+wrong half, path read without the base, a window one too long, parts added twice, a key one slot off.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from skipstone.kernels import tile as core
+from skipstone.kernels.embed_rows import embed_rows, embed_rows_reference, lay_rows, lay_rows_reference
+from skipstone.kernels.layer_shape import LayerShape
+from skipstone.kernels.qkv import qkv, qkv_reference
+from skipstone.kernels.residual_linear import (
+    Parts,
+    column_tiles,
+    post_norm,
+    post_norm_reference,
+    residual_linear,
+    residual_linear_reference,
+)
+from skipstone.kernels.rows import Rows
+from skipstone.kernels.tree_attention import SPLIT_LEN, AttentionScratch, tree_attention, tree_attention_reference
+from skipstone.kernels.up_linear import up_linear, up_linear_reference
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        core.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
+        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
+    ),
+    *([pytest.mark.gpu] if ON_GPU else []),
+]
+# the interpreter's bf16 arithmetic is wrong, so bf16 is for GPUs only
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+# Sums in another order (fp32); inputs, weights of attention and results rounded to the dtype (half types).
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LLAMA = LayerShape(96, 80, 6, 2, 16, 16, 1e-5, 0.25)
+NEOX = LayerShape(64, 100, 4, 4, 16, 4, 1e-5, 0.25, layer_norm=True, gated=False, activation="gelu")
+GEMMA = LayerShape(80, 72, 4, 1, 24, 24, 1e-6, 0.2, softcap=5.0, qk_norm=True, activation="gelu_tanh")
+SHAPES = [LLAMA, NEOX, GEMMA]
+
+
+def near(given: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    expected = expected.to(given.device)
+    assert torch.isfinite(given.float()).all()
+    error = (given.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-9)
+    assert error < TOLERANCES[dtype], f"relative error {error:.2e}"
+
+
+def drawn(*size: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
+
+
+def some_rows(live: list[int], num_rows: int = 32, context: int = 90) -> Rows:
+    """Rows of two sequences at different positions; dead ones hold what would crash if it were used."""
+    rows = Rows.empty(num_rows, "cpu")
+    for tensor in (rows.sequence, rows.position, rows.slot, rows.base):
+        tensor.fill_(10**6)
+    for r in live:
+        rows.live[r], rows.sequence[r] = 1, r // 16
+        rows.position[r] = rows.slot[r] = context - 40 + r
+        rows.base[r] = rows.position[r]
+    return Rows(*(t.to(DEVICE) for t in (rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path)))
+
+
+def deferred(shape: LayerShape, dtype: torch.dtype, num_rows: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A residual stream with a mean, a norm weight, and what its producer leaves: x and stats of 3 tiles."""
+    hidden, norm = drawn(num_rows, shape.hidden_size, seed=1) + 0.5, drawn(shape.hidden_size, seed=2) + 1.0
+    tiles = torch.tensor_split(hidden, 3, 1)
+    stats = torch.stack([torch.stack([(t * t).sum(1), t.sum(1)], 1) for t in tiles], 2)
+    return hidden, norm, (hidden * norm * core.x_scale(dtype)).to(dtype), stats.contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.activation)
+@pytest.mark.parametrize("live", [[0], [3, 15, 16, 31], list(range(32))], ids=["one", "some", "all"])
+def test_qkv(shape: LayerShape, dtype: torch.dtype, live: list[int]) -> None:
+    context = 90
+    rows = some_rows(live, context=context)
+    _, _, x, stats = deferred(shape, dtype)
+    size = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    weight = drawn(size, shape.hidden_size, seed=3, scale=0.1).to(dtype)
+    bias = drawn(size, seed=4).to(dtype)
+    shift = drawn(size, seed=5) if shape.layer_norm else None
+    qk_norm = (drawn(shape.head_dim, seed=6) + 1, drawn(shape.head_dim, seed=7) + 1) if shape.qk_norm else None
+    half = torch.arange(shape.rotary_dim // 2, device=DEVICE) + 1.0
+    angles = torch.arange(context, device=DEVICE).unsqueeze(1) / half
+    cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([-angles.sin(), angles.sin()], 1)
+    q_out = torch.full((32, shape.num_heads * shape.head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    caches = torch.full((2, 2, shape.num_kv_heads, context, shape.head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    qkv(x, stats, weight, bias, shift, qk_norm, cos, sin, q_out, *caches, rows, shape)
+    at = rows.position.clamp(max=context - 1)
+    q, k, v = qkv_reference(x, stats, weight, bias, shift, qk_norm, cos, sin, at, shape)
+    near(q_out[live], q.flatten(1)[live], dtype)
+    sequence, slot = rows.sequence[live].long(), rows.slot[live].long()
+    near(caches[0][sequence, :, slot], k[live], dtype)
+    near(caches[1][sequence, :, slot], v[live], dtype)
+    assert int(caches[0].isfinite().sum()) == len(live) * shape.num_kv_heads * shape.head_dim
+    dead = [r for r in range(32) if r not in live]
+    assert q_out[dead].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.activation)
+def test_up(shape: LayerShape, dtype: torch.dtype) -> None:
+    live = [0, 5, 31]
+    _, _, x, stats = deferred(shape, dtype)
+    size = shape.intermediate_size * (2 if shape.gated else 1)
+    weight = drawn(size, shape.hidden_size, seed=3, scale=0.1).to(dtype)
+    bias = None if shape is LLAMA else drawn(size, seed=4).to(dtype)
+    shift = drawn(size, seed=5) if shape.layer_norm else None
+    out = torch.full((32, shape.intermediate_size), float("nan"), dtype=dtype, device=DEVICE)
+    up_linear(x, stats, weight, bias, shift, out, some_rows(live), shape)
+    near(out[live], up_linear_reference(x, stats, weight, bias, shift, shape)[live], dtype)
+    assert int(out.isfinite().all(1).sum()) == len(live)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("num_norms", [0, 1, 2])
+def test_residual(dtype: torch.dtype, parts: int, num_norms: int) -> None:
+    live, width, k = [0, 7, 16, 31], 72, 200
+    a, weight = drawn(32, k, seed=1).to(dtype), drawn(width, k, seed=2, scale=0.1).to(dtype)
+    bias = drawn(width, seed=3).to(dtype) if num_norms else None
+    hidden, norms = drawn(32, width, seed=4), [drawn(width, seed=5 + i) + 1 for i in range(num_norms)]
+    xs = [torch.full((32, width), float("nan"), dtype=dtype, device=DEVICE) for _ in norms]
+    settings = {"BN": 16, "BK": 32, "SPLIT": 2 if dtype != torch.float32 else 1, "PARTS": parts, "num_warps": 2}
+    stats = torch.full((32, 2, 5), float("nan"), device=DEVICE)
+    before = None if num_norms == 0 else hidden
+    scratch = Parts(32, width, 3, DEVICE)
+    for _ in range(2):  # the counters are ready for the next launch
+        out = torch.full((32, width), float("nan"), device=DEVICE)
+        residual_linear(
+            a, weight, bias, before, out, some_rows(live), stats=stats, parts=scratch, settings=settings,
+            next_norms=tuple(zip(norms, xs, strict=True)),
+        )  # fmt: skip
+        y, sums, _ = residual_linear_reference(a, weight, bias, before, None)
+        near(out[live], y[live], dtype)
+        near(stats[live].sum(-1), sums[live], dtype)
+        for norm, x in zip(norms, xs, strict=True):
+            near(x[live] / core.x_scale(dtype), (y * norm)[live], dtype)
+            assert int(x.isfinite().all(1).sum()) == len(live)
+        assert int(out.isfinite().all(1).sum()) == len(live)
+    assert not scratch.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_post_norm(dtype: torch.dtype) -> None:
+    live, width, k = [0, 7, 31], 72, 64
+    a, weight = drawn(32, k, seed=1).to(dtype), drawn(width, k, seed=2, scale=0.1).to(dtype)
+    hidden, post, following = drawn(32, width, seed=4), drawn(width, seed=5), drawn(width, seed=6)
+    y, y_stats = torch.empty(32, width, device=DEVICE), torch.empty(32, 2, column_tiles(width, dtype, k), device=DEVICE)
+    residual_linear(a, weight, None, None, y, some_rows(live), stats=y_stats)
+    out, stats = torch.full_like(y, float("nan")), torch.full((32, 2, 3), float("nan"), device=DEVICE)
+    x = torch.full((32, width), float("nan"), dtype=dtype, device=DEVICE)
+    post_norm(y, y_stats, post, hidden, out, some_rows(live), 1e-6, next_norm=(following, x), stats=stats)
+    expected = post_norm_reference(a.float() @ weight.float().T, post, hidden, 1e-6)
+    near(out[live], expected[live], dtype)
+    near(x[live] / core.x_scale(dtype), (expected * following)[live], dtype)
+    near(stats[live].sum(-1)[:, 0], (expected * expected).sum(1)[live], dtype)
+
+
+def tree_rows(base: int, parents: list[int], width: int = 16) -> tuple[Rows, list[int]]:
+    """One sequence's tree as rows, at cache row 1."""
+    depths, paths = [0], [[0]]
+    for node, parent in enumerate(parents[1:], 1):
+        depths.append(depths[parent] + 1)
+        paths.append([*paths[parent], node])
+    padded = torch.zeros(2, 16, 16, dtype=torch.int32)
+    for node, path in enumerate(paths):
+        padded[1, node, : len(path)] = torch.tensor(path)
+    depth = torch.zeros(2, 16, dtype=torch.int32)
+    depth[1, : len(depths)] = torch.tensor(depths)
+    count = torch.tensor([0, len(parents)], dtype=torch.int32)
+    bases = torch.tensor([0, base], dtype=torch.int32)
+    rows, _ = lay_rows_reference(depth, depth, padded, count, bases, width)
+    return Rows(
+        *(t.to(DEVICE) for t in (rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path))
+    ), depths
+
+
+CHAIN = list(range(-1, 15))
+BUSHY = [-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 3, 9, 9, 11]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", [0, 13, 250, SPLIT_LEN * 2 - 3])
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
+@pytest.mark.parametrize("window", [None, 8, 300])
+def test_attention(dtype: torch.dtype, base: int, shape: LayerShape, window: int | None) -> None:
+    rows, depths = tree_rows(base, BUSHY)
+    context = base + 16
+    live = rows.live.nonzero().squeeze(1).tolist()
+    caches = drawn(2, 2, shape.num_kv_heads, context + 5, shape.head_dim, seed=1).to(dtype)
+    caches[:, 0], caches[:, 1, :, base + len(BUSHY) :] = float("nan"), float("nan")
+    q = drawn(len(rows), shape.num_heads * shape.head_dim, seed=2).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    scratch = AttentionScratch(len(rows), context, shape, DEVICE)
+    tree_attention(q, *caches, out, scratch, rows, shape, window)
+    near(out[live], tree_attention_reference(q, *caches, rows, shape, window)[live], dtype)
+    assert int(out.isfinite().all(1).sum()) == len(BUSHY) == len(depths)
+    assert not scratch.arrived.any()
+
+
+def test_a_row_has_the_same_bits_in_every_tree() -> None:
+    """The last token of one path: in a chain, in a bushy tree, and as the root of a later round (rule 3)."""
+    dtype, base, shape = torch.float16, SPLIT_LEN - 2, LLAMA
+    path = [0, 1, 4, 7, 9]  # nodes of BUSHY
+    keys = drawn(2, 2, shape.num_kv_heads, base + 16, shape.head_dim, seed=1).to(dtype)
+    q = drawn(1, shape.num_heads * shape.head_dim, seed=2).to(dtype)
+
+    def attend(base: int, parents: list[int], node: int, slots: dict[int, int]) -> Tensor:
+        rows, _ = tree_rows(base, parents)
+        caches = torch.full_like(keys, float("nan"))
+        caches[:, :, :, : SPLIT_LEN - 2] = keys[:, :, :, : SPLIT_LEN - 2]
+        for position, slot in slots.items():
+            caches[:, :, :, slot] = keys[:, :, :, position]
+        queries = torch.zeros(len(rows), q.shape[1], dtype=dtype, device=DEVICE)
+        queries[16 + node] = q
+        live = rows.live.clone().zero_()
+        live[16 + node] = 1
+        alone = Rows(live, rows.sequence, rows.position, rows.slot, rows.base, rows.path)
+        out = torch.zeros_like(queries)
+        tree_attention(queries, *caches, out, AttentionScratch(len(rows), base + 16, shape, DEVICE), alone, shape)
+        return out[16 + node]
+
+    in_tree = attend(base, BUSHY, 9, {base + i: base + node for i, node in enumerate(path)})
+    in_chain = attend(base, CHAIN[:5], 4, {base + i: base + i for i in range(5)})
+    as_root = attend(base + 4, [-1], 0, {base + i: base + i for i in range(5)})
+    assert torch.equal(in_tree, in_chain) and torch.equal(in_tree, as_root)
+    assert in_tree.abs().sum() > 0
+
+
+@pytest.mark.parametrize("width", [1, 4, 16])
+def test_rows_of_trees(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    tokens, depths = torch.randint(0, 50, (2, 5, 16), generator=generator, dtype=torch.int32).to(DEVICE)
+    paths = torch.randint(0, 16, (5, 16, 16), generator=generator, dtype=torch.int32).to(DEVICE)
+    count = torch.tensor([3, 0, 16, 1, 2], dtype=torch.int32, device=DEVICE)
+    base = torch.tensor([7, 9, 0, 30, 100], dtype=torch.int32, device=DEVICE)
+    expected, ids = lay_rows_reference(tokens, depths, paths, count, base, width)
+    rows, found = Rows.empty(len(expected), DEVICE), torch.full_like(ids, 99)
+    lay_rows(tokens, depths, paths, count, base, rows, found, width)
+    keep = expected.live.bool()
+    assert torch.equal(rows.live, expected.live)
+    for name in ("sequence", "position", "slot", "base", "path"):
+        assert torch.equal(getattr(rows, name)[keep], getattr(expected, name)[keep]), name
+    assert torch.equal(found[keep], ids[keep])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embeddings(dtype: torch.dtype) -> None:
+    live, width = [0, 9, 31], 72
+    rows, embedding = some_rows(live), drawn(40, width).to(dtype)
+    ids = torch.randint(0, 40, (32,), dtype=torch.int32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    norms = drawn(width, seed=1), drawn(width, seed=2)
+    hidden, stats = torch.full((32, width), float("nan"), device=DEVICE), torch.empty(32, 2, 1, device=DEVICE)
+    xs = [torch.empty(32, width, dtype=dtype, device=DEVICE) for _ in norms]
+    embed_rows(ids, rows, embedding, 3.0, hidden, tuple(zip(norms, xs, strict=True)), stats)
+    h, *expected = embed_rows_reference(ids, rows.live, embedding, 3.0, norms)
+    near(hidden[live], h[live], dtype)
+    for x, wanted in zip(xs, expected, strict=True):
+        near(x[live] / core.x_scale(dtype), wanted[live], dtype)
+    near(stats[live, 0, 0], (h * h).sum(1)[live], dtype)
+    near(stats[live, 1, 0], h.sum(1)[live], torch.float16)
