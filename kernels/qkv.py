@@ -141,17 +141,17 @@ if triton is not None:
             a, b = a * c - b * s, b * c + a * s
         stored = live[:, None] & held[None, :]
         if head < NUM_HEADS:
-            to = q_out + rows[:, None].to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
-            tl.store(to + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
-            tl.store(to + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
+            q_at = q_out + rows[:, None].to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+            tl.store(q_at + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
+            tl.store(q_at + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
         else:
             sequence = tl.load(sequence_of + rows, mask=live, other=0).to(tl.int64)
             slot = tl.load(slot_of + rows, mask=live, other=0).to(tl.int64)
             cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
             kv_head = (head - NUM_HEADS) % NUM_KV
-            to = cache + sequence * cache_sequence + kv_head * cache_head + slot * cache_slot
-            tl.store(to[:, None] + place_a[None, :], a.to(cache.dtype.element_ty), mask=stored)
-            tl.store(to[:, None] + place_b[None, :], b.to(cache.dtype.element_ty), mask=stored)
+            kv_at = (cache + sequence * cache_sequence + kv_head * cache_head + slot * cache_slot)[:, None]
+            tl.store(kv_at + place_a[None, :], a.to(k_cache.dtype.element_ty), mask=stored)
+            tl.store(kv_at + place_b[None, :], b.to(k_cache.dtype.element_ty), mask=stored)
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:

@@ -85,7 +85,6 @@ if triton is not None:
         sequence = tl.load(sequence_of + row).to(tl.int64)
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
-        lane = tl.arange(0, 16)
         of_head = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q_at = row * (NUM_KV * GROUP * HEAD_DIM) + (kv_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
         queries = tl.load(q + q_at, mask=of_head, other=0.0)
