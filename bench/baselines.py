@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..engine.config import ModelConfig
 from ..engine.engine import Engine
-from ..engine.pretrained import PACKAGED, Pretrained, load_pretrained
+from ..engine.pretrained import PACKAGED, load_pretrained
 from ..engine.recipes import hf_recipes
 from .arms import Outcome
 
@@ -28,7 +30,7 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
 
     Args:
         model: as given to `skipstone.load`. Hub ids and transformers' folders are read by transformers itself;
-            what it cannot read (packaged models, .gguf files, converted folders) is put into its own Llama.
+            what it cannot read (packaged models, .gguf files, converted folders) is put into its own Llama or Qwen2.
 
     Raises:
         ValueError: a model that cannot be brought over.
@@ -40,22 +42,28 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     logging.disable_progress_bar()
     path = Path(model)
     if model in PACKAGED or path.suffix == ".gguf" or (path / "skipstone.json").is_file():
-        reference: Any = _as_llama(load_pretrained(model, dtype, progress=False), dtype)
+        loaded = load_pretrained(model, dtype, progress=False)
+        reference: Any = as_transformers(loaded.config, loaded.weights, dtype, loaded.model_id)
     else:
         reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     return reference.to(device).eval()
 
 
-def _as_llama(loaded: Pretrained, dtype: torch.dtype) -> Any:
-    """Canonical weights in transformers' Llama, by the recipes read backwards."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def as_transformers(config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Any:
+    """Canonical weights in transformers' Llama or Qwen2, by the recipes read backwards.
 
-    config = loaded.config
-    if config.family != "llama" or config.qkv_bias != config.o_bias:
-        raise ValueError(
-            f"{loaded.model_id} is not a plain Llama ({config.family}), the only kind brought over from here"
-        )
-    settings = LlamaConfig(
+    Raises:
+        ValueError: a model, called `name`, that is neither.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    biases = {"llama": {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}, "qwen2": {}}
+    if config.family not in biases or (config.family == "llama" and config.qkv_bias != config.o_bias):
+        raise ValueError(f"{name} ({config.family}) is neither a plain Llama nor a Qwen2, the kinds brought over here")
+    if any(config.windows):
+        raise ValueError(f"{name} has sliding windows, which are not brought over from here")
+    settings = AutoConfig.for_model(
+        config.family,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -65,42 +73,39 @@ def _as_llama(loaded: Pretrained, dtype: torch.dtype) -> Any:
         head_dim=config.head_dim,
         max_position_embeddings=config.max_context,
         rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": _rope_base(loaded)},
-        attention_bias=config.qkv_bias,
-        mlp_bias=config.mlp_bias,
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_base(config, name)},
         tie_word_embeddings=config.tied_head,
+        bos_token_id=None,
+        eos_token_id=None,
+        **biases[config.family],
     )
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(settings)
     state = {}
     for target, parts in hf_recipes(config).items():
-        pieces = loaded.weights[target].split([part.shape[0] for part in parts])
+        pieces = weights[target].split([part.shape[0] for part in parts])
         for part, piece in zip(parts, pieces, strict=True):
             state[part.name if part.name.startswith("lm_head") else f"model.{part.name}"] = piece
     if config.tied_head:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    expected = set(skeleton.state_dict())
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    expected = set(model.state_dict())
     if expected != set(state):
-        raise ValueError(
-            f"transformers' Llama has other tensors than {loaded.model_id}: {sorted(expected ^ set(state))[:5]}"
-        )
-    model: Any = LlamaForCausalLM(settings)
-    model.to(dtype).load_state_dict(state)
+        raise ValueError(f"transformers' {config.family} has other tensors: {sorted(expected ^ set(state))[:5]}")
+    model.load_state_dict(state)
     return model
 
 
-def _rope_base(loaded: Pretrained) -> float:
+def _rope_base(config: ModelConfig, name: str) -> float:
     """The base whose powers are the rotary frequencies.
 
     Raises:
         ValueError: scaled or per-layer frequencies.
     """
-    (spec, *others) = set(loaded.config.ropes)
+    (spec, *others) = set(config.ropes)
     count = len(spec.inv_freq)
     base = float(round(spec.inv_freq[1] ** -count)) if count > 1 else 10_000.0
     plain = all(math.isclose(f, base ** (-i / count), rel_tol=1e-5) for i, f in enumerate(spec.inv_freq))
     if others or spec.attention_factor != 1.0 or not plain:
-        raise ValueError(f"{loaded.model_id} scales its rotary frequencies, which is not brought over from here")
+        raise ValueError(f"{name} scales its rotary frequencies, which is not brought over from here")
     return base
 
 

@@ -1,0 +1,91 @@
+"""Times on the device: captured graphs, events, percentiles, and the memory bandwidth that everything is held against.
+
+A decode step is tens of kernels of a few microseconds, so whatever is timed here is captured in a CUDA graph first:
+between launches from Python the device would mostly wait.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 3
+REPLAYS, REPEATS = 50, 5
+BANDWIDTH_BYTES = 2**31  # some thirty times the largest L2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """20th, 50th and 80th percentile of repeated measurements, in us."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Percentiles of at least one value, with linear interpolation."""
+        if len(values) == 1:
+            return cls(*[float(values[0])] * 3)
+        cuts = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(cuts[1], statistics.median(values), cuts[7])
+
+    def to_json(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in vars(self).items()}
+
+
+def capture(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`body` as a CUDA graph. It runs a few times before: compilers, handles and allocators must be past their first
+    call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            body()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS, repeats: int = REPEATS) -> Spread:
+    """Device time of one replay among many back to back."""
+    values = []
+    for _ in range(repeats):
+        graph.replay()  # the clock starts on a busy device
+        values.append(events_us(graph.replay, replays))
+    return Spread.of(values)
+
+
+def events_us(body: Callable[[], object], count: int) -> float:
+    """Time between two events around `count` calls, divided by the count."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        body()
+    end.record()
+    end.synchronize()
+    return 1e3 * float(start.elapsed_time(end)) / count
+
+
+def bandwidth(device: torch.device, num_bytes: int = BANDWIDTH_BYTES) -> dict[str, float]:
+    """GB/s that plain kernels reach on memory far beyond the caches.
+
+    Returns:
+        `copy` (bytes read plus bytes written), `read` (a sum over everything) and `best`, the larger.
+    """
+    source = torch.randn(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    found = {}
+    for name, body, moved in (
+        ("copy", lambda: target.copy_(source), 2 * num_bytes),
+        ("read", lambda: source.sum(), num_bytes),
+    ):
+        body()
+        found[name] = round(max(moved / events_us(body, 5) / 1e3 for _ in range(3)), 1)
+    return found | {"best": max(found.values())}

@@ -1,0 +1,367 @@
+"""What a GPU user would run instead, on the same weights: transformers' generate, and a compiled loop in a CUDA graph.
+
+    python -m skipstone.bench.gpu_baselines --out baselines.json
+    python -m skipstone.bench.gpu_baselines --models smollm2-135m --weights smollm2-135m=smollm2-135m.gguf
+
+One JSON row per model and arm, batch 1, greedy, decode only: from the first new token to the last.
+
+| arm | what it is |
+|---|---|
+| `floor` | bytes of the weights over the bandwidth measured here |
+| `hf-eager` | `transformers` generate |
+| `compile` | one token's forward over a static cache through torch.compile, captured in one CUDA graph (gpt-fast's scheme, less its work on the host) |
+| `compile-host` | the same through `mode="reduce-overhead"`, called from Python, as gpt-fast does |
+| `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
+
+Weights are random of the exact shapes unless given; a row's `weights` says which.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine.config import ModelConfig
+from ..engine.pretrained import load_pretrained
+from .baselines import as_transformers
+from .device_time import Spread, bandwidth, capture, replay_us
+from .environment import describe_device, versions
+from .shapes import SHAPES, random_weights, shape_config, weight_bytes
+
+ARMS = ("floor", "hf-eager", "compile", "compile-host", "cublas-1", "cublas-16")
+DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
+# Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
+TOLERANCE = 0.05
+
+
+class StaticDecoder(torch.nn.Module):
+    """A Llama or Qwen2 over a static KV cache, for torch.compile: fixed shapes, no branches, nothing read back.
+
+    Args:
+        config: of a model with RMSNorm, rotary positions, gated MLP and full attention.
+        weights: canonical, on their device, in the dtype to compute in.
+        context: slots of the cache.
+
+    Raises:
+        ValueError: a config with more to it than that.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], context: int) -> None:
+        super().__init__()
+        if config.family not in ("llama", "qwen2") or any(config.windows) or len(set(config.ropes)) > 1:
+            raise ValueError(f"a {config.family} model of this kind is not written here; expected a Llama or Qwen2")
+        self.config = config
+        embedding = weights["embed.weight"]
+        slots = torch.arange(context, device=embedding.device)
+        frequencies = torch.tensor(config.ropes[0].inv_freq, device=embedding.device)
+        angles = torch.outer(slots.float(), frequencies).repeat(1, 2)
+        buffers = {"slots": slots, "cos": angles.cos(), "sin": angles.sin(), **weights}
+        for index in range(config.num_layers):  # one buffer a layer: a mutated view of a larger one may be copied whole
+            for name in ("k_cache", "v_cache"):
+                cache = embedding.new_zeros(config.num_kv_heads, context, config.head_dim)
+                buffers[f"layers.{index}.{name}"] = cache
+        for name, buffer in buffers.items():
+            self.register_buffer(name.replace(".", "_"), buffer, persistent=False)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and absolute positions, long `[T]` each -> logits `[T, V]`; their keys and values are cached."""
+        config, hidden = self.config, self._get("embed.weight")[ids]
+        rotary = self._get("cos")[positions].unsqueeze(1), self._get("sin")[positions].unsqueeze(1)
+        # A KV head's queries are rows of one product: no copy of keys for each query head.
+        visible = (self._get("slots") <= positions.unsqueeze(1)).repeat(config.group_size, 1)
+        for index in range(config.num_layers):
+            at = f"layers.{index}."
+            normed = self._norm(hidden, f"{at}attn_norm")
+            hidden = hidden + self._attention(normed, at, positions, rotary, visible)
+            gate, up = self._linear(self._norm(hidden, f"{at}mlp_norm"), f"{at}up").chunk(2, -1)
+            hidden = hidden + self._linear(F.silu(gate) * up, f"{at}down")
+        return self._linear(self._norm(hidden, "final_norm"), "embed" if config.tied_head else "lm_head")
+
+    def next_token(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The likeliest token after each row, long `[T]`."""
+        return self(ids, positions).argmax(-1)  # type: ignore[no-any-return]
+
+    def _attention(
+        self, x: Tensor, at: str, positions: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
+    ) -> Tensor:
+        config, rows = self.config, len(x)
+        heads, kv = config.num_heads, config.num_kv_heads
+        q, k, v = self._linear(x, f"{at}qkv").view(rows, -1, config.head_dim).split([heads, kv, kv], 1)
+        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        keys, values = self._get(f"{at}k_cache"), self._get(f"{at}v_cache")
+        keys[:, positions] = k.transpose(0, 1)
+        values[:, positions] = v.transpose(0, 1)
+        grouped = q.view(rows, kv, config.group_size, -1).permute(1, 2, 0, 3).reshape(1, kv, -1, config.head_dim)
+        out = F.scaled_dot_product_attention(
+            grouped, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=visible, scale=config.attention_scale
+        )
+        out = out.view(kv, config.group_size, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
+        return self._linear(out, f"{at}o")
+
+    def _get(self, name: str) -> Any:
+        return getattr(self, name.replace(".", "_"), None)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self._get(f"{name}.weight"), self._get(f"{name}.bias"))
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
+        return (wide * scale).to(x.dtype) * self._get(f"{name}.weight")  # type: ignore[no-any-return]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+class CompiledLoop:
+    """Greedy decoding of one sequence whose step is compiled; `self.new` holds the tokens.
+
+    Args:
+        decoder: on the GPU.
+        prompt: long `[T]`.
+        num_new: tokens to write.
+        in_graph: the step, the draw and the counters in one CUDA graph; False runs torch.compile's own graphs from
+            Python.
+    """
+
+    def __init__(self, decoder: StaticDecoder, prompt: Tensor, num_new: int, in_graph: bool) -> None:
+        self.decoder, self.prompt, self.in_graph = decoder, prompt, in_graph
+        self.token, self.position, self.index = (prompt.new_zeros(1) for _ in range(3))
+        self.new = prompt.new_zeros(num_new)
+        torch._inductor.config.coordinate_descent_tuning = True  # as gpt-fast sets it
+        mode = None if in_graph else "reduce-overhead"
+        self.next_token = torch.compile(decoder.next_token, mode=mode, fullgraph=True, dynamic=False)
+        self.read_prompt()
+        self.graph = capture(self._step) if in_graph else None
+        for _ in range(3):
+            self.advance()
+
+    def read_prompt(self) -> None:
+        """Fill the cache and draw the first token, not compiled."""
+        tokens = self.decoder.next_token(self.prompt, torch.arange(len(self.prompt), device=self.prompt.device))
+        self.token.copy_(tokens[-1:])
+        self.position.fill_(len(self.prompt))
+        self.index.fill_(1)
+        self.new[:1].copy_(self.token)
+
+    def advance(self) -> None:
+        """One more token."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        torch.compiler.cudagraph_mark_step_begin()
+        self._step()
+
+    def _step(self) -> None:
+        token = self.next_token(self.token, self.position)
+        self.new.index_copy_(0, self.index, token)
+        self.token.copy_(token)
+        self.position.add_(1)
+        self.index.add_(1)
+
+    def token_us(self) -> float:
+        """Wall time a token, from the first to the last."""
+        self.read_prompt()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(len(self.new) - 1):
+            self.advance()
+        torch.cuda.synchronize()
+        return 1e6 * (time.perf_counter() - start) / (len(self.new) - 1)
+
+
+class _FirstToken:
+    """A stopping criterion that stops nothing and notes, with the device idle, when the first token stood."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if not self.at:
+            _synchronise(input_ids.device)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def hf_token_us(model: Any, prompt: Tensor, num_new: int) -> tuple[float, list[int]]:
+    """Wall time a token of transformers' greedy generate, from the first to the last, and the tokens."""
+    from transformers import StoppingCriteriaList
+
+    clock = _FirstToken()
+    ids = prompt.unsqueeze(0)
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            stopping_criteria=StoppingCriteriaList([clock]),
+            max_new_tokens=num_new,
+            do_sample=False,
+        )
+    _synchronise(prompt.device)
+    elapsed = time.perf_counter() - clock.at
+    new = out[0, len(prompt) :].tolist()
+    if len(new) != num_new:
+        raise RuntimeError(f"generate stopped after {len(new)} of {num_new} tokens; its stop ids should be off")
+    return 1e6 * elapsed / (num_new - 1), new
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def products(weights: Mapping[str, Tensor], config: ModelConfig, rows: int) -> Callable[[], None]:
+    """All matrix products of a decode step, in its order, on random activations of `rows` rows."""
+    layer = [f"layers.{i}.{name}.weight" for i in range(config.num_layers) for name in ("qkv", "o", "up", "down")]
+    used = [weights[name] for name in [*layer, "embed.weight" if config.tied_head else "lm_head.weight"]]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in used}
+
+    def step() -> None:
+        for weight in used:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    return step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: `source` is "random weights" or where they come from."""
+
+    name: str
+    source: str
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+
+
+def load_subject(name: str, path: str | None, dtype: torch.dtype, device: torch.device) -> Subject:
+    """Real weights if a path is given, else random ones.
+
+    Raises:
+        ValueError: the weights are of another shape than the name says.
+    """
+    config = shape_config(name)
+    if path is None:
+        return Subject(name, "random weights", config, random_weights(config, dtype, device))
+    loaded = load_pretrained(path, dtype, progress=False)
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "tied_head")
+    wrong = [size for size in sizes if getattr(loaded.config, size) != getattr(config, size)]
+    if wrong:
+        raise ValueError(f"{path} differs from {name} in {', '.join(wrong)}")
+    return Subject(name, path, loaded.config, {k: w.to(device) for k, w in loaded.weights.items()})
+
+
+@torch.no_grad()
+def check(decoder: StaticDecoder, reference: Any, prompt: Tensor) -> float:
+    """Relative error of the static decoder's logits against transformers', prompt and one cached step.
+
+    Raises:
+        RuntimeError: they are not the same model.
+    """
+    expected = reference(prompt.unsqueeze(0)).logits[0].float()
+    positions = torch.arange(len(prompt), device=prompt.device)
+    found = torch.cat([decoder(prompt[:-1], positions[:-1]), decoder(prompt[-1:], positions[-1:])]).float()
+    error = float((found - expected).norm() / expected.norm())
+    if not error < TOLERANCE:
+        raise RuntimeError(f"the static decoder's logits differ from transformers' by {error:.3g}, not timing them")
+    return error
+
+
+@torch.no_grad()
+def measure_model(
+    subject: Subject, arms: tuple[str, ...], prompt_len: int, num_new: int, repeats: int, read: float
+) -> list[dict[str, Any]]:
+    """Rows of one model; each is printed to stderr as it comes. `read` is the bandwidth in GB/s."""
+    config, weights = subject.config, subject.weights
+    device = weights["embed.weight"].device
+    device_name = describe_device(device)["name"]
+    prompt = torch.randint(config.vocab_size, (prompt_len,), generator=torch.Generator().manual_seed(1)).to(device)
+    rows: list[dict[str, Any]] = []
+
+    def add(arm: str, spread: Spread, start: float, **more: Any) -> None:
+        row = {"model": subject.name, "arm": arm, "us_per_token": round(spread.p50, 2), **spread.to_json()}
+        row |= {"device": device_name, "weights": subject.source, **more}
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    if "floor" in arms:
+        num_bytes = weight_bytes(config)
+        add("floor", Spread.of([num_bytes / read / 1e3]), time.perf_counter(), bytes=num_bytes, read_gb_s=read)
+    needs_reference = {"hf-eager", "compile", "compile-host"} & set(arms)
+    if needs_reference:
+        start = time.perf_counter()
+        with device:
+            reference = as_transformers(config, weights, weights["embed.weight"].dtype, subject.name).eval()
+        decoder = StaticDecoder(config, weights, -(-(prompt_len + num_new + 8) // 64) * 64)
+        error = check(decoder, reference, prompt)
+        _, tokens = hf_token_us(reference, prompt, num_new)  # also the warm-up
+        if "hf-eager" in arms:
+            add("hf-eager", Spread.of([hf_token_us(reference, prompt, num_new)[0] for _ in range(repeats)]), start)
+        del reference
+        for arm in ("compile", "compile-host"):
+            if arm in arms:
+                start = time.perf_counter()
+                loop = CompiledLoop(decoder, prompt, num_new, in_graph=arm == "compile")
+                spread = Spread.of([loop.token_us() for _ in range(repeats)])
+                equal = sum(a == b for a, b in zip(loop.new.tolist(), tokens, strict=True))
+                add(arm, spread, start, logits_error=round(error, 5), tokens_equal_to_hf=equal)
+                del loop
+                torch._dynamo.reset()
+    for arm, count in (("cublas-1", 1), ("cublas-16", 16)):
+        if arm in arms:
+            start = time.perf_counter()
+            add(arm, replay_us(capture(products(weights, config, count)), repeats=repeats), start)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=256, help="new tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    arms, paths = tuple(args.arms.split(",")), dict(pair.split("=", 1) for pair in args.weights)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise SystemExit(f"unknown arms {unknown}; expected some of {', '.join(ARMS)}")
+    if not torch.cuda.is_available():
+        raise SystemExit("these baselines are of a GPU, and torch sees none here")
+    device = torch.device("cuda")
+    found = bandwidth(device)
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "what": f"us per token: batch 1, greedy, bf16, prompt {args.prompt}, {args.new} new tokens, first to last; "
+        f"{args.repeats} repeats",
+        "bandwidth_gb_s": found,
+        "device": describe_device(device),
+        "versions": versions(),
+        "rows": [],
+    }
+    for name in args.models.split(","):
+        subject = load_subject(name, paths.get(name), torch.bfloat16, device)
+        document["rows"] += measure_model(subject, arms, args.prompt, args.new, args.repeats, found["best"])
+        del subject
+        torch.cuda.empty_cache()
+        if args.out:
+            args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

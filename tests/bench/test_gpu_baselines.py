@@ -1,0 +1,93 @@
+"""The compiled loop's model is the same model: the benchmark refuses to time another one.
+
+Planted bugs seen to fail here: the query heads dealt to the wrong KV head, a mask that hides the row's own key, rotary
+pairs taken as neighbours, the bias of qkv left out.
+"""
+
+import pytest
+import torch
+from skipstone.bench.baselines import as_transformers
+from skipstone.bench.gpu_baselines import (
+    StaticDecoder,
+    Subject,
+    check,
+    hf_token_us,
+    main,
+    measure_model,
+    products,
+)
+from skipstone.bench.shapes import SHAPES, random_weights, shape_config, tiny_config, weight_bytes
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def subject(request):
+    config = tiny_config(request.param)
+    weights = random_weights(config, torch.float32, "cpu")
+    reference = as_transformers(config, weights, torch.float32, "tiny").eval()
+    return Subject("tiny", "random weights", config, weights), reference
+
+
+def test_static_decoder_is_transformers_model(subject):
+    subject, reference = subject
+    decoder = StaticDecoder(subject.config, subject.weights, context=64)
+    ids = torch.arange(3, 40) * 7 % subject.config.vocab_size
+    assert check(decoder, reference, ids) < 1e-5
+    _, tokens = hf_token_us(reference, ids, 6)
+    step = torch.compile(decoder.next_token, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        token = decoder.next_token(ids, torch.arange(len(ids)))[-1:]
+        written = [int(token)]
+        for position in range(len(ids), len(ids) + 5):
+            token = step(token, torch.tensor([position]))
+            written.append(int(token))
+    assert written == tokens
+
+
+def test_another_model_is_not_timed(subject):
+    subject, reference = subject
+    wrong = {n: w.roll(1, 0) if n == "layers.1.qkv.weight" else w for n, w in subject.weights.items()}
+    with pytest.raises(RuntimeError, match="not timing"):
+        check(StaticDecoder(subject.config, wrong, context=64), reference, torch.arange(1, 30))
+
+
+def test_other_families_are_refused():
+    config = tiny_config("gemma2")
+    with pytest.raises(ValueError, match="expected a Llama or Qwen2"):
+        StaticDecoder(config, random_weights(config, torch.float32, "cpu"), context=64)
+
+
+def test_rows_without_a_gpu(subject, capsys):
+    subject, _ = subject
+    rows = measure_model(subject, ("floor", "hf-eager"), prompt_len=5, num_new=4, repeats=2, read=100.0)
+    assert [row["arm"] for row in rows] == ["floor", "hf-eager"]
+    assert rows[0]["us_per_token"] == pytest.approx(weight_bytes(subject.config) / 100e3, abs=0.01)
+    assert rows[1]["p20"] <= rows[1]["p50"] <= rows[1]["p80"] and rows[1]["weights"] == "random weights"
+
+
+def test_products_are_all_of_a_step(subject):
+    """Every matrix of the model is multiplied once."""
+    subject, _ = subject
+    seen = []
+    original = torch.nn.functional.linear
+
+    def linear(x, weight):
+        seen.append((weight.data_ptr(), len(x)))
+        return original(x, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipstone.bench.gpu_baselines.F.linear", linear)
+        products(subject.weights, subject.config, 16)()
+    matrices = [w.data_ptr() for w in subject.weights.values() if w.ndim == 2]
+    assert sorted(seen) == sorted((pointer, 16) for pointer in matrices)
+
+
+def test_shapes_are_the_real_models():
+    """Bytes as docs/benchmarks.md and the evidence have them: 58, 212 and 664 us at 4.65 TB/s."""
+    floors = [weight_bytes(shape_config(name)) / 4.65e6 for name in SHAPES]
+    assert [round(us) for us in floors] == [58, 212, 664]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(SystemExit, match="sees none"):
+        main([])
