@@ -156,12 +156,9 @@ if triton is not None:
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
     """Pairs a program, depth of a product, partial products, warps, stages."""
-    if shape.qk_norm:
-        pairs = triton.next_power_of_2(max(8, shape.head_dim // 2))
-    else:
-        pairs = 8
-    if dtype == torch.float32:
-        return {"BLOCK_P": max(8, pairs), "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    pairs = triton.next_power_of_2(max(8, shape.head_dim // 2)) if shape.qk_norm else 8
+    if dtype == torch.float32 or pairs > 32:
+        return {"BLOCK_P": pairs, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_P": pairs, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
 
 

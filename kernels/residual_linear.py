@@ -144,9 +144,14 @@ class Parts:
         self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
-def column_tiles(width: int, dtype: torch.dtype, k: int) -> int:
-    """Tiles of columns, S of the stats that `residual_linear` leaves for this weight `[width, k]`."""
+def column_tiles(width: int, k: int, dtype: torch.dtype) -> int:
+    """Tiles of columns, S of the stats that `residual_linear` leaves for a weight `[width, k]`."""
     return triton.cdiv(width, _settings(width, k, dtype)["BN"])
+
+
+def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
+    """PARTS of a weight `[width, k]`."""
+    return _settings(width, k, dtype)["PARTS"]
 
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:

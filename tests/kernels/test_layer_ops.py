@@ -161,7 +161,7 @@ def test_post_norm(dtype: torch.dtype) -> None:
     live, width, k = [0, 7, 31], 72, 64
     a, weight = drawn(32, k, seed=1).to(dtype), drawn(width, k, seed=2, scale=0.1).to(dtype)
     hidden, post, following = drawn(32, width, seed=4), drawn(width, seed=5), drawn(width, seed=6)
-    y, y_stats = torch.empty(32, width, device=DEVICE), torch.empty(32, 2, column_tiles(width, dtype, k), device=DEVICE)
+    y, y_stats = torch.empty(32, width, device=DEVICE), torch.empty(32, 2, column_tiles(width, k, dtype), device=DEVICE)
     residual_linear(a, weight, None, None, y, some_rows(live), stats=y_stats)
     out, stats = torch.full_like(y, float("nan")), torch.full((32, 2, 3), float("nan"), device=DEVICE)
     x = torch.full((32, width), float("nan"), dtype=dtype, device=DEVICE)
