@@ -37,14 +37,14 @@ class Spread:
         return {name: round(value, 3) for name, value in vars(self).items()}
 
 
-def capture(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`body` as a CUDA graph. It runs a few times before: compilers, handles and allocators must be past their first
-    call."""
+def capture(body: Callable[[], object], warm_up: Callable[[], object] | None = None) -> torch.cuda.CUDAGraph:
+    """`body` as a CUDA graph. It (or a `warm_up` that stands for it) runs a few times before: compilers, handles and
+    allocators must be past their first call."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
-            body()
+            (warm_up or body)()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
