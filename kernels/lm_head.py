@@ -3,8 +3,8 @@
     l[r, c] = cap(norm(h_r) . W_c + b_c)           cap(l) = softcap tanh(l / softcap) where the family has one
     token_r = argmax_c (l[r, c] / T + g(seed, position + 1, id_c)),   or argmax_c l[r, c] at T = 0
 
-with the norm deferred (see `tile.py`) and g the noise of `noise.py`. A program multiplies 16 rows by a tile of columns and
-leaves per row and tile
+with the norm deferred (see `tile.py`) and g the noise of `noise.py`. A program multiplies 16 rows by a tile of columns
+and leaves per row and tile
 
     best_value, best_id    the tile's best score and its id, the lowest on ties; (+inf, -1) where a logit is NaN or +inf
     tile_stats             m = max l, sum exp(l - m), sum exp(l - m) l: for log-sum-exp and entropy
