@@ -22,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+    from .tile import pdl_begin, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -81,7 +81,7 @@ if triton is not None:
         D: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
         ROTARY_DIM: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
-        PRECISION: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
         pdl_begin(PDL)
@@ -104,28 +104,35 @@ if triton is not None:
             pair + ROTARY_HALF + second * ((HEAD_DIM - ROTARY_DIM) // 2),
         )
         cols = tl.where(pair < HALF, head * HEAD_DIM + place, num_cols)
-        prefetch_columns(weight, cols, num_cols, D, LINE, BLOCK_L, PDL)
+        ahead = weights_ahead(weight, cols, num_cols, D, D, 0, BK, SPLIT)
+        inside = cols < num_cols
+        if HAS_BIAS:
+            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        if LAYER_NORM:
+            off_mean = tl.load(shift + cols, mask=inside, other=0.0)
         pdl_wait(PDL)
 
+        # everything the end needs is asked for before the product, or it would be waited for after it
         live = tl.load(live_of + rows) != 0
         position = tl.load(position_of + rows, mask=live, other=0)
-        y = tile_product(x, weight, rows, cols, live, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+        sequence = tl.load(sequence_of + rows, mask=live, other=0).to(tl.int64)
+        slot = tl.load(slot_of + rows, mask=live, other=0).to(tl.int64)
         scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
-        inside = cols < num_cols
+        pair = first_pair + tl.arange(0, BLOCK_P)
+        rotated = pair < ROTARY_HALF
+        turned = live[:, None] & rotated[None, :]
+        angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
+        c = tl.load(cos + angle, mask=turned, other=1.0)
+        s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
+
+        y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
         if LAYER_NORM:
-            y = (
-                y * scale[:, None]
-                - (mean * scale * X_SCALE)[:, None] * tl.load(shift + cols, mask=inside, other=0.0)[None, :]
-            )
-        else:
-            y = y * scale[:, None]
+            y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
-            y += tl.load(bias + cols, mask=inside, other=0.0)[None, :].to(tl.float32)
+            y += offset[None, :]
         a, b = tl.split(tl.permute(tl.reshape(y, [BM, 2, BLOCK_P]), [0, 2, 1]))
 
-        pair = first_pair + tl.arange(0, BLOCK_P)
         held = pair < HALF
-        rotated = pair < ROTARY_HALF
         place_a = tl.where(rotated, pair, pair + ROTARY_HALF)
         place_b = tl.where(rotated, pair + ROTARY_HALF, pair + ROTARY_HALF + (HEAD_DIM - ROTARY_DIM) // 2)
         if head < NUM_HEADS + NUM_KV:
@@ -134,10 +141,6 @@ if triton is not None:
                 spread = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
                 a = a * spread[:, None] * tl.load(norm + place_a, mask=held, other=0.0)[None, :]
                 b = b * spread[:, None] * tl.load(norm + place_b, mask=held, other=0.0)[None, :]
-            turned = live[:, None] & rotated[None, :]
-            angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
-            c = tl.load(cos + angle, mask=turned, other=1.0)
-            s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
             a, b = a * c - b * s, b * c + a * s
         stored = live[:, None] & held[None, :]
         if head < NUM_HEADS:
@@ -145,8 +148,6 @@ if triton is not None:
             tl.store(q_at + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
             tl.store(q_at + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
         else:
-            sequence = tl.load(sequence_of + rows, mask=live, other=0).to(tl.int64)
-            slot = tl.load(slot_of + rows, mask=live, other=0).to(tl.int64)
             cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
             kv_head = (head - NUM_HEADS) % NUM_KV
             kv_at = (cache + sequence * cache_sequence + kv_head * cache_head + slot * cache_slot)[:, None]
@@ -205,7 +206,6 @@ def qkv(
     tiles = triton.cdiv(shape.head_dim // 2, chosen["BLOCK_P"])
     if shape.qk_norm and tiles > 1:
         raise ValueError(f"a norm over heads of {shape.head_dim} needs BLOCK_P >= {shape.head_dim // 2}")
-    line = 128 // weight.element_size()
     _qkv_kernel[(len(rows) // bm, heads * tiles)](
         x, stats, weight, bias, shift, *(qk_norm or (None, None)), cos, sin, q_out, k_cache, v_cache,
         rows.live, rows.sequence, rows.position, rows.slot,
@@ -213,7 +213,6 @@ def qkv(
         D=shape.hidden_size, NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, HEAD_DIM=shape.head_dim,
         ROTARY_DIM=shape.rotary_dim, NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,
-        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), LINE=line,
-        BLOCK_L=triton.next_power_of_2(triton.cdiv(shape.hidden_size, line)), PDL=pdl, BM=bm, **chosen,
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=bm, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -21,7 +21,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+    from .tile import pdl_begin, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -48,19 +48,20 @@ if triton is not None:
 
     @triton.jit
     def _leave(  # type: ignore[no-untyped-def]
-        h, rows, cols, live, tile, out, next_weight, x_next, second_weight, x_second, stats,
+        h, rows, cols, live, tile, out, first_weight, x_first, second_weight, x_second, stats,
         D: tl.constexpr, NUM_TILES: tl.constexpr, STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
     ):  # fmt: skip
-        """Store h [16, BN], its stats, and x of the NORMS that read it; columns beyond D hold zeros."""
+        """Store h [16, BN], its stats, and x of the NORMS that read it (their weights [BN] are given); columns beyond D
+        hold zeros."""
         inside = live[:, None] & (cols < D)[None, :]
         at = rows[:, None].to(tl.int64) * D + cols[None, :]
         tl.store(out + at, h, mask=inside)
         if NORMS > 0:
-            w = tl.load(next_weight + cols, mask=cols < D, other=0.0)
-            tl.store(x_next + at, (h * w[None, :] * X_SCALE).to(x_next.dtype.element_ty), mask=inside)
+            x = h * first_weight[None, :] * X_SCALE
+            tl.store(x_first + at, x.to(x_first.dtype.element_ty), mask=inside)
         if NORMS > 1:
-            w = tl.load(second_weight + cols, mask=cols < D, other=0.0)
-            tl.store(x_second + at, (h * w[None, :] * X_SCALE).to(x_second.dtype.element_ty), mask=inside)
+            x = h * second_weight[None, :] * X_SCALE
+            tl.store(x_second + at, x.to(x_second.dtype.element_ty), mask=inside)
         if STATS:
             to = stats + rows.to(tl.int64) * (2 * NUM_TILES) + tile
             tl.store(to, tl.sum(h * h, 1), mask=live)
@@ -68,26 +69,37 @@ if triton is not None:
 
     @triton.jit
     def _residual_kernel(  # type: ignore[no-untyped-def]
-        a, weight, bias, hidden, out, next_weight, x_next, second_weight, x_second, stats, parts, arrived, live_of,
+        a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
         K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
         STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-        LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
         pdl_begin(PDL)
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
-        if PARTS == 1:
-            prefetch_columns(weight, cols, D, K, LINE, BLOCK_L, PDL)
+        SHARE: tl.constexpr = K if PARTS == 1 else ((K + PARTS - 1) // PARTS + 63) // 64 * 64
+        first = tl.program_id(2) * SHARE
+        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT)
+        if HAS_BIAS:
+            offset = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+        first_weight = cols.to(tl.float32)
+        second_weight = first_weight
+        if NORMS > 0:
+            first_weight = tl.load(next_weight + cols, mask=cols < D, other=0.0)
+        if NORMS > 1:
+            second_weight = tl.load(second_norm + cols, mask=cols < D, other=0.0)
         pdl_wait(PDL)
+
         live = tl.load(live_of + rows) != 0
-        if PARTS == 1:
-            y = tile_product(a, weight, rows, cols, live, D, K, K, 0, BK, SPLIT, PRECISION)
-            finish = True
-        else:
-            SHARE: tl.constexpr = ((K + PARTS - 1) // PARTS + 63) // 64 * 64
-            y = tile_product(a, weight, rows, cols, live, D, K, SHARE, tl.program_id(2) * SHARE, BK, SPLIT, PRECISION)
+        if RESIDUAL:
+            # only what this program stores is read, so it may be asked for before the product
+            inside = live[:, None] & (cols < D)[None, :]
+            before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
+        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
+        finish = True
+        if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
             place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
             mine = parts + own.to(tl.int64) * (PARTS * BM * BN) + place
@@ -101,13 +113,12 @@ if triton is not None:
                 for i in tl.static_range(1, PARTS):
                     y += tl.load(mine + i * (BM * BN), cache_modifier=".cg")
         if finish:
-            inside = live[:, None] & (cols < D)[None, :]
             if HAS_BIAS:
-                y += tl.load(bias + cols, mask=cols < D, other=0.0)[None, :].to(tl.float32)
+                y += offset[None, :]
             if RESIDUAL:
-                y += tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
+                y += before
             _leave(
-                y, rows, cols, live, tile, out, next_weight, x_next, second_weight, x_second, stats,
+                y, rows, cols, live, tile, out, first_weight, x_next, second_weight, x_second, stats,
                 D, NUM_TILES, STATS, NORMS, X_SCALE,
             )  # fmt: skip
 
@@ -126,10 +137,11 @@ if triton is not None:
         at = rows[:, None].to(tl.int64) * D + cols[None, :]
         scale, _ = row_scale(y_stats, rows, live, NUM_STATS, BLOCK_S, D, eps, 1.0, False)
         w = tl.load(weight + cols, mask=cols < D, other=0.0)
+        following = tl.load(next_weight + cols, mask=cols < D, other=0.0)
         h = tl.load(y + at, mask=inside, other=0.0) * scale[:, None] * w[None, :]
         h += tl.load(hidden + at, mask=inside, other=0.0)
         _leave(
-            h, rows, cols, live, tl.program_id(1), out, next_weight, x_next, next_weight, x_next, stats,
+            h, rows, cols, live, tl.program_id(1), out, following, x_next, following, x_next, stats,
             D, NUM_TILES, True, 1, X_SCALE,
         )  # fmt: skip
 
@@ -201,13 +213,12 @@ def residual_linear(
         raise ValueError(f"{len(next_norms)} next norms, stats {'not ' if stats is None else ''}given")
     first = next_norms[0] if next_norms else (out, out)
     second = next_norms[1] if len(next_norms) == 2 else first
-    line = 128 // weight.element_size()
     _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
         out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
         K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
         STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
-        LINE=line, BLOCK_L=triton.next_power_of_2(triton.cdiv(k, line)), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -118,6 +118,53 @@ if triton is not None:
             return tl.sum(parts, 0)
 
     @triton.jit
+    def weights_ahead(  # type: ignore[no-untyped-def]
+        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr
+    ):
+        """The weights of a product that deals all k out at once (SPLIT * BK >= SHARE), `[SPLIT, BK, BN]`: nothing that
+        another kernel writes, so they are asked for before the wait. 0 for longer products."""
+        if SPLIT * BK >= SHARE:
+            at = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+            real = (at < SHARE) & (first + at < K)
+            w_rows = w + first + cols.to(tl.int64) * K
+            mask = (cols < num_cols)[None, None, :] & real[:, :, None]
+            return tl.load(w_rows[None, None, :] + at[:, :, None], mask=mask, other=0.0)
+        else:
+            return 0
+
+    @triton.jit
+    def rows_product(  # type: ignore[no-untyped-def]
+        x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
+        with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. Columns from num_cols on give
+        zero; rows that are not live give what their x holds, which nobody stores."""
+        k = tl.arange(0, BK)
+        part = tl.arange(0, SPLIT)
+        x_rows = x + first + rows.to(tl.int64) * K
+        if SPLIT * BK >= SHARE:
+            at = part[:, None] * BK + k[None, :]
+            real = (at < SHARE) & (first + at < K)
+            a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+            return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
+        else:
+            w_rows = w + first + cols.to(tl.int64) * K
+            inside = cols < num_cols
+            parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
+            for start in range(0, SHARE, SPLIT * BK):
+                at = start + part[:, None] * BK + k[None, :]
+                real = (at < SHARE) & (first + at < K)
+                a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+                b = tl.load(
+                    w_rows[None, None, :] + at[:, :, None],
+                    mask=inside[None, None, :] & real[:, :, None],
+                    other=0.0,
+                )
+                parts = tl.dot(a, b, parts, input_precision=PRECISION)
+            return tl.sum(parts, 0)
+
+    @triton.jit
     def row_scale(  # type: ignore[no-untyped-def]
         stats, rows, live, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, eps,
         X_SCALE: tl.constexpr, LAYER_NORM: tl.constexpr,

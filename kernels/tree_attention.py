@@ -73,16 +73,15 @@ if triton is not None:
         pdl_wait(PDL)
         row = tl.program_id(0)
         kv_head = tl.program_id(1)
-        if tl.load(live_of + row) == 0:
-            return
+        live = tl.load(live_of + row)
         position = tl.load(position_of + row)
+        base = tl.load(base_of + row)
+        sequence = tl.load(sequence_of + row).to(tl.int64)
         first_key = tl.maximum(position - window + 1, 0)
         first_split = first_key // SPLIT_LEN
         num_parts = position // SPLIT_LEN - first_split + 1
-        if tl.program_id(2) >= num_parts:
+        if (live == 0) | (tl.program_id(2) >= num_parts):
             return
-        base = tl.load(base_of + row)
-        sequence = tl.load(sequence_of + row).to(tl.int64)
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         of_head = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]

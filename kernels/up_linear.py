@@ -22,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+    from .tile import pdl_begin, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -60,7 +60,7 @@ if triton is not None:
         x, stats, weight, bias, shift, out, live_of, eps,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
-        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
         pdl_begin(PDL)
@@ -69,22 +69,21 @@ if triton is not None:
         both = tl.arange(0, WAYS * BN)
         neuron = tl.program_id(1) * BN + both % BN
         cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
-        prefetch_columns(weight, cols, WAYS * FF, D, LINE, BLOCK_L, PDL)
+        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT)
+        inside = cols < WAYS * FF
+        if HAS_BIAS:
+            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        if LAYER_NORM:
+            off_mean = tl.load(shift + cols, mask=inside, other=0.0)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows) != 0
-        y = tile_product(x, weight, rows, cols, live, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
         scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
-        inside = cols < WAYS * FF
+        y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
         if LAYER_NORM:
-            y = (
-                y * scale[:, None]
-                - (mean * scale * X_SCALE)[:, None] * tl.load(shift + cols, mask=inside, other=0.0)[None, :]
-            )
-        else:
-            y = y * scale[:, None]
+            y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
-            y += tl.load(bias + cols, mask=inside, other=0.0)[None, :].to(tl.float32)
+            y += offset[None, :]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [BM, 2, BN]), [0, 2, 1]))
             y = _activate(gate, ACTIVATION) * up
@@ -125,13 +124,11 @@ def up_linear(
         rows, shape, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
-    line = 128 // weight.element_size()
     _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
         x, stats, weight, bias, shift, out, rows.live, shape.norm_eps,
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
-        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), LINE=line,
-        BLOCK_L=triton.next_power_of_2(triton.cdiv(shape.hidden_size, line)), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
