@@ -1,40 +1,101 @@
 """Does speculative decoding write what plain decoding writes, token for token? Counts the tokens that differ.
 
     python -m skipstone.bench.lossless PROMPTS.jsonl --limit 24 --max-new-tokens 64 --dtype bf16 --out RESULT.json
+    python -m skipstone.bench.lossless PROMPTS.jsonl --arms 'chain,tree,recurrent:1,8:greedy,sampled' --limit 240
 
-Every arm (chain, tree; greedy and T = 0.8; batches of 1, 3 and 8) is compared with plain decoding in a batch of
-its own size plus one, with the same seeds. Exit code 1 if a token differs.
+Every arm (how it drafts; greedy or sampled; a batch size) is compared with plain decoding in batches of 5, with the
+same seeds. `--arms` takes groups of `MODES:BATCHES:SAMPLINGS`, separated by spaces, each part a comma-separated list.
+The result is written after every arm, so an interrupted run leaves what it has. Exit code 1 if a token differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..engine.engine import Engine, Generation
-from ..engine.gate import DraftPolicy, Gate
+from ..engine.gate import DraftPolicy, Gate, best_first, fixed_exit
 from ..engine.load import load
 from ..engine.statistics import Statistics
 from .environment import describe_device, versions
 from .questions import choose, read_questions
 
-ARMS = [("chain", 1, 0.0), ("tree", 8, 0.0), ("tree", 3, 0.8), ("chain", 8, 0.8)]
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.8},
+    "filtered": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1},
+}
+DEFAULT_ARMS = "chain:1:greedy tree:8:greedy tree:3:sampled chain:8:sampled"
+PLAIN_BATCH = 5
+WARM_UP_TOKENS = 8
 
 
-def policies(engine: Engine) -> dict[str, DraftPolicy]:
-    """A chain and a tree over the deepest exits, with gates wide enough that both accept and reject often."""
+def chain(engine: Engine) -> DraftPolicy:
+    """Over a middle and a deep exit, with gates wide enough to accept and to reject often."""
+    middle, deep = _exits(engine)
+    return DraftPolicy((middle, deep), {middle: Gate(1.5, 1.5), deep: Gate(2.5, 2.5)}, max_depth=4)
+
+
+def tree(engine: Engine) -> DraftPolicy:
+    """Over the same exits, with siblings."""
+    middle, deep = _exits(engine)
+    gates = {middle: Gate(0.7, 1.5), deep: Gate(1.0, 4.0)}
+    return DraftPolicy((middle, deep), gates, max_depth=3, max_nodes=9, branch=2)
+
+
+def _exits(engine: Engine) -> tuple[int, int]:
     assert engine.heads is not None
-    middle, deep = engine.heads.exits[-3], engine.heads.exits[-1]
-    return {
-        "chain": DraftPolicy((middle, deep), {middle: Gate(1.5, 1.5), deep: Gate(2.5, 2.5)}, max_depth=4),
-        "tree": DraftPolicy(
-            (middle, deep), {middle: Gate(0.7, 1.5), deep: Gate(1.0, 4.0)}, max_depth=3, max_nodes=9, branch=2
-        ),
-    }
+    if len(engine.heads.exits) < 3:
+        raise ValueError(
+            f"heads at exits {engine.heads.exits} were given, expected at least three for chains and trees"
+        )
+    return engine.heads.exits[-3], engine.heads.exits[-1]
+
+
+# mode -> (kind of heads, policy)
+MODES: dict[str, tuple[str, Callable[[Engine], DraftPolicy]]] = {
+    "chain": ("adapter", chain),
+    "tree": ("adapter", tree),
+    "recurrent": ("recurrent", lambda engine: fixed_exit(0, 4)),
+    "recurrent-tree": ("recurrent", lambda engine: best_first(4, 4, 5)),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to draft, in batches of one size, with one kind of sampling."""
+
+    mode: str
+    batch: int
+    sampling: str
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """Arms from groups such as `chain,tree:1,8:greedy`; the first batch sizes and samplings of all modes come first.
+
+    Raises:
+        ValueError: a group of another form, or an unknown mode or sampling.
+    """
+    arms: list[Arm] = []
+    for group in text.split():
+        parts = [part.split(",") for part in group.split(":")]
+        known = len(parts) == 3 and set(parts[0]) <= set(MODES) and set(parts[2]) <= set(SAMPLINGS)
+        if not known or not all(size.isdigit() and int(size) for size in parts[1]):
+            raise ValueError(
+                f"arms {group!r}: expected MODES:BATCHES:SAMPLINGS such as chain,tree:1,8:greedy, of modes "
+                f"{', '.join(MODES)} and samplings {', '.join(SAMPLINGS)}"
+            )
+        modes, sizes, samplings = parts
+        arms += [Arm(mode, int(size), how) for how, size, mode in itertools.product(samplings, sizes, modes)]
+    return list(dict.fromkeys(arms))
 
 
 def run_arm(engine: Engine, prompts: list[list[int]], batch: int, **options: Any) -> list[Generation]:
@@ -51,10 +112,64 @@ def differing(ours: list[int], plain: list[int]) -> int:
     return sum(a != b for a, b in zip(ours, plain, strict=False)) + abs(len(ours) - len(plain))
 
 
+class Comparison:
+    """Arms against plain decoding over the same prompts. Plain decoding runs once for each kind of sampling, and every
+    arm answers one batch shortly before the clock counts.
+
+    Args:
+        engine_of: kind of heads -> the engine to decode with; all of one model.
+        prompts: token ids.
+        max_new_tokens: of every answer.
+    """
+
+    def __init__(self, engine_of: Callable[[str], Engine], prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.engine_of, self.prompts, self.max_new_tokens = engine_of, prompts, max_new_tokens
+        self._plain: dict[str, list[Generation]] = {}
+
+    def rows(self, arm: Arm) -> list[dict[str, Any]]:
+        """The arm's row, after plain decoding's own if that had to be run first."""
+        kind, policy = MODES[arm.mode]
+        engine, rows = self.engine_of(kind), []
+        if arm.sampling not in self._plain:
+            plain = Arm("plain", PLAIN_BATCH, arm.sampling)
+            self._plain[arm.sampling], row = self._timed(engine, plain, speculation=False)
+            rows.append(row)
+        outs, row = self._timed(engine, arm, speculation="always", policy=policy(engine))
+        pairs = list(zip(outs, self._plain[arm.sampling], strict=True))
+        row["differing_tokens"] = sum(differing(a.token_ids, b.token_ids) for a, b in pairs)
+        row["differing_prompts"] = [i for i, (a, b) in enumerate(pairs) if a.token_ids != b.token_ids]
+        return [*rows, row]
+
+    def _timed(self, engine: Engine, arm: Arm, **options: Any) -> tuple[list[Generation], dict[str, Any]]:
+        options |= SAMPLINGS[arm.sampling]
+        run_arm(engine, self.prompts[: arm.batch], arm.batch, max_new_tokens=WARM_UP_TOKENS, **options)
+        start = time.perf_counter()
+        outs = run_arm(engine, self.prompts, arm.batch, max_new_tokens=self.max_new_tokens, **options)
+        return outs, _row(arm, outs, time.perf_counter() - start)
+
+
+def _row(arm: Arm, outs: list[Generation], seconds: float) -> dict[str, Any]:
+    stats = Statistics.merge([out.stats for out in outs])
+    return {
+        "mode": arm.mode,
+        "batch": arm.batch,
+        "sampling": arm.sampling,
+        "temperature": SAMPLINGS[arm.sampling]["temperature"],
+        "prompts": len(outs),
+        "tokens": stats.num_committed,
+        "acceptance_rate": round(stats.acceptance_rate, 4) if stats.num_drafted else None,
+        "tokens_per_verification": round(stats.tokens_per_verification, 4),
+        "errors": sum(out.error is not None for out in outs),
+        "seconds": round(seconds, 1),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--heads", action="append", default=[], metavar="KIND=FOLDER", help="in place of shipped ones")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of modes {', '.join(MODES)}")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--device")
     parser.add_argument("--limit", type=int, default=24)
@@ -64,46 +179,51 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    engine = load(args.model, dtype=dtype, device=args.device)
-    if engine.heads is None or len(engine.heads.exits) < 3 or engine.tokenizer is None:
-        raise SystemExit(f"{args.model} has no shipped heads with three exits here; nothing could be drafted")
+    arms, folders = parse_arms(args.arms), dict(pair.split("=", 1) for pair in args.heads)
+    engines: dict[str, Engine] = {}
+
+    def engine_of(kind: str) -> Engine:
+        if kind not in engines:
+            engines[kind] = load(args.model, heads=folders.get(kind, kind), dtype=dtype, device=args.device)
+        return engines[kind]
+
+    try:
+        engine = engine_of(MODES[arms[0].mode][0])
+    except ValueError as error:
+        raise SystemExit(f"nothing could be drafted: {error}") from error
+    if engine.tokenizer is None:
+        raise SystemExit(f"{args.model} has no tokenizer, so it cannot read questions")
     questions = choose(read_questions(args.prompts), limit=args.limit)
     prompts = [engine.tokenizer.encode_chat([{"role": "user", "content": q.turns[0]}]) for q in questions]
-    plain: dict[float, list[Generation]] = {}
-    rows: list[dict[str, Any]] = []
-    for mode, batch, temperature in ARMS:
-        options = {"temperature": temperature, "max_new_tokens": args.max_new_tokens}
-        start = time.perf_counter()
-        if temperature not in plain:
-            plain[temperature] = run_arm(engine, prompts, 5, speculation=False, **options)
-        outs = run_arm(engine, prompts, batch, speculation="always", policy=policies(engine)[mode], **options)
-        stats = Statistics.merge([out.stats for out in outs])
-        pairs = zip(outs, plain[temperature], strict=True)
-        row = {
-            "mode": mode,
-            "batch": batch,
-            "temperature": temperature,
-            "prompts": len(outs),
-            "tokens": stats.num_committed,
-            "differing_tokens": sum(differing(a.token_ids, b.token_ids) for a, b in pairs),
-            "acceptance_rate": round(stats.acceptance_rate, 4),
-            "tokens_per_verification": round(stats.tokens_per_verification, 4),
-        }
-        rows.append(row)
-        print(row, f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    document = {
-        "schema_version": 1,
-        "what": "speculative against plain decoding, plain in batches of 5, first turns",
+    document: dict[str, Any] = {
+        "schema_version": 2,
+        "what": f"speculative against plain decoding, plain in batches of {PLAIN_BATCH}, first turns",
         "command": "python -m skipstone.bench.lossless " + " ".join(argv or sys.argv[1:]),
+        "model": args.model,
         "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
         "device": describe_device(engine.decoder.device),
         "versions": versions(),
-        "rows": rows,
+        "complete": False,
+        "rows": [],
     }
+    comparison = Comparison(engine_of, prompts, args.max_new_tokens)
+    for arm in arms:
+        for row in comparison.rows(arm):
+            document["rows"].append(row)
+            print(row, file=sys.stderr, flush=True)
+        document["complete"] = arm == arms[-1]
+        _write(document, args.out)
     print(json.dumps(document, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return int(any(row["differing_tokens"] for row in rows))
+    return int(any(row.get("differing_tokens") or row["errors"] for row in document["rows"]))
+
+
+def _write(document: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    work = path.with_name(path.name + ".tmp")
+    work.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(work, path)  # a kill leaves the last whole state
 
 
 if __name__ == "__main__":
