@@ -169,7 +169,7 @@ if triton is not None:
 
     @triton.jit
     def _process_and_draw_kernel(  # type: ignore[no-untyped-def]
-        logits, live_of, sequence_of, position_of, base_of, path_of, options, top_k_of, seeds,
+        logits, live_of, sequence_of, position_of, base_of, path_of, options_of, top_k_of, seeds,
         bias, counts, seen, tree_tokens, stop_ids, min_end, kept_ids, out, vocab_size, num_stops,
         PATH: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -181,9 +181,9 @@ if triton is not None:
             return
         sequence = tl.load(sequence_of + row).to(tl.int64)
         position = tl.load(position_of + row)
-        temperature = tl.load(options)
-        top_p, min_p = tl.load(options + 1), tl.load(options + 2)
-        repetition, presence, frequency = tl.load(options + 3), tl.load(options + 4), tl.load(options + 5)
+        temperature = tl.load(options_of)
+        top_p, min_p = tl.load(options_of + 1), tl.load(options_of + 2)
+        repetition, presence, frequency = tl.load(options_of + 3), tl.load(options_of + 4), tl.load(options_of + 5)
         top_k = tl.load(top_k_of)
         logits += row * vocab_size
         kept_ids += row * vocab_size

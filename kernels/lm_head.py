@@ -79,7 +79,7 @@ if triton is not None:
 
     @triton.jit
     def _lm_head_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, ids_of, live_of, sequence_of, position_of, options, seeds,
+        x, stats, weight, bias, shift, ids_of, live_of, sequence_of, position_of, options_of, seeds,
         logits, best_value, best_id, tile_stats,
         vocab_size, num_tiles, eps, softcap,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -128,7 +128,7 @@ if triton is not None:
             ids = cols
             if HAS_IDS:
                 ids = tl.load(ids_of + cols, mask=inside, other=2147483647)
-            temperature = tl.load(options)
+            temperature = tl.load(options_of)
             score = y
             if temperature > 0.0:
                 sequence = tl.load(sequence_of + rows, mask=live, other=0)

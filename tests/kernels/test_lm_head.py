@@ -16,7 +16,6 @@ import os
 
 import pytest
 import torch
-from skipstone.kernels import device_noise
 from skipstone.kernels import lm_head as op
 from skipstone.kernels.lm_head import lm_head, lm_head_reference, num_tiles
 from skipstone.kernels.noise import gumbel_noise
@@ -27,6 +26,7 @@ from torch import Tensor
 triton = op.triton
 if triton is not None:
     import triton.language as tl
+    from skipstone.kernels.device_noise import gumbel_at, gumbel_run
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -229,8 +229,8 @@ if triton is not None:
         seed = tl.load(seeds + row)[:, None]
         to = row[:, None] * N + ids[None, :]
         group = tl.broadcast_to(tl.arange(0, N // 4)[None, :], [2, N // 4])
-        tl.store(run + to, device_noise.gumbel_run(seed, position, group))
-        tl.store(at + to, device_noise.gumbel_at(seed, position, tl.broadcast_to(ids[None, :], [2, N])))
+        tl.store(run + to, gumbel_run(seed, position, group))
+        tl.store(at + to, gumbel_at(seed, position, tl.broadcast_to(ids[None, :], [2, N])))
 
 
 @interpreted
