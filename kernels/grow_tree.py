@@ -9,12 +9,13 @@ A candidate is a drafted token with the log-probability of its whole path. Step 
 and after the last step `hang` makes the likeliest `max_nodes` the tree that is verified. A chain is beam = branch = 1.
 
 Places number the head's entries of a round: the root's is 0, the i-th row of step s has 1 + (s - 1) beam + i, whether
-chosen or not. Candidate 1 + place * branch + c is the c-th child of a place, candidate 0 the root; so parents come
-before children, and equal candidates rank in the order of `best_first`, which decides by index too. A candidate that
-does not exist has log-probability -inf.
+chosen or not. Candidate 1 + place * branch + c is the c-th child of a place; equal candidates rank by that number, the
+order in which `best_first` ranks them, too, and parents come before children.
 
-A rank is a count of comparisons over all pairs of candidates, no sort: at most 128 candidates. Nothing that a program
-reads is written by the same launch (`opened` is double-buffered), because warps of a program are not in step.
+What is not among the likeliest `max_nodes` of all candidates so far never will be again, so the pool keeps just these,
+by rank; a step merges the new children with them. A rank is a count of comparisons over all pairs, no sort. What is
+kept is read from one buffer and written to another, and rows are written behind a barrier, because the warps of a
+program are not in step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ try:
 except ImportError:
     triton = None
 
-MOST_CANDIDATES = 128
+MOST_CHILDREN = 48  # of one step
+FIELDS = 6  # of a kept candidate: token, parent's place, own place or -1, depth, number, whether it has no children yet
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,15 @@ class Shape:
             raise ValueError(f"beam is {self.beam} and branch {self.branch}, expected 1 to 16 and 1 to 8")
         if not (1 <= self.max_depth < PATH and 1 <= self.max_nodes < PATH):
             raise ValueError(f"max_depth is {self.max_depth} and max_nodes {self.max_nodes}, expected 1 to {PATH - 1}")
-        if self.num_candidates > MOST_CANDIDATES:
+        if self.beam * self.branch > MOST_CHILDREN:
             raise ValueError(
-                f"beam {self.beam}, branch {self.branch} and depth {self.max_depth} make {self.num_candidates} "
-                f"candidates, expected at most {MOST_CANDIDATES}; take a smaller one of them"
+                f"beam {self.beam} x branch {self.branch}: expected at most {MOST_CHILDREN} children a step"
             )
 
     @property
     def num_places(self) -> int:
         """Entries that the head makes at most, the root's included."""
         return 1 + self.beam * (self.max_depth - 1)
-
-    @property
-    def num_candidates(self) -> int:
-        return 1 + self.branch * self.num_places
 
     @property
     def width(self) -> int:
@@ -107,31 +104,27 @@ class Trees:
 
 @dataclass(frozen=True)
 class Pool:
-    """The candidates of B sequences in one round, `[B, P]` int32 or fp32 by index; made once, at fixed addresses.
+    """The candidates of B sequences in one round; made once, at fixed addresses.
 
     Attributes:
-        opened: `[2, B, P]`, 1 where a candidate has no children yet; read and written in turns.
-        by_place: `[B, places]`, candidate at each place of the head, -1 for none.
-        paths: `[B, places, 16]`, place of the ancestor at each depth; a root's own row stays 0.
-        num_refused: `[B]`, nodes that the gate refused in this round.
+        kept: int32 `[2, B, FIELDS, 16]`, the likeliest candidates by rank; read and written in turns.
+        values: fp32 `[2, B, 2, 16]`, their log-probabilities (-inf for none) and entropies.
+        paths: int32 `[B, places, 16]`, place of the ancestor at each depth; a root's own row stays 0.
+        num_refused: int32 `[B]`, nodes that the gate refused in this round.
         rows: of the head's next pass, `width` a sequence.
-        tokens_of_rows, parents_of_rows: `[R]`, the rows' tokens, and where their parents' outputs stand among
-            `[B * places]`.
+        tokens_of_rows, parents_of_rows: int32 `[R]`, the rows' tokens, and their parents' places.
+        log_probs_of_rows: fp32 `[R]`, of their whole paths.
     """
 
     shape: Shape
-    tokens: Tensor
-    parents: Tensor
-    depths: Tensor
-    log_probs: Tensor
-    entropies: Tensor
-    opened: Tensor
-    by_place: Tensor
+    kept: Tensor
+    values: Tensor
     paths: Tensor
     num_refused: Tensor
     rows: Rows
     tokens_of_rows: Tensor
     parents_of_rows: Tensor
+    log_probs_of_rows: Tensor
 
     @classmethod
     def empty(cls, batch: int, shape: Shape, device: torch.device | str) -> Pool:
@@ -139,85 +132,94 @@ class Pool:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         num_rows = -(-batch * shape.width // 16) * 16
-        size = batch, shape.num_candidates
         return cls(
-            shape, whole(*size), whole(*size), whole(*size), torch.zeros(size, device=device),
-            torch.zeros(size, device=device), whole(2, *size), whole(batch, shape.num_places),
+            shape, whole(2, batch, FIELDS, PATH), torch.zeros(2, batch, 2, PATH, device=device),
             whole(batch, shape.num_places, PATH), whole(batch), Rows.empty(num_rows, device), whole(num_rows),
-            whole(num_rows),
+            whole(num_rows), torch.zeros(num_rows, device=device),
         )  # fmt: skip
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
+
+@dataclass
+class _Candidate:
+    token: int
+    above: int
+    place: int
+    depth: int
+    number: int
+    opened: int
+    log_prob: float
+    entropy: float
 
 
 def grow_tree_reference(
     step: int, tokens: Tensor, log_probs: Tensor, entropies: Tensor, pool: Pool, sequences: Sequences, trees: Trees
 ) -> None:
     """The same, candidate by candidate; arguments as `grow_tree`."""
-    shape = pool.shape
+    shape, rows, turn = pool.shape, pool.rows, step % 2
     for b in range(len(sequences.base)):
         active, base, end = (int(t[b]) for t in (sequences.active, sequences.base, sequences.end))
         deepest = min(end - base - 2, shape.max_depth)
+        found: list[_Candidate] = []
         if step == 0:
-            pool.log_probs[b] = -math.inf
             pool.num_refused[b] = 0
+        else:
+            fields, values = pool.kept[turn, b].T.tolist(), pool.values[turn, b].T.tolist()
+            found = [_Candidate(*f, *v) for f, v in zip(fields, values, strict=True) if v[0] > -math.inf]
         first, count = (0, 1) if step == 0 else (1 + (step - 1) * shape.beam, shape.beam)
         for i in range(count):
             place, row = first + i, b * (1 if step == 0 else shape.width) + i
-            parent = int(pool.by_place[b, place]) if step else 0 if active and deepest > 0 else -1
-            if parent < 0:
+            if not (active and deepest > 0 if step == 0 else rows.live[row]):
                 continue
             if not float(entropies[row]) < shape.stop:
                 pool.num_refused[b] += 1
                 continue
-            path = (float(pool.log_probs[b, parent]), int(pool.depths[b, parent])) if step else (0.0, 0)
+            path = (0.0, 0) if step == 0 else (float(pool.log_probs_of_rows[row]), int(rows.position[row]) - base)
             for c in range(shape.branch):
-                one, own = 1 + place * shape.branch + c, float(log_probs[row, c])
+                own, number = float(log_probs[row, c]), 1 + place * shape.branch + c
                 if tokens[row, c] >= 0 and own > -math.inf:
-                    pool.tokens[b, one], pool.parents[b, one] = tokens[row, c], parent
-                    pool.log_probs[b, one], pool.depths[b, one] = path[0] + min(own, 0.0), path[1] + 1
-                    pool.entropies[b, one] = entropies[row]
-        values = pool.log_probs[b].tolist()
-        order = sorted((j for j, v in enumerate(values) if j and v > -math.inf), key=lambda j: -values[j])
+                    total = float(torch.tensor(path[0]) + min(own, 0.0))  # in fp32
+                    new = (int(tokens[row, c]), place, -1, path[1] + 1, number, 1, total, float(entropies[row]))
+                    found.append(_Candidate(*new))
+        found = sorted(found, key=lambda one: (-one.log_prob, one.number))[: shape.max_nodes]
         if step < shape.max_depth - 1:
-            _choose_reference(step, b, order, pool, base, deepest)
+            _choose_reference(step, b, found, pool, base, deepest)
+            for n, one in enumerate(found):
+                own_fields = [one.token, one.above, one.place, one.depth, one.number, one.opened]
+                pool.kept[1 - turn, b, :, n] = torch.tensor(own_fields, dtype=torch.int32)
+                pool.values[1 - turn, b, :, n] = torch.tensor([one.log_prob, one.entropy])
+            pool.values[1 - turn, b, 0, len(found) :] = -math.inf
         else:
-            _hang_reference(b, order, pool, trees, active)
+            _hang_reference(b, found, trees, active)
 
 
-def _choose_reference(step: int, b: int, order: list[int], pool: Pool, base: int, deepest: int) -> None:
+def _choose_reference(step: int, b: int, found: list[_Candidate], pool: Pool, base: int, deepest: int) -> None:
     shape, rows = pool.shape, pool.rows
-    values = pool.log_probs[b].tolist()
-    least = values[order[shape.max_nodes - 1]] if len(order) >= shape.max_nodes else -math.inf
-    done = {int(one) for one in pool.by_place[b, 1 : 1 + step * shape.beam]}
-    free = [j for j in order if j not in done and values[j] > least and pool.depths[b, j] < deepest]
-    for i in range(shape.beam):
+    least = found[-1].log_prob if len(found) == shape.max_nodes else -math.inf
+    free = [one for one in found if one.opened and one.log_prob > least and one.depth < deepest]
+    for i in range(shape.width):
         r, place = b * shape.width + i, 1 + step * shape.beam + i
-        pool.by_place[b, place] = free[i] if i < len(free) else -1
-        rows.live[r] = i < len(free)
-        if i < len(free):
+        rows.live[r] = i < min(len(free), shape.beam)
+        if rows.live[r]:
             one = free[i]
-            depth, above = int(pool.depths[b, one]), (one - 1) // shape.branch
-            rows.sequence[r], rows.base[r], rows.position[r], rows.slot[r] = b, base, base + depth, base + place
-            path = [*pool.paths[b, above, :depth].tolist(), place, *[0] * (PATH - 1 - depth)]
+            one.place, one.opened = place, 0
+            rows.sequence[r], rows.base[r], rows.position[r], rows.slot[r] = b, base, base + one.depth, base + place
+            path = [*pool.paths[b, one.above, : one.depth].tolist(), place, *[0] * (PATH - 1 - one.depth)]
             rows.path[r] = pool.paths[b, place] = torch.tensor(path, dtype=torch.int32)
-            pool.tokens_of_rows[r], pool.parents_of_rows[r] = pool.tokens[b, one], b * shape.num_places + above
+            pool.tokens_of_rows[r], pool.parents_of_rows[r] = one.token, one.above
+            pool.log_probs_of_rows[r] = one.log_prob
 
 
-def _hang_reference(b: int, order: list[int], pool: Pool, trees: Trees, active: int) -> None:
-    nodes = {0: 0} | {one: 1 + i for i, one in enumerate(order[: pool.shape.max_nodes])}
-    trees.count[b] = len(nodes) if active else 0
+def _hang_reference(b: int, found: list[_Candidate], trees: Trees, active: int) -> None:
+    nodes = {0: 0} | {one.place: 1 + i for i, one in enumerate(found) if one.place > 0}
+    trees.count[b] = len(found) + 1 if active else 0
     trees.tokens[b, 1:], trees.parents[b], trees.depths[b], trees.paths[b], trees.entropies[b] = 0, 0, 0, 0, 0.0
     trees.parents[b, 0] = -1
-    for one, node in nodes.items():
-        if node:
-            parent, depth = nodes[int(pool.parents[b, one])], int(pool.depths[b, one])
-            trees.tokens[b, node], trees.parents[b, node], trees.depths[b, node] = pool.tokens[b, one], parent, depth
-            trees.entropies[b, node] = pool.entropies[b, one]
-            trees.paths[b, node] = trees.paths[b, parent]
-            trees.paths[b, node, depth] = node
+    for i, one in enumerate(found):
+        node, parent = 1 + i, nodes[one.above]
+        trees.tokens[b, node], trees.parents[b, node], trees.depths[b, node] = one.token, parent, one.depth
+        trees.entropies[b, node] = one.entropy
+        trees.paths[b, node] = trees.paths[b, parent]
+        trees.paths[b, node, one.depth] = node
 
 
 if triton is not None:
@@ -225,12 +227,11 @@ if triton is not None:
     @triton.jit(do_not_specialize=["first", "max_nodes", "max_depth"])
     def _grow_tree_kernel(  # type: ignore[no-untyped-def]
         cand_tokens, cand_log_probs, cand_entropies, first, max_nodes, max_depth, stop,
-        active_of, base_of, end_of,
-        tokens_of, parents_of, depths_of, log_probs_of, entropies_of, opened, opened_next, by_place, paths_of, refused,
-        live_of, sequence_of, position_of, slot_of, base_row, path_of, row_tokens, row_parents,
+        active_of, base_of, end_of, kept, values, kept_next, values_next, paths_of, refused,
+        live_of, sequence_of, position_of, slot_of, base_row, path_of, row_tokens, row_parents, row_log_probs,
         tree_tokens, tree_parents, tree_depths, tree_paths, tree_count, tree_entropies,
-        BEAM: tl.constexpr, BRANCH: tl.constexpr, NUM: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
-        MAX_DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PATH: tl.constexpr, BLOCK: tl.constexpr,
+        BEAM: tl.constexpr, BRANCH: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, MAX_DEPTH: tl.constexpr,
+        FIRST: tl.constexpr, LAST: tl.constexpr, PATH: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_begin(PDL)
@@ -239,121 +240,131 @@ if triton is not None:
         base = tl.load(base_of + b)
         deepest = tl.minimum(tl.load(end_of + b) - base - 2, max_depth)
         active = tl.load(active_of + b) != 0
-        j = tl.arange(0, BLOCK)
-        at = b * NUM + j
-        place = tl.where(j > 0, (j - 1) // BRANCH, -1)
-        child = j - 1 - place * BRANCH
 
-        # expand: children of the places chosen last
-        lane = place - first
+        # expand: behind the candidates kept, the children of the places chosen last
+        j = tl.arange(0, BLOCK)
+        lane = (j - PATH) // BRANCH
+        child = (j - PATH) % BRANCH
         if FIRST:
-            fresh = (j > 0) & (place == 0)
-            parent = tl.zeros_like(j)
+            fresh = (j >= PATH) & (lane == 0)
             grown = fresh & active & (deepest > 0)
-            above = tl.zeros([BLOCK], tl.float32)
+            row = b + j * 0
+            log_prob = tl.zeros([BLOCK], tl.float32)
             depth = tl.full([BLOCK], 1, tl.int32)
-            row = b + tl.zeros_like(j)
         else:
-            fresh = (lane >= 0) & (lane < BEAM) & (j < NUM)
-            parent = tl.load(by_place + b * PLACES + place, mask=fresh, other=-1)
-            grown = fresh & (parent >= 0)
-            above = tl.load(log_probs_of + b * NUM + parent, mask=grown, other=0.0)
-            depth = tl.load(depths_of + b * NUM + parent, mask=grown, other=0) + 1
+            fresh = (j >= PATH) & (lane < BEAM)
             row = b * WIDTH + lane
+            grown = fresh & (tl.load(live_of + row, mask=fresh, other=0) != 0)
+            log_prob = tl.load(row_log_probs + row, mask=grown, other=0.0)
+            depth = tl.load(position_of + row, mask=grown, other=0) - base + 1
         entropy = tl.load(cand_entropies + row, mask=grown, other=0.0)
         token = tl.load(cand_tokens + row * BRANCH + child, mask=grown, other=-1)
         own = tl.load(cand_log_probs + row * BRANCH + child, mask=grown, other=float("-inf"))
         trusted = entropy < stop  # NaN is not
         added = grown & trusted & (token >= 0) & (own > float("-inf"))
-        fresh_log_prob = tl.where(added, above + tl.minimum(own, 0.0), float("-inf"))
-        tl.store(tokens_of + at, token, mask=fresh)
-        tl.store(parents_of + at, parent, mask=fresh)
-        tl.store(depths_of + at, depth, mask=fresh)
-        tl.store(log_probs_of + at, fresh_log_prob, mask=fresh)
-        tl.store(entropies_of + at, entropy, mask=fresh)
+        log_prob = tl.where(added, log_prob + tl.minimum(own, 0.0), float("-inf"))
+        above = first + lane
+        place = tl.full([BLOCK], -1, tl.int32)
+        number = 1 + above * BRANCH + child
+        free = added
         num_refused = tl.sum((grown & (child == 0) & ~trusted).to(tl.int32), 0)
-
-        older = (j > 0) & (place < first)
-        if FIRST:
-            log_prob = fresh_log_prob
-            free = added
-        else:
+        if not FIRST:
             num_refused += tl.load(refused + b)
-            log_prob = tl.where(fresh, fresh_log_prob, tl.load(log_probs_of + at, mask=older, other=float("-inf")))
-            token = tl.where(fresh, token, tl.load(tokens_of + at, mask=older, other=0))
-            depth = tl.where(fresh, depth, tl.load(depths_of + at, mask=older, other=0))
-            free = added | (older & (tl.load(opened + at, mask=older, other=0) != 0))
+            older = j < PATH
+            own_value = values + b * 2 * PATH + j
+            own_kept = kept + b * FIELDS * PATH + j
+            log_prob = tl.where(older, tl.load(own_value, mask=older, other=0.0), log_prob)
+            older = older & (log_prob > float("-inf"))
+            entropy = tl.where(older, tl.load(own_value + PATH, mask=older, other=0.0), entropy)
+            token = tl.where(older, tl.load(own_kept, mask=older, other=0), token)
+            above = tl.where(older, tl.load(own_kept + PATH, mask=older, other=0), above)
+            place = tl.where(older, tl.load(own_kept + 2 * PATH, mask=older, other=0), place)
+            depth = tl.where(older, tl.load(own_kept + 3 * PATH, mask=older, other=0), depth)
+            number = tl.where(older, tl.load(own_kept + 4 * PATH, mask=older, other=0), number)
+            free = added | (older & (tl.load(own_kept + 5 * PATH, mask=older, other=0) != 0))
         tl.store(refused + b, num_refused)
+
         valid = log_prob > float("-inf")
         better = (log_prob[None, :] > log_prob[:, None]) | (
-            (log_prob[None, :] == log_prob[:, None]) & (j[None, :] < j[:, None])
+            (log_prob[None, :] == log_prob[:, None]) & (number[None, :] < number[:, None])
         )
         rank = tl.sum((better & valid[None, :]).to(tl.int32), 1)
+        held = valid & (rank < max_nodes)
+        num_held = tl.sum(held.to(tl.int32), 0)
+        n = tl.arange(0, PATH)
 
         if not LAST:
-            # choose: -inf while the tree still has room
-            worst = tl.max(tl.where(valid & (rank == max_nodes - 1), log_prob, float("-inf")), 0)
-            free = free & valid & (log_prob > worst) & (depth < deepest)
-            turn = tl.sum((better & free[None, :]).to(tl.int32), 1)
-            chosen = free & (turn < BEAM)
-            tl.store(opened_next + at, (free & ~chosen).to(tl.int32), mask=(fresh | older) & (j < NUM))
-            next_first = 1 if FIRST else first + BEAM
-            at_place = b * PLACES + next_first + turn
+            tl.debug_barrier()  # every warp has read the rows of the step before
+            # choose: everything may enter while the tree has room
+            worst = tl.max(tl.where(held & (rank == max_nodes - 1), log_prob, float("-inf")), 0)
+            able = free & held & (log_prob > worst) & (depth < deepest)
+            turn = tl.sum((better & able[None, :]).to(tl.int32), 1)
+            chosen = able & (turn < BEAM)
+            new_place = (1 if FIRST else first + BEAM) + turn
+            place = tl.where(chosen, new_place, place)
+            to = kept_next + b * FIELDS * PATH + rank
+            tl.store(to, token, mask=held)
+            tl.store(to + PATH, above, mask=held)
+            tl.store(to + 2 * PATH, place, mask=held)
+            tl.store(to + 3 * PATH, depth, mask=held)
+            tl.store(to + 4 * PATH, number, mask=held)
+            tl.store(to + 5 * PATH, (free & ~chosen).to(tl.int32), mask=held)
+            to = values_next + b * 2 * PATH + rank
+            tl.store(to, log_prob, mask=held)
+            tl.store(to + PATH, entropy, mask=held)
+            none = tl.full([PATH], float("-inf"), tl.float32)
+            tl.store(values_next + b * 2 * PATH + n, none, mask=n >= num_held)
+
             at_row = b * WIDTH + turn
-            tl.store(by_place + at_place, j, mask=chosen)
             tl.store(position_of + at_row, base + depth, mask=chosen)
-            tl.store(slot_of + at_row, base + next_first + turn, mask=chosen)
+            tl.store(slot_of + at_row, base + place, mask=chosen)
             tl.store(row_tokens + at_row, token, mask=chosen)
-            tl.store(row_parents + at_row, b * PLACES + place, mask=chosen)
-            i = tl.arange(0, PATH)
-            known = chosen[:, None] & (i[None, :] < depth[:, None])
-            path = tl.load(paths_of + (b * PLACES + place)[:, None] * PATH + i[None, :], mask=known, other=0)
-            path = tl.where(i[None, :] == depth[:, None], (next_first + turn)[:, None], path)
-            tl.store(paths_of + at_place[:, None] * PATH + i[None, :], path, mask=chosen[:, None])
-            tl.store(path_of + at_row[:, None] * PATH + i[None, :], path, mask=chosen[:, None])
-            w = tl.arange(0, WIDTH)
+            tl.store(row_parents + at_row, above, mask=chosen)
+            tl.store(row_log_probs + at_row, log_prob, mask=chosen)
+            known = chosen[:, None] & (n[None, :] < depth[:, None])
+            path = tl.load(paths_of + (b * PLACES + above)[:, None] * PATH + n[None, :], mask=known, other=0)
+            path = tl.where(n[None, :] == depth[:, None], place[:, None], path)
+            tl.store(paths_of + (b * PLACES + place)[:, None] * PATH + n[None, :], path, mask=chosen[:, None])
+            tl.store(path_of + at_row[:, None] * PATH + n[None, :], path, mask=chosen[:, None])
+            w = b * WIDTH + tl.arange(0, WIDTH)
             num_chosen = tl.sum(chosen.to(tl.int32), 0)
-            tl.store(by_place + b * PLACES + next_first + w, -1 + w * 0, mask=(w >= num_chosen) & (w < BEAM))
-            tl.store(live_of + b * WIDTH + w, (w < num_chosen).to(tl.int32))
-            tl.store(sequence_of + b * WIDTH + w, b + w * 0)
-            tl.store(base_row + b * WIDTH + w, base + w * 0)
+            tl.store(live_of + w, (w - b * WIDTH < num_chosen).to(tl.int32))
+            tl.store(sequence_of + w, b + w * 0)
+            tl.store(base_row + w, base + w * 0)
         else:
             # hang
-            if not FIRST:
-                parent = tl.where(fresh, parent, tl.load(parents_of + at, mask=older, other=0))
-                entropy = tl.where(fresh, entropy, tl.load(entropies_of + at, mask=older, other=0.0))
-            kept = valid & (rank < max_nodes)
-            node = tl.where(kept, rank + 1, 0)
-            hit = parent[:, None] == j[None, :]
-            above_node = tl.sum(tl.where(hit, node[None, :], 0), 1)
-            n = tl.arange(0, PATH)
-            mine = kept[None, :] & (node[None, :] == n[:, None])
-            n_parent = tl.sum(tl.where(mine, above_node[None, :], 0), 1)
-            n_depth = tl.sum(tl.where(mine, depth[None, :], 0), 1)
-            n_token = tl.sum(tl.where(mine, token[None, :], 0), 1)
-            n_entropy = tl.sum(tl.where(mine, entropy[None, :], 0.0), 1)
-            at_node = b * PATH + n
-            tl.store(tree_tokens + at_node, n_token, mask=n > 0)
-            tl.store(tree_parents + at_node, tl.where(n == 0, -1, n_parent))
-            tl.store(tree_depths + at_node, n_depth)
-            tl.store(tree_entropies + at_node, n_entropy)
-            count = tl.sum(kept.to(tl.int32), 0) + 1
-            tl.store(tree_count + b, tl.where(active, count, 0))
+            node = tl.where(held, rank + 1, 0)
+            is_parent = held[None, :] & (place[None, :] == above[:, None]) & (above[:, None] > 0)
+            parent = tl.sum(tl.where(is_parent, node[None, :], 0), 1)
+            to = b * PATH + node
+            tl.store(tree_tokens + to, token, mask=held)
+            tl.store(tree_parents + to, parent, mask=held)
+            tl.store(tree_depths + to, depth, mask=held)
+            tl.store(tree_entropies + to, entropy, mask=held)
+            rest = (n == 0) | (n > num_held)
+            zero = n * 0
+            tl.store(tree_tokens + b * PATH + n, zero, mask=n > num_held)
+            tl.store(tree_parents + b * PATH + n, tl.where(n == 0, -1, 0), mask=rest)
+            tl.store(tree_depths + b * PATH + n, zero, mask=rest)
+            tl.store(tree_entropies + b * PATH + n, zero.to(tl.float32), mask=rest)
+            tl.store(tree_count + b, tl.where(active, num_held + 1, 0))
             # walk up from every node at once
-            up = n_depth
+            mine = held[None, :] & (node[None, :] == n[:, None])
+            n_parent = tl.sum(tl.where(mine, parent[None, :], 0), 1)
+            up = tl.sum(tl.where(mine, depth[None, :], 0), 1)
             on = n
             path = tl.zeros([PATH, PATH], tl.int32)
             for _ in tl.static_range(MAX_DEPTH):
                 path = tl.where((n[None, :] == up[:, None]) & (up > 0)[:, None], on[:, None], path)
-                on = tl.sum(tl.where(on[:, None] == n[None, :], n_parent[None, :], 0), 1)
+                on = tl.gather(n_parent, on, 0)
                 up = up - 1
-            tl.store(tree_paths + at_node[:, None] * PATH + n[None, :], path)
+            tl.store(tree_paths + (b * PATH + n)[:, None] * PATH + n[None, :], path)
 
 
-def _settings(num_candidates: int) -> dict[str, int]:
-    """Candidates as a vector, and warps: all pairs of them are compared."""
-    block = max(16, triton.next_power_of_2(num_candidates))
-    return {"BLOCK": block, "num_warps": 8 if block > 64 else 4 if block > 32 else 1}
+def _settings(num_children: int) -> dict[str, int]:
+    """What is kept and the children as one vector, and warps: all pairs of them are compared."""
+    block = triton.next_power_of_2(PATH + num_children)
+    return {"BLOCK": block, "num_warps": 4 if block > 32 else 1}
 
 
 def grow_tree(
@@ -398,12 +409,11 @@ def grow_tree(
     _grow_tree_kernel[(len(sequences.base),)](
         tokens, log_probs, entropies, 0 if step == 0 else 1 + (step - 1) * shape.beam, shape.max_nodes,
         shape.max_depth, shape.stop, sequences.active, sequences.base, sequences.end,
-        pool.tokens, pool.parents, pool.depths, pool.log_probs, pool.entropies, pool.opened[turn],
-        pool.opened[1 - turn], pool.by_place, pool.paths, pool.num_refused,
+        pool.kept[turn], pool.values[turn], pool.kept[1 - turn], pool.values[1 - turn], pool.paths, pool.num_refused,
         rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path,
-        pool.tokens_of_rows, pool.parents_of_rows,
+        pool.tokens_of_rows, pool.parents_of_rows, pool.log_probs_of_rows,
         trees.tokens, trees.parents, trees.depths, trees.paths, trees.count, trees.entropies,
-        BEAM=shape.beam, BRANCH=shape.branch, NUM=shape.num_candidates, PLACES=shape.num_places, WIDTH=shape.width,
-        MAX_DEPTH=shape.max_depth, FIRST=step == 0, LAST=step == shape.max_depth - 1, PATH=PATH, PDL=pdl,
-        **_settings(shape.num_candidates), **({"launch_pdl": True} if pdl else {}),
+        BEAM=shape.beam, BRANCH=shape.branch, PLACES=shape.num_places, WIDTH=shape.width, MAX_DEPTH=shape.max_depth,
+        FIRST=step == 0, LAST=step == shape.max_depth - 1, PATH=PATH, FIELDS=FIELDS, PDL=pdl,
+        **_settings(shape.beam * shape.branch), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

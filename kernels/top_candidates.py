@@ -73,7 +73,7 @@ if triton is not None:
 
     @triton.jit
     def _top_candidates_kernel(  # type: ignore[no-untyped-def]
-        logits, partials, best_value, options, seeds, draft_ids, live_of, sequence_of, position_of,
+        logits, partials, best_value, options_of, seeds, draft_ids, live_of, sequence_of, position_of,
         ids_out, log_probs_out, entropies_out, vocab_size, num_tiles,
         C: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
         BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
@@ -83,7 +83,7 @@ if triton is not None:
         row = tl.program_id(0)
         if tl.load(live_of + row) == 0:
             return
-        temperature = tl.load(options)
+        temperature = tl.load(options_of)
         at_row = row.to(tl.int64)
         # below every key: -inf has bits 0xff800000, a key far above this
         lowest = tl.full([1], -0x7FFFFFFF, tl.int64) << 32
@@ -130,15 +130,21 @@ if triton is not None:
             mass = tl.sum(tl.sum(tl.where(inside, tl.exp(score - highest), 0.0), 1), 0)
             mass += tl.sum(tl.where(others, tl.exp(best - highest), 0.0), 0)
             log_z = tl.log(mass) + highest
-        keys2 = tl.where(inside, _rank_key(score, place), lowest[:, None])
+        keys = tl.reshape(tl.where(inside, _rank_key(score, place), lowest[:, None]), [BLOCK_C * TILE])
+        found = tl.full([BLOCK_C], -1, tl.int64) << 62
         for c in tl.static_range(C):
-            key = tl.max(tl.max(keys2, 1), 0)
-            hit = (keys2 == key) & (keys2 > lowest[:, None])  # nothing once all are taken
-            value = tl.max(tl.max(tl.where(hit, score, float("-inf")), 1), 0)
-            one = tl.max(tl.max(tl.where(hit, token, -1), 1), 0)
-            tl.store(ids_out + row * C + c, tl.where(value > float("-inf"), one, -1))
-            tl.store(log_probs_out + row * C + c, value - log_z)
-            keys2 = tl.where(hit, lowest[:, None], keys2)
+            key = tl.max(keys, 0)
+            found = tl.where(lane == c, key, found)
+            keys = tl.where(keys == key, lowest, keys)
+        bits = (found >> 32).to(tl.int32)
+        value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        there = (found > lowest) & (value > float("-inf"))
+        one = (0x7FFFFFFF - (found & 0x7FFFFFFF)).to(tl.int32)
+        if HAS_IDS:
+            one = tl.load(draft_ids + one, mask=there, other=0).to(tl.int32)
+        to = row * C + lane
+        tl.store(ids_out + to, tl.where(there, one, -1), mask=lane < C)
+        tl.store(log_probs_out + to, tl.where(there, value - log_z, float("-inf")), mask=lane < C)
 
 
 def tile_width(vocab_size: int, num_tiles: int) -> int:

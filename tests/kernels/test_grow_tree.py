@@ -1,12 +1,12 @@
 """Best-first trees in device memory, against `engine/best_first.py` and the reference, with a made-up head that is a
 function of the path.
 
-Regimes: chains and trees, one step and six, beams of 1 to 5 (also no power of two), pools of 2 to 125 candidates; more
+Regimes: chains and trees, one step and six, beams of 1 to 5 (also no power of two), 1 to 40 children a step; more
 nodes than candidates and fewer; gates that refuse some nodes; NaN entropies; missing candidates; equal
 log-probabilities; sequences at their ends, inactive ones and such in between; a second round in the first one's memory.
 Planted bugs that these tests were seen to catch: children ranked by their own probability, ties to the
-later candidate, one draft more than the budget, a NaN entropy trusted, candidates expanded twice, a place that kept
-what it held, paths one node short, rows a beam apart instead of a width.
+later candidate, one draft more than the budget, a NaN entropy trusted, candidates expanded twice, a row or a candidate
+too many, paths one node short, rows a beam apart instead of a width.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def grown_by_the_engine(shape, salt, depth, tied=False, nan_at=None):
 
 def grow(run, shape, salts, sequences, pool, trees, tied=False, nan_at=None):
     """Drive `grow_tree` with the made-up head."""
-    num = len(salts)
+    num, spoken = len(salts), {}
     for step in range(shape.max_depth):
-        width, num_rows = (1, -(-num // 16) * 16) if step == 0 else (shape.width, pool.num_rows)
+        width, num_rows = (1, -(-num // 16) * 16) if step == 0 else (shape.width, len(pool.rows))
         tokens = torch.full((num_rows, shape.branch), 10**6, dtype=torch.int32)
         log_probs, entropies = torch.full(tokens.shape, math.nan), torch.full((num_rows,), math.nan)
         for b, salt in enumerate(salts):
@@ -123,10 +123,10 @@ def grow(run, shape, salts, sequences, pool, trees, tied=False, nan_at=None):
                 elif pool.rows.live[r]:
                     nodes = pool.rows.path[r, 1 : pool.rows.position[r] - pool.rows.base[r] + 1].tolist()
                     assert nodes[-1] == pool.rows.slot[r] - pool.rows.base[r]
-                    path = tuple(int(pool.tokens[b, pool.by_place[b, place]]) for place in nodes)
-                    assert path[-1] == pool.tokens_of_rows[r]
+                    path = tuple(spoken[b, place] for place in nodes[:-1]) + (int(pool.tokens_of_rows[r]),)
+                    spoken[b, nodes[-1]] = path[-1]
                     above = nodes[-2] if len(nodes) > 1 else 0
-                    assert pool.parents_of_rows[r] == b * shape.num_places + above
+                    assert pool.parents_of_rows[r] == above
                     assert pool.rows.sequence[r] == b and pool.rows.base[r] == sequences.base[b]
                 else:
                     continue
@@ -145,11 +145,9 @@ def whole(*values):
 def poisoned(shape, num):
     """A pool and trees in which everything that must be written first holds nonsense."""
     pool, trees = Pool.empty(num, shape, DEVICE), Trees.empty(num, DEVICE)
-    for name in ("tokens", "parents", "depths", "opened", "by_place", "num_refused", "tokens_of_rows"):
-        getattr(pool, name).fill_(-(10**6))
-    for t in (pool.log_probs, pool.entropies, trees.entropies):
+    for t in (pool.values, pool.log_probs_of_rows, trees.entropies):
         t.fill_(math.nan)
-    for t in (trees.parents, trees.depths, trees.paths, trees.count):
+    for t in (pool.kept, pool.num_refused, pool.tokens_of_rows, trees.parents, trees.depths, trees.paths, trees.count):
         t.fill_(-(10**6))
     trees.tokens.fill_(-5)
     return pool, trees
@@ -202,7 +200,7 @@ def test_shapes_and_inputs_are_checked():
         ({"branch": 9}, "branch 9"),
         ({"max_depth": 16}, "max_depth is 16"),
         ({"max_nodes": 0}, "max_nodes 0"),
-        ({"beam": 16, "branch": 8}, "candidates"),
+        ({"beam": 7, "branch": 7}, "children"),
     ):
         with pytest.raises(ValueError, match=match):
             dataclasses.replace(Shape(2, 2, 4, 8), **change)
