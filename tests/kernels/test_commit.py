@@ -45,7 +45,7 @@ def test_rows_move_and_nothing_else(head_dim: int, dtype: torch.dtype) -> None:
                 commit_reference(cache, b, base, path)
     record = torch.full((batch, 96), 9, dtype=torch.int32, device=DEVICE)
     record[:, 3] = torch.tensor(bases)
-    path_nodes = torch.full((batch, 16), 1 << 20, dtype=torch.int32, device=DEVICE)
+    path_nodes = torch.full((batch, 16), 13, dtype=torch.int32, device=DEVICE)
     for b, path in enumerate(PATHS):
         path_nodes[b, : len(path)] = torch.tensor(path)
     num_path = torch.tensor([len(path) for path in PATHS], dtype=torch.int32, device=DEVICE)
