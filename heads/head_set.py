@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,25 @@ class HeadSet:
         for head in self.heads.values():
             head.to(device).attach(restricted)
         return self
+
+    def restricted(self, draft_ids: Tensor) -> HeadSet:
+        """Copies of the heads that draft `draft_ids` only, not attached and not calibrated.
+
+        Raises:
+            ValueError: ids that these heads do not draft, or heads with an output layer of their own.
+        """
+        ids = draft_ids.to("cpu").long()
+        if self.draft_ids is not None and not bool(torch.isin(ids, self.draft_ids.cpu()).all()):
+            raise ValueError(f"some of {len(ids)} ids are not among the {len(self.draft_ids)} that the heads draft")
+        found = HeadSet(replace(self.config, draft_vocab=len(ids)), ids, self.base)
+        own, new = self._parameters(), found._parameters()
+        other = sorted(name for name in own if own[name].shape != new[name].shape)
+        if other:
+            raise ValueError(f"heads with outputs of their own cannot be restricted: {', '.join(other)}")
+        with torch.no_grad():
+            for name, parameter in new.items():
+                parameter.copy_(own[name])
+        return found
 
     def logits(self, exit_layer: int, hidden: Tensor, state: Any = None) -> Tensor:
         """Residual stream `[N, D]` fp32 after `exit_layer` layers -> logits `[N, num_outputs]`."""

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.chain_attention import chain_attention, chain_attention_reference
 from .base import ExitHead, HeadSpec, Projection, register_head, rms_normalise
 
 Product = Callable[[Tensor], Tensor]
@@ -61,7 +62,8 @@ class StatefulHead(ExitHead):
 
     Options: `depth`, transformer layers; `num_heads`, `num_kv_heads`, `head_dim`, `ff`, `rope_theta`, `qkv_bias`:
     their sizes, normally those of the base's layers (`layer_options`); `source`, the base layer whose weights the first
-    layer starts from, -1 for a random start (further layers follow it).
+    layer starts from, -1 for a random start (further layers follow it, but for their output weights, which start at
+    zero: a deep head starts as the shallow one).
     """
 
     stateful = True
@@ -97,7 +99,8 @@ class StatefulHead(ExitHead):
         return ()
 
     def initialise(self, projection: Projection, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Take over the base's layers `source`, `source + 1`, ... as far as names and shapes fit.
+        """Take over the base's layers `source`, `source + 1`, ... as far as names and shapes fit; of a wider MLP than
+        the head's, the neurons that write most.
 
         Args:
             weights: canonical names -> tensors of the base (`engine/weights.py`), norm weights as they multiply (the
@@ -105,13 +108,19 @@ class StatefulHead(ExitHead):
         """
         if weights is None or self.source < 0:
             return
-        for offset, layer in enumerate(self.layers):
+        for offset, layer in enumerate(self._layers()):
             prefix = f"layers.{self.source + offset}."
+            if prefix + "o.weight" not in weights:  # past the base's last layer
+                prefix = f"layers.{self.source}."
+            own = {name: weights[prefix + name] for name, _ in layer.named_parameters() if prefix + name in weights}
+            if {"up.weight", "down.weight"} <= set(own):
+                own |= _fit_mlp(own["up.weight"], own["down.weight"], layer.sizes.ff)
             with torch.no_grad():
                 for name, parameter in layer.named_parameters():
-                    found = weights.get(prefix + name)
-                    if found is not None and found.shape == parameter.shape:
-                        parameter.copy_(found)
+                    if name in own and own[name].shape == parameter.shape:
+                        parameter.copy_(own[name])
+                    if offset and name in ("o.weight", "down.weight"):
+                        parameter.zero_()
 
     def attach(self, projection: Projection) -> None:
         super().attach(projection)
@@ -353,6 +362,16 @@ def layer_options(
     }
 
 
+def _fit_mlp(up: Tensor, down: Tensor, ff: int) -> dict[str, Tensor]:
+    """The `ff` neurons of a gated MLP (`up [2 F, D]`, gates first, `down [D, F]`) with the largest output weights, in
+    their order; nothing where F is not larger."""
+    width = down.shape[1]
+    if ff >= width or up.shape[0] != 2 * width:
+        return {}
+    kept = down.float().norm(dim=0).topk(ff).indices.sort().values
+    return {"up.weight": torch.cat([up[kept], up[width + kept]]), "down.weight": down[:, kept]}
+
+
 def _random(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns) * columns**-0.5
 
@@ -399,32 +418,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
 
 
 def _attend_unrolled(q: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The newest step's queries over true keys and the chain's own.
-
-    Args:
-        q: `[B, T, H, d]` of step s = len(made) - 1.
-        made: of each step, k and v `[B, T, KV, d]`.
-
-    Returns:
-        `[B, T, H, d]`. Position u sees the true keys j <= u - s, and of step m = 1..s the key at u - (s - m): each
-        step's keys are moved until that one stands at u, and the mask shows its diagonal only.
-    """
-    step, length = len(made) - 1, q.shape[1]
-    at = torch.arange(length, device=q.device)
-    own = at == at.unsqueeze(1)
-    visible = torch.cat([at <= (at - step).unsqueeze(1), *[own] * step], 1)
-    repeat = q.shape[2] // made[0][0].shape[2]
-    keys, values = (
-        torch.cat([_roll(pair[which], step - m if m else 0) for m, pair in enumerate(made)], 1)
-        .transpose(1, 2)
-        .repeat_interleave(repeat, 1)
-        for which in (0, 1)
-    )
-    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible).transpose(1, 2)
-
-
-def _roll(x: Tensor, count: int) -> Tensor:
-    """`[B, T, ...]` moved `count` positions later, zeros before."""
-    if count == 0:
-        return x
-    return torch.cat([torch.zeros_like(x[:, :count]), x[:, : x.shape[1] - count]], 1) if count < x.shape[1] else x * 0
+    """The newest step's queries `[B, T, H, d]` over true keys and the chain's own, `made` of each step."""
+    if q.is_cuda:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+        if dtype in (torch.bfloat16, torch.float16):  # what flash attention takes
+            return chain_attention(q, made, dtype)
+    return chain_attention_reference(q, made)

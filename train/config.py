@@ -38,6 +38,10 @@ class Recipe:
     """How heads are trained."""
 
     steps: Annotated[int, "optimiser steps, of all rounds together"] = 1000
+    minutes: Annotated[
+        float | None, "end after so long even if steps are left; the learning rate then falls with the clock, and no "
+        "two runs are equal"
+    ] = None  # fmt: skip
     batch_tokens: Annotated[int, "tokens of the base's forward in one step of all processes, filling included"] = 32_768
     lr: Annotated[float, "peak learning rate, reached after the warmup, falling along a cosine"] = 2e-3
     final_lr: Annotated[float, "share of the peak that the learning rate ends at"] = 0.02
@@ -45,11 +49,13 @@ class Recipe:
     weight_decay: Annotated[float, "of AdamW"] = 0.01
     clip: Annotated[float, "largest gradient norm of each head"] = 1.0
     loss: Annotated[LossKind, "what is minimised against the full model's distribution"] = "kl"
+    sharpen: Annotated[float, "share of the target that is moved to the full model's argmax, 0 to 1"] = 0.0
     remainder: Annotated[Remainder, "what becomes of the mass outside the draft vocabulary"] = "spread"
     chain: Annotated[int, "steps that recurrent heads are unrolled for: as many as they will draft in a row"] = 5
     # drafts there are never accepted, but at the start of training nearly all are such
     unreached: Annotated[float, "weight of a chain's places whose earlier tokens the head has wrong, 0 to 1"] = 1.0
     chunk_tokens: Annotated[int, "tokens whose [chunk, V] logits are alive at once; bounds memory only"] = 4_096
+    graphs: Annotated[bool, "on one GPU: batches of few shapes, a step of each shape one CUDA graph"] = True
     seed: Annotated[int, "of the text, the heads' start and the order of the data"] = 0
 
     def __post_init__(self) -> None:
@@ -60,18 +66,26 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.chain > CHAIN_MOST:
             raise ValueError(f"chain is {self.chain}, expected at most {CHAIN_MOST}, the drafted tokens of one round")
-        shares = (self.final_lr, self.unreached)
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}, expected above 0, or None")
+        shares = (self.final_lr, self.unreached, self.sharpen)
         if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or not all(0 <= share <= 1 for share in shares):
             raise ValueError(
                 f"lr {self.lr}, clip {self.clip}, warmup {self.warmup}, final_lr {self.final_lr}, "
-                f"unreached {self.unreached}: out of range"
+                f"unreached {self.unreached}, sharpen {self.sharpen}: out of range"
             )
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`, from 0."""
+    def lr_at(self, step: int, done: float | None = None) -> float:
+        """Learning rate of optimiser step `step`, from 0.
+
+        Args:
+            done: share of the run that is over, where the clock may end it.
+        """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.minutes is not None and done is not None:
+            progress = max(progress, done)
         floor = self.lr * self.final_lr
         return floor + 0.5 * (self.lr - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
@@ -92,6 +106,10 @@ class TrainConfig:
         default_factory=dict
     )
     draft_vocab: Annotated[int, "ids that a head can draft, the most frequent ones; 0 for all"] = 8_192
+    train_vocab: Annotated[
+        int | None, "ids that losses see, 0 for all; heads are restricted to draft_vocab of them afterwards"
+    ] = None  # fmt: skip
+    text_from: Annotated[str | None, "folder of another run, whose text and held-out text are used"] = None
     rounds: Annotated[int, "text is written and trained on this many times, each time from another seed"] = 1
     max_prompts: Annotated[int | None, "use only the first prompts of the file"] = None
     prompts_per_round: Annotated[
@@ -99,6 +117,9 @@ class TrainConfig:
     ] = None
     max_prompt_tokens: Annotated[int, "longer prompts are left out"] = 640
     max_new_tokens: Annotated[int, "tokens written after a prompt"] = 256
+    text_minutes: Annotated[
+        float | None, "begin no more texts of a round after so long; later copies are left out, no two runs are equal"
+    ] = None  # fmt: skip
     copies: Annotated[int, "texts written after each prompt"] = 2
     greedy_fraction: Annotated[float, "of these texts, at most 1 / copies: greedy ones do not vary"] = 0.5
     temperature: Annotated[float, "of the other texts"] = 0.8
@@ -126,6 +147,10 @@ class TrainConfig:
             raise ValueError(f"held_out_percent is {self.held_out_percent}, expected above 0 and below 100")
         if self.draft_vocab < 0:
             raise ValueError(f"draft_vocab is {self.draft_vocab}, expected at least 1, or 0 for all ids")
+        if self.train_vocab is not None and self.train_vocab < 0:
+            raise ValueError(f"train_vocab is {self.train_vocab}, expected at least 1, 0 for all ids, or None")
+        if self.rounds > 1 and (self.text_from is not None or self.recipe.minutes is not None):
+            raise ValueError(f"rounds is {self.rounds}, expected 1 with text_from or minutes")
         if not 1 <= self.rounds <= self.recipe.steps:
             raise ValueError(f"rounds is {self.rounds}, expected 1 to the number of steps, {self.recipe.steps}")
         for name in ("max_new_tokens", "max_prompt_tokens", "copies", "eval_every", "eval_texts", "save_every"):

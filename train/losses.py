@@ -19,12 +19,12 @@ Per token, by kind:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.soft_cross_entropy import soft_cross_entropy
 from .config import LOSSES, LossKind, Remainder
 
 TOP_K = 32
@@ -45,8 +45,14 @@ class Teacher:
     best: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, draft_ids: Tensor | None, remainder: Remainder = "spread") -> Teacher:
-        """From the full model's logits `[c, V]` of any float dtype; `draft_ids` long `[Vd]` or None for all."""
+    def of(
+        cls, logits: Tensor, draft_ids: Tensor | None, remainder: Remainder = "spread", sharpen: float = 0.0
+    ) -> Teacher:
+        """From the full model's logits `[c, V]` of any float dtype; `draft_ids` long `[Vd]` or None for all.
+
+        `sharpen` moves that share of p' to the full model's argmax, where it can be drafted: what greedy decoding
+        accepts is the argmax, not a sample.
+        """
         if remainder not in ("spread", "drop"):
             raise ValueError(f"remainder is {remainder!r}, expected 'spread' or 'drop'")
         best = logits.argmax(-1)
@@ -65,25 +71,11 @@ class Teacher:
             place = torch.full((logits.shape[-1],), -1, dtype=torch.long, device=logits.device)
             place[draft_ids] = torch.arange(len(draft_ids), device=logits.device)
             best = place[best]
+        if sharpen:
+            share = torch.where(best < 0, 0.0, sharpen).unsqueeze(1).to(probs.dtype)
+            probs.mul_(1.0 - share).scatter_add_(1, best.clamp(min=0).unsqueeze(1), share)
         neg_entropy = torch.special.entr(probs).sum(-1).neg_()
         return cls(probs, neg_entropy, best)
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """-sum p' log softmax(z) per row. Keeps z and p' only; its gradient is softmax(z) - p'."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, probs: Tensor) -> Tensor:
-        scores = logits.float()
-        normaliser = scores.logsumexp(-1)
-        ctx.save_for_backward(logits, probs, normaliser)
-        return normaliser - (scores * probs).sum(-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, probs, normaliser = ctx.saved_tensors
-        slope = (logits.float() - normaliser.unsqueeze(-1)).exp_().sub_(probs).mul_(grads[0].unsqueeze(-1))
-        return slope.to(logits.dtype), None
 
 
 def kl_to_teacher(logits: Tensor, teacher: Teacher) -> Tensor:
@@ -98,7 +90,15 @@ def kl_to_teacher(logits: Tensor, teacher: Teacher) -> Tensor:
     """
     if logits.shape != teacher.probs.shape:
         raise ValueError(f"head logits are {tuple(logits.shape)}, the teacher's {tuple(teacher.probs.shape)}")
-    return _SoftCrossEntropy.apply(logits, teacher.probs) + teacher.neg_entropy
+    return soft_cross_entropy(logits, teacher.probs)[0] + teacher.neg_entropy
+
+
+def distill_and_choose(logits: Tensor, teacher: Teacher, kind: LossKind = "kl") -> tuple[Tensor, Tensor]:
+    """`distill`, and the head's argmax long `[c]`, which the fused loss finds on its way."""
+    if kind == "kl":
+        loss, best = soft_cross_entropy(logits, teacher.probs)
+        return loss + teacher.neg_entropy, best
+    return distill(logits, teacher, kind), logits.detach().argmax(-1)
 
 
 def distill(logits: Tensor, teacher: Teacher, kind: LossKind = "kl") -> Tensor:

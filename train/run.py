@@ -148,7 +148,7 @@ def card(heads: HeadSet) -> str:
             f"draft vocabulary {heads.config.num_outputs:,} of {heads.config.vocab_size:,} ids.",
             "",
             f"Trained on {training.get('written_tokens', 0):,} tokens that the model itself wrote, "
-            f"{recipe.get('steps', 0):,} steps, loss '{recipe.get('loss', 'kl')}' against the full model.",
+            f"{training.get('steps', 0):,} steps, loss '{recipe.get('loss', 'kl')}' against the full model.",
             f"Measured on {heads.calibration.source}. The last two columns are of the tokens that earlier exits "
             "refused.",
             "",
@@ -186,6 +186,7 @@ class _Run:
         kept = {"curve": [], "written_tokens": {}} if checkpoint is None else checkpoint.values
         self.curve: list[dict[str, Any]] = kept["curve"]
         self.written: dict[str, int] = kept["written_tokens"]
+        self.seen: int = kept.get("seen_tokens", 0)  # drafted positions trained on
         self.text = RunText(config, base, ranks, self.out)
         self.held_out = self.text.held_out()
         text = self._text_at(step)
@@ -200,7 +201,7 @@ class _Run:
     def all_rounds(self) -> None:
         """Train from where the trainer stands to the last step."""
         recipe = self.config.recipe
-        while self.trainer.step_number < recipe.steps:
+        while self.trainer.progress < 1.0:
             end = self._starts()[self._round(self.trainer.step_number) + 1]
             label = "training" if self.config.rounds == 1 else f"training, round {self._round(end - 1) + 1}"
             with (
@@ -208,7 +209,7 @@ class _Run:
                 bar(self.config.progress, label, recipe.steps, self.trainer.step_number) as shown,
             ):
                 self._train_until(end, shown)
-            if end < recipe.steps:
+            if end < recipe.steps and self.trainer.progress < 1.0:
                 self.trainer.read(self._text_at(end))
 
     def finish(self, started: float) -> HeadSet:
@@ -216,8 +217,9 @@ class _Run:
         folder, projection = self.out / "heads", inference_projection(self.decoder)
         if self.ranks.rank == 0:
             facts = self._facts()
-            self.heads.config = replace(self.heads.config, training=facts)
-            self.heads.save(folder, overwrite=True)
+            heads = self._restricted()
+            heads.config = replace(heads.config, training=facts)
+            heads.save(folder, overwrite=True)
             if not self.config.shard_base:
                 # What is measured is what was stored: rounded weights, packed as in decoding.
                 heads = HeadSet.load(folder, self.identity).attach(projection)
@@ -228,23 +230,34 @@ class _Run:
         self.ranks.wait()
         return HeadSet.load(folder, self.identity).attach(projection)
 
+    def _restricted(self) -> HeadSet:
+        """The trained heads on the draft vocabulary, where losses saw another one."""
+        count = self.config.draft_vocab
+        if self.config.train_vocab is None or not 0 < count < self.heads.config.num_outputs:
+            return self.heads
+        sizes = self.decoder.config
+        ids = frequent_ids(self.trainer.text, count, sizes.vocab_size, self.stop_ids)
+        return self.heads.restricted(ids)
+
     def close(self) -> None:
         if self.tracker is not None:
             self.tracker.close()
 
     def _train_until(self, end: int, shown: Bar) -> None:
         config, trainer = self.config, self.trainer
-        while trainer.step_number < end:
+        while trainer.step_number < end and trainer.progress < 1.0:
             result = trainer.step()
             at = trainer.step_number
+            self.seen += result.num_tokens
             shown.step(result)
             if self.tracker is not None:
                 self.tracker.step(at, self.heads.exits, result)
             # asked together, so that all processes end after the same step
             stopped = self.ranks.total(int(self.stop.requested is not None)) > 0
-            if at % config.eval_every == 0 or at == config.recipe.steps:
+            ends = trainer.progress >= 1.0
+            if at % config.eval_every == 0 or ends:
                 self._evaluate(result, shown)
-            if at % config.save_every == 0 or at == end or stopped:
+            if at % config.save_every == 0 or at == end or ends or stopped:
                 self._save(result)
             if stopped:
                 who = self.stop.requested or "another process"
@@ -257,7 +270,7 @@ class _Run:
         members = list(range(min(self.config.eval_texts, len(self.held_out))))
         found = look(self.decoder, self.heads, self.held_out, members, recipe)
         loss = dict(zip(map(str, self.heads.exits), result.loss["heads"].tolist(), strict=True))
-        self.curve.append({"step": self.trainer.step_number, "loss": loss, **found})
+        self.curve.append({"step": self.trainer.step_number, "seen_tokens": self.seen, "loss": loss, **found})
         shown.held_out(self.curve[-1])
         if self.tracker is not None:
             self.tracker.held_out(self.curve[-1])
@@ -272,7 +285,7 @@ class _Run:
         tensors, values = self.trainer.state()
         if self.heads.draft_ids is not None:
             tensors["draft_ids"] = self.heads.draft_ids  # of the first round's text, which is gone in later ones
-        more = {"curve": self.curve, "written_tokens": self.written}
+        more = {"curve": self.curve, "written_tokens": self.written, "seen_tokens": self.seen}
         save_checkpoint(self.out / "checkpoints", at, tensors, {**values, **more}, self.config.keep)
 
     def _text_at(self, step: int) -> SelfText:
@@ -293,12 +306,18 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """Where the heads come from. A shipped card shows no folder of this machine."""
+        on_gpu = self.decoder.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.decoder.device) if on_gpu else 0  # 0: not measured
         settings = asdict(self.config)
         settings["prompts"] = None if self.config.prompts is None else Path(self.config.prompts).name
         settings["model"] = self.identity.model_id
         del settings["out"]
         return {
             "config": settings,
+            "steps": self.trainer.step_number,
+            "seen_tokens": self.seen,
+            "training_seconds": round(self.trainer.seconds, 1),
+            "peak_gib": round(peak / 2**30, 2),
             "written_tokens": sum(self.written.values()),
             "texts": len(self.trainer.text),
             "held_out_texts": len(self.held_out),
@@ -335,7 +354,8 @@ def fresh_heads(
 ) -> HeadSet:
     """Untrained heads; their draft vocabulary is `draft_ids`, or the text's most frequent ids."""
     sizes = base.decoder.config
-    draft_vocab = config.draft_vocab if 0 < config.draft_vocab < sizes.vocab_size else None
+    wanted = config.draft_vocab if config.train_vocab is None else config.train_vocab
+    draft_vocab = wanted if 0 < wanted < sizes.vocab_size else None
     if draft_vocab is not None and draft_ids is None:
         draft_ids = frequent_ids(text, draft_vocab, sizes.vocab_size, base.tokenizer.stop_ids)
     set_config = HeadSetConfig(sizes.hidden_size, sizes.vocab_size, sizes.num_layers, specs, draft_vocab)

@@ -8,6 +8,7 @@ is written again, the same.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ class RunText:
 
     def held_out(self) -> SelfText:
         """What the model wrote after prompts that training never sees."""
+        if self.config.text_from is not None:
+            return self._of_other_run("held_out.safetensors")
         path = self.out / "held_out.safetensors"
         if not self._lies_at(path, 0):
             prompts = self._prompts(0)[1]
@@ -55,6 +58,8 @@ class RunText:
 
     def of_round(self, index: int) -> SelfText:
         """The text to train on in a round, from 0."""
+        if self.config.text_from is not None:
+            return self._of_other_run("text.safetensors")
         path = self.out / "text.safetensors"
         if self._lies_at(path, index):
             return self._read(path)
@@ -67,7 +72,7 @@ class RunText:
         else:
             name = "text" if config.rounds == 1 else f"text, round {index + 1}"
             pairs = mix_temperatures(len(chosen), config.copies, config.greedy_fraction, (config.temperature,))
-            text = self._write(name, chosen, pairs, index + 1)
+            text = self._write(name, chosen, pairs, index + 1, config.text_minutes)
         self._store(path, text, index)
         return self._read(path)
 
@@ -112,19 +117,28 @@ class RunText:
             )  # fmt: skip
         return list({prompt.text: prompt for prompt in ranks.unite(own)}.values())
 
-    def _write(self, name: str, prompts: Sequence[Prompt], pairs: Sequence[tuple[int, float]], number: int) -> SelfText:
-        """Prompts continued, (prompt, temperature) each; each process writes its share."""
+    def _write(
+        self,
+        name: str,
+        prompts: Sequence[Prompt],
+        pairs: Sequence[tuple[int, float]],
+        number: int,
+        minutes: float | None = None,
+    ) -> SelfText:
+        """Prompts continued, (prompt, temperature) each; each process writes its share, in the time it is given."""
         self._refuse_if_sharded()
+        ends = None if minutes is None else time.monotonic() + 60.0 * minutes
+        keep_going = None if ends is None else lambda: time.monotonic() < ends
         config, stops = self.config, tuple(self.tokenizer.stop_ids)
         sampling = Sampling(config.max_new_tokens, stops, config.cache_tokens, self._seed(number))
         own, numbers = self.ranks.share(pairs), self.ranks.share(range(len(pairs)))
         starts, temperatures = [prompts[p].ids for p, _ in own], [t for _, t in own]
         with bar(config.progress, f"writing {name}", len(own) * config.max_new_tokens) as shown:
             if self.ranks.size == 1:
-                return write_text(self.decoder, starts, temperatures, sampling, shown.advance)
+                return write_text(self.decoder, starts, temperatures, sampling, shown.advance, keep_going)
             rows = []
             if own:
-                text = write_text(self.decoder, starts, temperatures, sampling, shown.advance, numbers=numbers)
+                text = write_text(self.decoder, starts, temperatures, sampling, shown.advance, keep_going, numbers)
                 lens, greedy = text.prompt_lens.tolist(), text.greedy.tolist()
                 rows = [(text.text(i).tolist(), lens[i], greedy[i]) for i in range(len(text))]
         return SelfText.of(*zip(*self.ranks.unite(rows), strict=True))
@@ -152,6 +166,12 @@ class RunText:
         """Whether this round's text is there; asked together, before anybody writes it."""
         here = path.exists() and int(load_file(path)["round"]) == index
         return self.ranks.total(int(here)) == self.ranks.size
+
+    def _of_other_run(self, name: str) -> SelfText:
+        path = Path(str(self.config.text_from)) / name
+        if not path.is_file():
+            raise ValueError(f"text_from is {self.config.text_from!r}, which holds no {name}: expected a run's folder")
+        return self._read(path)
 
     def _read(self, path: Path) -> SelfText:
         return SelfText.from_tensors(load_file(path))

@@ -19,6 +19,7 @@ from skipstone.heads import (
     HeadSet,
     HeadSetConfig,
     HeadSpec,
+    Projection,
     adapter_config,
     fit_calibration,
     shipped_folders,
@@ -312,3 +313,22 @@ def test_shipped_sets_load_and_are_calibrated() -> None:
         assert isinstance(heads.calibration, Calibration), folder
         assert set(heads.calibration.exits) == set(heads.exits), folder
         assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6, folder
+
+
+def test_restricted_heads_say_the_same_on_fewer_ids() -> None:
+    """Copies: training one leaves the other. Ids outside, and heads with outputs of their own, are refused."""
+    torch.manual_seed(0)
+    heads = HeadSet(adapter_config((1,), 16, 50, 4, 8, 20), torch.arange(0, 40, 2))
+    torch.nn.init.normal_(heads.heads[1].down)
+    small = heads.restricted(torch.tensor([4, 8, 30]))
+    assert small.config.num_outputs == 3 and small.draft_ids is not None and small.draft_ids.tolist() == [4, 8, 30]
+    projection = Projection(lambda x: x, torch.randn(50, 16))
+    hidden = torch.randn(5, 16)
+    wanted = heads.attach(projection).logits(1, hidden)[:, [2, 4, 15]]
+    torch.testing.assert_close(small.attach(projection).logits(1, hidden), wanted)
+    assert small.heads[1].down is not heads.heads[1].down
+    with pytest.raises(ValueError, match="not among the 20"):
+        heads.restricted(torch.tensor([3]))
+    linear = HeadSet(HeadSetConfig(16, 50, 4, (HeadSpec("linear", 1, {}),)))
+    with pytest.raises(ValueError, match="outputs of their own"):
+        linear.restricted(torch.tensor([3]))

@@ -113,3 +113,25 @@ def test_heads_start_from_the_bases_layers() -> None:
 def test_wrong_specs_are_refused(kind: str, exit_layer: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_head(HeadSpec(kind, exit_layer, options), D, V)
+
+
+def test_a_deep_head_starts_as_the_shallow_one_and_takes_the_neurons_that_write_most() -> None:
+    """Catches: output weights of the second layer left as the base has them, gates of other neurons than their ups."""
+    torch.manual_seed(0)
+    base = {f"layers.3.{name}.weight": torch.randn(*shape) for name, shape in
+            (("qkv", (64, D)), ("o", (D, 32)), ("up", (2 * 96, D)), ("down", (D, 96)))}  # fmt: skip
+    base["layers.3.down.weight"][:, 48:] *= 9.0
+    projection = Projection(lambda x: x, torch.randn(V, D))
+    heads = [build_head(HeadSpec("block", 2, {**SIZES, "ff": 48, "source": 3, "depth": n}), D, V) for n in (1, 2)]
+    found = []
+    for head in heads:
+        head.initialise(projection, base)
+        head.attach(projection)
+        assert isinstance(head, StatefulHead)
+        found.append(head.unroll(torch.randn(1, 6, D, generator=torch.Generator().manual_seed(1)), None, 1)[0])
+    torch.testing.assert_close(found[1], found[0])
+    own = dict(heads[1].named_parameters())
+    assert torch.equal(own["layers.0.down.weight"], base["layers.3.down.weight"][:, 48:])
+    assert torch.equal(own["layers.0.up.weight"][:48], base["layers.3.up.weight"][48:96])
+    assert torch.equal(own["layers.0.up.weight"][48:], base["layers.3.up.weight"][144:])
+    assert not own["layers.1.down.weight"].any() and own["layers.1.up.weight"].any()

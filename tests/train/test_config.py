@@ -47,7 +47,8 @@ def test_every_flag_arrives() -> None:
     for name, option in options().items():
         if option.kind is bool:
             opposite = option.flag.replace("--", "--no-", 1) if option.default else option.flag
-            assert getattr(config_of(opposite), name) is not option.default
+            given = config_of(opposite)
+            assert getattr(given if hasattr(given, name) else given.recipe, name) is not option.default
             continue
         given = config_of(option.flag, texts.get(name, "1" if option.kind is int else "0.25"))
         owner = given if hasattr(given, name) else given.recipe
