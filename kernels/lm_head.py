@@ -34,7 +34,7 @@ try:
 except ImportError:
     triton = None
 
-LINES_AHEAD = 16  # 128-byte lines of each column asked for before the step before has ended
+LINES_AHEAD = 4  # 128-byte lines of each column asked for before the wait: more would not stay in L2
 
 
 def lm_head_reference(
@@ -94,18 +94,28 @@ if triton is not None:
         cols = tile * BN + tl.arange(0, BN)
         inside = cols < vocab_size
         prefetch_columns(weight, cols, vocab_size, D, LINE, BLOCK_L, PDL)
+        # nothing of these is written by another kernel
+        ids = cols
+        if HAS_IDS:
+            ids = tl.load(ids_of + cols, mask=inside, other=2147483647)
+        if HAS_BIAS:
+            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        if LAYER_NORM:
+            off_mean = tl.load(shift + cols, mask=inside, other=0.0).to(tl.float32)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows) != 0
-        y = tile_product(x, weight, rows, cols, live, vocab_size, D, D, 0, BK, SPLIT, PRECISION)
         scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
+        if STORE_BEST:
+            temperature = tl.load(options_of)
+            sequence = tl.load(sequence_of + rows, mask=live, other=0)
+            position = tl.load(position_of + rows, mask=live, other=0)[:, None] + 1
+            seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
+        y = tile_product(x, weight, rows, cols, live, vocab_size, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
         if LAYER_NORM:
-            u = tl.load(shift + cols, mask=inside, other=0.0).to(tl.float32)
-            y = y * scale[:, None] - (mean * scale * X_SCALE)[:, None] * u[None, :]
-        else:
-            y = y * scale[:, None]
+            y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
-            y += tl.load(bias + cols, mask=inside, other=0.0)[None, :].to(tl.float32)
+            y += offset[None, :]
         if HAS_SOFTCAP:
             y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)  # tanh
         y = tl.where(inside[None, :], y, float("-inf"))
@@ -125,15 +135,8 @@ if triton is not None:
             tl.store(to + 2 * num_tiles, tl.sum(weights * tl.where(finite, y, 0.0), 1), mask=live)
         if STORE_BEST:
             wrong = tl.max(((y != y) | (y == float("inf"))).to(tl.int32), 1) != 0
-            ids = cols
-            if HAS_IDS:
-                ids = tl.load(ids_of + cols, mask=inside, other=2147483647)
-            temperature = tl.load(options_of)
             score = y
             if temperature > 0.0:
-                sequence = tl.load(sequence_of + rows, mask=live, other=0)
-                seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
-                position = tl.load(position_of + rows, mask=live, other=0)[:, None] + 1
                 if HAS_IDS:
                     noise = gumbel_at(seed, position, tl.broadcast_to(ids[None, :], [BM, BN]))
                 else:

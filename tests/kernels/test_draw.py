@@ -123,7 +123,7 @@ def make_logits(vocab_size: int, kind: str) -> Tensor:
 
 PARAMS = {
     "greedy": {},
-    "greedy with penalties": {"repetition_penalty": 1.7, "presence_penalty": 0.3, "frequency_penalty": 0.8},
+    "greedy with penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.8},
     "temperature": {"temperature": 0.8},
     "repetition": {"temperature": 1.0, "repetition_penalty": 2.5},
     "presence": {"temperature": 1.0, "presence_penalty": 3.0},
@@ -135,6 +135,7 @@ PARAMS = {
     "top-p": {"temperature": 1.2, "top_p": 0.6},
     "small top-p": {"temperature": 1.0, "top_p": 1e-4},
     "min-p": {"temperature": 1.5, "min_p": 0.2},
+    "top-k, then min-p": {"temperature": 1.5, "top_k": 30, "min_p": 0.3},
     "filters": {"temperature": 2.0, "top_k": 12, "top_p": 0.7, "min_p": 0.05},
     "all": {
         "temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3,
@@ -153,6 +154,18 @@ PARAMS = {
 def test_tokens_are_those_of_the_engine(name: str, kind: str) -> None:
     case, params = Case(61), SamplingParams(**PARAMS[name])
     logits = make_logits(61, kind)
+    assert case.kernel(logits, params).tolist() == case.engine(logits, params)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["greedy with penalties", "repetition", "presence", "frequency", "all"])
+def test_the_own_path_is_penalised(name: str) -> None:
+    """Each row likes best what stands on its own path, the root or another row's path, all about the same."""
+    case, params = Case(61), SamplingParams(**PARAMS[name])
+    logits = make_logits(61, "wide") / 6
+    for row, context in enumerate(case.contexts):
+        logits[row, case.tree_tokens[row // W]] += 3.0
+        logits[row, list(context.path)] += 0.5
     assert case.kernel(logits, params).tolist() == case.engine(logits, params)
 
 
@@ -180,7 +193,7 @@ def test_real_vocabularies(vocab_size: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["top-k", "top-p", "min-p", "filters"])
+@pytest.mark.parametrize("name", ["top-k", "top-p", "top-k, then min-p", "filters"])
 def test_every_kept_token_is_drawn_and_no_other(name: str) -> None:
     """Many positions of one flat row: the set of tokens drawn is the set that the reference keeps."""
     params = SamplingParams(**PARAMS[name])
