@@ -141,6 +141,46 @@ def print_bench(document: Mapping[str, Any]) -> None:
         out.print(f"For information: {equal} of {count} answers of {name} have plain decoding's tokens.")
 
 
+def print_profile(found: Mapping[str, Any]) -> None:
+    """What `bench.profile.profile` measured."""
+    out = console()
+    out.print(
+        f"{found['model']} {found['dtype']}, {found['device']['name']}; batch 1, context {found['context']}, "
+        f"{found['num_tokens']} new tokens"
+    )
+    if "operations" in found:
+        own = found["operations"]
+        table = _table(
+            f"torch's operations in one plain step of {own['step_us']:.0f} us, by their own time",
+            "operation",
+            ">calls",
+            ">us",
+        )
+        for row in own["rows"]:
+            table.add_row(row["name"], f"{row['calls']:.1f}", f"{row['us']:.1f}")
+        out.print(table)
+        return
+    for kind, own in found["rounds"].items():
+        table = _table(
+            f"Kernels of one {kind} round: {own['profiled_us']:.1f} us under the profiler, {own['idle_us']:.1f} idle",
+            "kernel", ">launches", ">us", ">MB", ">GB/s", ">of bandwidth",
+        )  # fmt: skip
+        for row in own["kernels"]:
+            moved = [f"{row['bytes'] / 1e6:.1f}", str(row["gb_s"]), _percent(row["share"])] if "bytes" in row else []
+            table.add_row(row["name"], f"{row['launches']:.1f}", f"{row['us']:.2f}", *(moved or ["-"] * 3))
+        out.print(table)
+        out.print(
+            f"{kind}: {own['device_us']:.1f} us on the device, {own['round_us']:.1f} us from one round's end to the "
+            f"next: host gap {own['host_gap']:.1%}; {own['tokens_per_round']:.2f} tokens a round"
+        )
+    rows = ", ".join(f"{own['p50']:.1f} us with {live} rows" for live, own in found["step_us"].items())
+    out.print(
+        f"A step up to the draw: {rows}; {found['us_per_layer']:.2f} us a layer. {found['weight_bytes'] / 1e6:.0f} MB "
+        f"of weights at {found['bandwidth_gb_s']['best']:.0f} GB/s need {found['floor_us']:.1f} us: roofline ratio "
+        f"{found['roofline']:.2f}"
+    )
+
+
 def _overall(arms: Mapping[str, Any]) -> Table:
     table = _table(
         "All tasks together (medians of the repeats)",

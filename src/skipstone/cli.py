@@ -408,6 +408,10 @@ def bench(
         bool, typer.Option("--replay", help="Count fixed: and bare: arms from one plain run: exact, and not timed.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where a decode step's time goes, in place of questions and arms.")
+    ] = False,
+    context: Annotated[int, typer.Option(min=1, help="Of --profile: tokens before the first new one.")] = 64,
     model: Model = DEFAULT_MODEL,
     heads: Heads = "default",
     dtype: Dtype = "bf16",
@@ -418,14 +422,17 @@ def bench(
     """Plain against speculative decoding. Exit code 1 if any answer differs from plain decoding's."""
     from .bench.questions import built_in, choose, read_questions
 
-    chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
-    questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
+    if profile:
+        _profile(_load(model, heads, dtype, device), context, out, as_json)
+        return
+    chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
+    questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
     engine = _load(model, heads, dtype, device)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
@@ -456,6 +463,19 @@ def bench(
         raise typer.Exit(FAILED)
     if document["interrupted"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _profile(engine: Engine, context: int, out: Path | None, as_json: bool) -> None:
+    from .bench.profile import profile
+    from .bench.tables import print_profile
+
+    found = profile(engine, context)
+    if out is not None:
+        out.write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(found)
+    else:
+        print_profile(found)
 
 
 def _load(model: str, heads: str, dtype: str, device: str | None, bare_exit: int | None = None) -> Engine:

@@ -1,0 +1,282 @@
+"""Where a decode step's time goes: `skipstone bench --profile`.
+
+On a GPU with the fused kernels: a table of the kernels of one round, the step with 1 and with 16 rows, what a round
+takes on the device and from one round's end to the next, and all of it against the time that the weights' bytes need
+at the bandwidth measured here. Elsewhere: torch's operations.
+
+Kernels overlap where they are launched programmatically: the next one starts, prefetches and waits. So a kernel's time
+here runs from the end of the one before, or from its own start if that is later; these times and the idle ones between
+add up to the round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from ..engine.cache import KVCache, plan_cache
+from ..engine.config import ModelConfig
+from ..engine.engine import Engine, Generation
+from ..engine.fused import FusedStep
+from ..engine.graphs import Kind, Rounds, Start
+from ..engine.sampling import SamplingParams
+from ..kernels.draw import pick
+from ..kernels.lm_head import lm_head, num_tiles
+from .device_time import bandwidth, capture, events_us, replay_us
+from .environment import describe_device, versions
+from .kernel_ops import NUM_ROWS, chain_rows, weight_shape
+from .shapes import weight_bytes
+
+NUM_TOKENS = 256
+REPLAYS = 40  # rounds under the profiler
+MOST_OPERATIONS = 25
+# Which operations each kernel does; `_residual_kernel` is both ways back to the residual stream.
+KERNELS = {
+    "_qkv_kernel": ("qkv",),
+    "_tree_attention_kernel": ("attention",),
+    "_residual_kernel": ("o", "down"),
+    "_up_kernel": ("up",),
+    "_post_norm_kernel": (),
+    "_lm_head_kernel": ("lm_head",),
+}
+LAYER_KERNELS = tuple(KERNELS)[:-1]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel's (or copy's) run on the device, in us since some moment."""
+
+    name: str
+    start: float
+    end: float
+
+
+def profile(engine: Engine, context: int = 64) -> dict[str, Any]:
+    """Profile plain decoding and, if the engine drafts on the device, drafting rounds.
+
+    Args:
+        engine: one sequence at a time is decoded.
+        context: tokens of the prompt; up to `NUM_TOKENS` are written after it.
+
+    Raises:
+        ValueError: the model's context has no room for that.
+    """
+    config, device = engine.decoder.config, engine.decoder.device
+    num_tokens = min(NUM_TOKENS, config.max_context - context)
+    if context < 1 or num_tokens < 4 * NUM_ROWS:
+        most = config.max_context - 4 * NUM_ROWS
+        raise ValueError(f"a context of {context} was asked for, expected 1 to {most} for this model")
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(config.vocab_size, (context,), generator=generator).tolist()
+    about = {
+        "schema_version": 1, "model": engine.model_id, "dtype": str(engine.decoder.dtype).removeprefix("torch."),
+        "context": context, "num_tokens": num_tokens, "device": describe_device(device), "versions": versions(),
+    }  # fmt: skip
+    if engine.fused is None:
+        return about | {"operations": operations(engine, prompt, num_tokens)}
+    speed = bandwidth(device)
+    itemsize = engine.decoder.dtype.itemsize
+    num_bytes = weight_bytes(config, itemsize)
+    floor = num_bytes / speed["best"] / 1e3
+    found: dict[str, Any] = {"bandwidth_gb_s": speed, "weight_bytes": num_bytes, "floor_us": round(floor, 2)}
+    found["step_us"] = {str(live): step_us(engine, context, live) for live in (1, NUM_ROWS)}
+    found["rounds"] = {}
+    kinds: dict[Kind, Any] = {"plain": False}
+    if engine.policy.exits == (0,):
+        kinds["draft"] = "always"
+    for kind, speculation in kinds.items():
+        rounds = _rounds(engine, prompt, num_tokens, kind, speculation)
+        found["rounds"][kind] = round_times(engine, rounds, prompt, num_tokens, kind, speculation)
+        count = _replays(kind, num_tokens)
+        _begin(engine, rounds, prompt, num_tokens)
+        spans = device_spans(lambda rounds=rounds, kind=kind: rounds.replay(kind), count)
+        moved = kernel_bytes(config, itemsize, context + count // 2) if kind == "plain" else {}
+        found["rounds"][kind] |= kernel_table(spans, count, moved, speed["best"])
+    plain = found["rounds"]["plain"]
+    layers = sum(row["us"] for row in plain["kernels"] if row["name"] in LAYER_KERNELS)
+    found |= {"us_per_layer": round(layers / config.num_layers, 3), "roofline": round(floor / plain["device_us"], 4)}
+    return about | found
+
+
+def kernel_bytes(config: ModelConfig, itemsize: int, context: int) -> dict[str, int]:
+    """Bytes that each kernel must move in a plain step: weights, and keys and values of the context."""
+    moved = {}
+    for kernel, ops in KERNELS.items():
+        total = 0
+        for op in ops:
+            if op == "attention":
+                seen = sum(min(context, window or context) for window in config.windows)
+                total += 2 * seen * config.num_kv_heads * config.head_dim
+            else:
+                width, k = weight_shape(config, op)
+                total += width * k * (1 if op == "lm_head" else config.num_layers)
+        moved[kernel] = total * itemsize
+    return moved
+
+
+def kernel_table(spans: Iterable[Span], steps: int, moved: Mapping[str, int], gb_s: float) -> dict[str, Any]:
+    """Time by kernel, of one step.
+
+    Args:
+        spans: of `steps` equal steps.
+        moved: bytes a step by the kernel's name.
+        gb_s: the bandwidth to compare with.
+
+    Returns:
+        `kernels`, longest first: name, launches, us, bytes, gb_s, share (of that bandwidth); `idle_us` between kernels,
+        `profiled_us`, all of it.
+    """
+    ordered = sorted(spans, key=lambda span: (span.start, span.end))
+    if not ordered:
+        raise RuntimeError("the profiler saw no kernel; its driver library (CUPTI) may be missing here")
+    total: dict[str, float] = {}
+    launches: dict[str, int] = {}
+    idle, done = 0.0, ordered[0].start
+    for span in ordered:
+        idle += max(0.0, span.start - done)
+        total[span.name] = total.get(span.name, 0.0) + max(0.0, span.end - max(done, span.start))
+        launches[span.name] = launches.get(span.name, 0) + 1
+        done = max(done, span.end)
+    rows = []
+    for name, us in sorted(total.items(), key=lambda item: -item[1]):
+        row: dict[str, Any] = {"name": name, "launches": round(launches[name] / steps, 2), "us": round(us / steps, 3)}
+        if moved.get(name) and us:
+            speed = moved[name] * steps / us / 1e3
+            row |= {"bytes": moved[name], "gb_s": round(speed), "share": round(speed / gb_s, 3)}
+        rows.append(row)
+    return {
+        "kernels": rows,
+        "idle_us": round(idle / steps, 3),
+        "profiled_us": round((done - ordered[0].start) / steps, 3),
+    }
+
+
+def step_us(engine: Engine, context: int, live: int) -> dict[str, float]:
+    """Device time of a step up to the draw, for a chain of so many live rows, over replays of one CUDA graph."""
+    weights, device = engine.fused, engine.decoder.device
+    assert weights is not None
+    config, length = weights.config, context + NUM_ROWS
+    cache = KVCache(plan_cache(config, 1, length, device, engine.decoder.dtype), device)
+    step = FusedStep(weights, cache, NUM_ROWS, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+    wanted = chain_rows(length, device)
+    for name, tensor in vars(step.rows).items():
+        tensor.copy_(getattr(wanted, name))
+    step.rows.live.copy_((torch.arange(NUM_ROWS) < live).int())
+    head, tiles = weights.head, num_tiles(config.vocab_size, engine.decoder.dtype)
+    value = torch.zeros(NUM_ROWS, tiles, device=device)
+    best = torch.zeros_like(value, dtype=torch.int32)
+    options, seeds = torch.zeros(8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    targets = torch.zeros_like(step.ids)
+
+    def body() -> None:
+        step.embed()
+        step.run(0, config.num_layers)
+        step.finish()
+        lm_head(
+            step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
+            softcap=config.logit_softcap, options=options, seeds=seeds, best_value=value, best_id=best, pdl=step.pdl,
+        )  # fmt: skip
+        pick(value, best, step.rows, targets, pdl=step.pdl)
+
+    with torch.inference_mode():
+        return replay_us(capture(body)).to_json()
+
+
+def round_times(
+    engine: Engine, rounds: Rounds, prompt: Sequence[int], num_tokens: int, kind: Kind, speculation: Any
+) -> dict[str, float]:
+    """A round on the device, replayed back to back, against the time from one round's end to the next in `generate`.
+
+    Returns:
+        `device_us`, `round_us` (medians), `host_gap` (the share of `round_us` that is not `device_us`: the record's
+        copy, and the device waiting for the host), `tokens_per_round`.
+    """
+    between, outs = [], []
+    for _ in range(5):
+        out = _generate(engine, prompt, num_tokens, speculation)
+        between.append(1e3 * out.stats.decode_ms / out.stats.num_verifications)
+        outs.append(out)
+    alone = []
+    for _ in range(5):
+        _begin(engine, rounds, prompt, num_tokens)
+        rounds.replay(kind)
+        alone.append(events_us(lambda: rounds.replay(kind), _replays(kind, num_tokens)))
+        if not int(rounds.sequences.active[0]):
+            raise RuntimeError("the sequence ended before its rounds did; ask for more new tokens")
+        rounds.drop(0)
+    device, wall = statistics.median(alone), statistics.median(between)
+    return {
+        "device_us": round(device, 2),
+        "round_us": round(wall, 2),
+        "host_gap": round(1.0 - device / wall, 4),
+        "tokens_per_round": round(outs[0].stats.num_committed / outs[0].stats.num_verifications, 3),
+    }
+
+
+def _rounds(engine: Engine, prompt: Sequence[int], num_tokens: int, kind: Kind, speculation: Any) -> Rounds:
+    """The captured rounds that `generate` uses for one sequence."""
+    _generate(engine, prompt, num_tokens, speculation)
+    return next(rounds for rounds in reversed(engine._rounds.values()) if kind in rounds._graphs)
+
+
+def _generate(engine: Engine, prompt: Sequence[int], num_tokens: int, speculation: Any) -> Generation:
+    out = engine.generate(list(prompt), speculation=speculation, max_new_tokens=num_tokens, ignore_eos=True)
+    assert isinstance(out, Generation)
+    return out
+
+
+def _begin(engine: Engine, rounds: Rounds, prompt: Sequence[int], num_tokens: int) -> None:
+    """As after a prompt was read; what the cache holds of the last one does for timing."""
+    with torch.inference_mode():
+        rounds.begin([Start(0, list(prompt), len(prompt), len(prompt) + num_tokens, SamplingParams())])
+        if rounds.draft is not None:
+            rounds.draft.start(0, engine._memories[0])
+
+
+def _replays(kind: Kind, num_tokens: int) -> int:
+    """Rounds that surely fit the budget of tokens, two of them for warming up."""
+    return min(REPLAYS, (num_tokens if kind == "plain" else num_tokens // NUM_ROWS) - 2)
+
+
+def device_spans(body: Callable[[], object], count: int) -> list[Span]:
+    """What the device does in `count` calls, after one that is not recorded."""
+    body()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(count):
+            body()
+        torch.cuda.synchronize()
+    return [
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in recorded.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+
+
+def operations(engine: Engine, prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
+    """torch's operations in plain decoding, by their own time, of one step; the prompt is among them."""
+    _generate(engine, prompt, 2, False)
+    on_gpu = engine.decoder.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with torch.profiler.profile(activities=activities) as recorded:
+        out = _generate(engine, prompt, num_tokens, False)
+    steps = out.stats.num_verifications
+    times = [
+        (1.0 * (event.self_device_time_total if on_gpu else event.self_cpu_time_total), event.count, event.key)
+        for event in recorded.key_averages()
+    ]
+    rows = [
+        {"name": name, "calls": round(count / steps, 2), "us": round(us / steps, 3)}
+        for us, count, name in sorted(times, reverse=True)[:MOST_OPERATIONS]
+    ]
+    return {
+        "step_us": round(1e3 * out.stats.decode_ms / steps, 2),
+        "recorded_us": round(sum(us for us, *_ in times) / steps, 2),
+        "rows": rows,
+    }
