@@ -140,8 +140,8 @@ if triton is not None:
         mask = (tile < num_tiles) & live
         value = tl.load(best_value + row * num_tiles + tile, mask=mask, other=float("-inf"))
         ids = tl.load(best_id + row * num_tiles + tile, mask=mask, other=2147483647)
-        top = tl.max(value, 0)
-        token = tl.min(tl.where((value == top) | (ids == -1), ids, 2147483647), 0)
+        top = tl.max(value, 0)  # a fault is (+inf, -1), so it wins and is the lowest
+        token = tl.min(tl.where(value == top, ids, 2147483647), 0)
         token = tl.where(top == float("-inf"), -1, token)
         tl.store(out + row, tl.where(live, token, 0))
 

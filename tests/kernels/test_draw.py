@@ -6,10 +6,11 @@ many tie; flat rows, which need the deepest list, and peaked ones; large vocabul
 left; dead rows. Outputs and work space are poisoned first. Without a GPU the kernels run in Triton's interpreter, which
 proves their logic only.
 
-Planted bugs that these tests were seen to catch: the path's tokens left out of the penalties or one node too many; a
-token twice on the path counted once; ties with the k-th dropped; top-p's mass including the token itself, or taken
-before top-k; tied tokens at top-p's edge all kept; min-p relative to 1 instead of the maximum; stop ids banned one
-position too long; noise of the row's own position.
+Planted bugs that these tests were seen to catch: the path's tokens left out of the penalties, or the root's counted
+again; a token twice on the path counted once; ties with the k-th dropped, tokens beyond it kept; top-p's mass including
+the token itself, or taken before top-k, or without what stands above the edge; tied tokens at top-p's edge all kept;
+another floor of min-p, alone and behind top-k; stop ids banned one position too long; noise of the row's own position;
+a row of -inf given a token.
 """
 
 from __future__ import annotations
