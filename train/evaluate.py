@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from ..engine.gate import best_first
 from ..engine.model import Decoder
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only-tree", action="store_true", help="leave out what --tree does not need")
     parser.add_argument("--vocab", default="", metavar="N,N", help="also these smaller draft vocabularies")
     parser.add_argument("--text", default=None, metavar="FILE", help="text.safetensors of the run, for --vocab")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for sets that are not there yet")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     given = parser.parse_args(arguments)
@@ -179,12 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     questions = read_questions(given.prompts, given.limit)[index::parts]
     categories = [category for category, _ in questions]
     text = answers(base, [prompt for _, prompt in questions], given.new_tokens)
-    trained_on = None
-    if given.text is not None:
-        from safetensors.torch import load_file
-
-        trained_on = SelfText.from_tensors(load_file(given.text))
-    device = torch.cuda.get_device_name() if base.decoder.device.type == "cuda" else "cpu"
+    on_gpu = base.decoder.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # the writer's keys and values, which a training run beside this one may want
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     report: dict[str, Any] = {
         "what": "greedy answers of the model, heads asked at every position on true prefixes",
         "model": base.identity.model_id, "prompts": Path(given.prompts).name, "part": given.part,
@@ -194,15 +194,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in given.heads:
         found: dict[str, Any] = {}
         report["sets"][str(folder)] = found
+        while not (Path(folder) / "manifest.json").exists() and time.monotonic() - started < given.wait:
+            time.sleep(0.5)
         try:
             heads = HeadSet.load(folder, base.identity, allow_base_mismatch=True)
             found["parameters"], found["draft_vocab"] = heads.num_parameters, heads.config.num_outputs
             projection = inference_projection(base.decoder)
             if not given.only_tree:
+                trained_on = None if given.text is None else SelfText.from_tensors(load_file(given.text))
                 small = restrictions(heads, [int(n) for n in given.vocab.split(",") if n], trained_on)
                 found["exits"] = evaluate(base.decoder, heads.attach(projection), text, categories)
                 for size, other in small.items():
                     found[f"exits_vocab_{size}"] = evaluate(base.decoder, other.attach(projection), text, categories)
+                Path(given.out).write_text(json.dumps(report, indent=1) + "\n")
             if given.tree is not None and 0 in heads.exits:
                 beam, branch, depth = map(int, given.tree.split(","))
                 trees = decode_trees(
