@@ -111,7 +111,6 @@ class FusedRows:
         lay_rows(state.tokens, state.depths, state.paths, state.count, base, step.rows, step.ids, width, pdl=step.pdl)
         step.embed()
         step.run(0, config.num_layers)
-        step.finish()
         logits = torch.full((len(step.rows), config.vocab_size), float("nan"), device=self.cache.device)
         lm_head(
             step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,

@@ -177,7 +177,6 @@ def step_us(engine: Engine, context: int, live: int) -> dict[str, float]:
     def body() -> None:
         step.embed()
         step.run(0, config.num_layers)
-        step.finish()
         lm_head(
             step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
             softcap=config.logit_softcap, options=options, seeds=seeds, best_value=value, best_id=best, pdl=step.pdl,

@@ -45,7 +45,7 @@ REPLAYS, FINALISTS, KEPT = 4, 3, 40
 def grid_of(config: ModelConfig, name: str) -> list[Settings]:
     """Settings worth a try; the names are those of the operation's launcher."""
     if name == "attention":
-        return combinations({"BLOCK": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4]})
+        return combinations({"BLOCK": [32, 64, 128, 256], "num_warps": [2, 4, 8, 16], "num_stages": [1, 2, 3, 4]})
     width, k = weight_shape(config, name)
     if name == "qkv":
         blocks = [2 * pairs for pairs in (8, 16, 32) if pairs <= config.head_dim // 2]
@@ -77,7 +77,7 @@ def product_grid(
     nothing to do, and wide tiles where they would leave many multiprocessors idle.
     """
     choices = {
-        "BN": blocks, "BK": (32, 64, 128, 256), "SPLIT": (1, 2, 4, 8), **more, "num_warps": (1, 2, 4, 8),
+        "BN": blocks, "BK": (32, 64, 128, 256), "SPLIT": (1, 2, 4, 8, 16), **more, "num_warps": (2, 4, 8, 16),
         "num_stages": (1, 2, 3, 4, 6),
     }  # fmt: skip
     found = []
@@ -87,7 +87,7 @@ def product_grid(
         fits = s["num_stages"] * depth * (NUM_ROWS + s["BN"]) * 2 <= SHARED_BYTES and depth < 2 * k // parts
         steps = -(-k // (parts * depth))
         staged = min(2, steps) <= s["num_stages"] <= steps
-        warps = s["num_warps"] <= max(1, s["SPLIT"] * s["BN"] // 8) and s["SPLIT"] <= 2 * s["num_warps"]
+        warps = s["num_warps"] <= max(2, s["SPLIT"] * s["BN"] // 8) and s["SPLIT"] <= 4 * s["num_warps"]
         if fits and staged and warps and (-(-width // s["BN"]) * parts >= 96 or s["BN"] == blocks[0]):
             found.append(s)
     return found
