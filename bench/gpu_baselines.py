@@ -89,7 +89,7 @@ class StaticDecoder(torch.nn.Module):
 
     def next_token(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The likeliest token after each row, long `[T]`."""
-        return self(ids, positions).argmax(-1)  # type: ignore[no-any-return]
+        return self(ids, positions).argmax(-1)
 
     def _attention(
         self, x: Tensor, at: str, positions: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
@@ -117,7 +117,7 @@ class StaticDecoder(torch.nn.Module):
     def _norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
-        return (wide * scale).to(x.dtype) * self._get(f"{name}.weight")  # type: ignore[no-any-return]
+        return (wide * scale).to(x.dtype) * self._get(f"{name}.weight")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -131,11 +131,12 @@ class Bench:
 
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
             caches = self._nan(2, 1, shape.num_kv_heads, 64, shape.head_dim)
+            keys, values = caches.unbind()
             out = self._nan(NUM_ROWS, shape.num_heads * shape.head_dim)
 
             def launch(copy: int, pdl: bool) -> None:
                 qkv_op.qkv(
-                    x, stats, weights[copy], bias, None, None, cos, sin, out, *caches, rows, shape, pdl=pdl,
+                    x, stats, weights[copy], bias, None, None, cos, sin, out, keys, values, rows, shape, pdl=pdl,
                     settings=settings,
                 )  # fmt: skip
 
@@ -212,7 +213,8 @@ class Bench:
             out = self._nan(*q.shape)
 
             def launch(copy: int, pdl: bool) -> None:
-                attention_op.tree_attention(q, *caches[copy], out, scratch, rows, shape, pdl=pdl, settings=settings)
+                keys, values = caches[copy].unbind()
+                attention_op.tree_attention(q, keys, values, out, scratch, rows, shape, pdl=pdl, settings=settings)
 
             return launch, out.clone
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def profile(engine: Engine, context: int = 64) -> dict[str, Any]:
         found["rounds"][kind] = round_times(engine, rounds, prompt, num_tokens, kind, speculation)
         count = _replays(kind, num_tokens)
         _begin(engine, rounds, prompt, num_tokens)
-        spans = device_spans(lambda rounds=rounds, kind=kind: rounds.replay(kind), count)
+        spans = device_spans(partial(rounds.replay, kind), count)
         moved = kernel_bytes(config, itemsize, context + count // 2) if kind == "plain" else {}
         found["rounds"][kind] |= kernel_table(spans, count, moved, speed["best"])
     plain = found["rounds"]["plain"]
@@ -208,7 +209,8 @@ def round_times(
         alone.append(events_us(lambda: rounds.replay(kind), _replays(kind, num_tokens)))
         if not int(rounds.sequences.active[0]):
             raise RuntimeError("the sequence ended before its rounds did; ask for more new tokens")
-        rounds.drop(0)
+        with torch.inference_mode():
+            rounds.drop(0)
     device, wall = statistics.median(alone), statistics.median(between)
     return {
         "device_us": round(device, 2),

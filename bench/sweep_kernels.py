@@ -197,7 +197,7 @@ class Search:
 
     def finish(self, op: Op) -> dict[str, Any]:
         """Check the best settings and the table's own, and time them in every way."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for settings in finalists(self, op.default):
             reason = wrong(op, settings, True) or wrong(op, settings, False)
             if reason is not None:
