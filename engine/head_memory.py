@@ -127,6 +127,15 @@ class HeadMemory:
                 self._states[layer][sequence, at : at + count] = states[layer][first : first + count]
             self._waiting[sequence] += count
 
+    def hand_over(self, sequence: int) -> dict[int, Tensor]:
+        """Make the entries of all tokens that wait, for a caller that goes on by itself from there.
+
+        Returns:
+            layer -> `[D]` fp32, the states of the last token; zeros before any.
+        """
+        self._take_in(sequence)
+        return {layer: states[sequence, 0] for layer, states in self._states.items()}
+
     def open(self, works: Sequence[Working]) -> list[Paths]:
         """Make the entries of what waits and of each sequence's root, in one pass."""
         exit_layer = self.head.spec.exit_layer

@@ -15,6 +15,8 @@ another row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,18 +33,21 @@ except ImportError:
     triton = None
 
 RING = 64  # pairs that wait at most
+RECORD_BASE, RECORD_TOKENS = 3, 4  # of `accept`'s record
+TAPS_A_LAUNCH = 4
 EPS = 1e-5
 
 
 def keep_states_reference(
-    states: Tensor, nodes: Tensor, count: Tensor, tokens: Tensor, rows: Rows, width: int, ring: Tensor, waiting: Tensor
+    states: Sequence[Tensor], record: Tensor, nodes: Tensor, count: Tensor, width: int, ring: Tensor, waiting: Tensor
 ) -> None:
     """The same, pair by pair; arguments as `keep_states`."""
     for b, num in enumerate(count.tolist()):
         for j in range(num):
-            r = b * width + int(nodes[b, j])
-            place = (int(rows.position[r]) + 1) % RING
-            ring[b, place], waiting[b, place] = states[:, r], tokens[b, j]
+            place = (int(record[b, RECORD_BASE]) + 1 + j) % RING
+            for tap, own in enumerate(states):
+                ring[b, place, tap] = own[b * width + int(nodes[b, j])]
+            waiting[b, place] = max(0, int(record[b, RECORD_TOKENS + j]))
 
 
 def absorb_rows_reference(
@@ -91,9 +96,9 @@ if triton is not None:
 
     @triton.jit
     def _keep_states_kernel(  # type: ignore[no-untyped-def]
-        states, nodes, count, tokens, position_of, ring, waiting, states_tap, states_row,
-        WIDTH: tl.constexpr, TAPS: tl.constexpr, D: tl.constexpr, PATH: tl.constexpr, RING: tl.constexpr,
-        BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+        states_0, states_1, states_2, states_3, record, nodes, count, ring, waiting, record_row,
+        WIDTH: tl.constexpr, TAPS: tl.constexpr, FIRST_TAP: tl.constexpr, D: tl.constexpr, PATH: tl.constexpr,
+        RING: tl.constexpr, BASE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_begin(PDL)
         pdl_wait(PDL)
@@ -103,12 +108,19 @@ if triton is not None:
         if j >= tl.load(count + b):
             return
         row = b * WIDTH + tl.load(nodes + b * PATH + j)
-        at = b * RING + (tl.load(position_of + row) + 1) % RING
+        at = b * RING + (tl.load(record + b * record_row + BASE) + 1 + j) % RING
         d = tl.arange(0, BLOCK_D)
-        state = tl.load(states + tap * states_tap + row.to(tl.int64) * states_row + d, mask=d < D, other=0.0)
-        tl.store(ring + (at.to(tl.int64) * TAPS + tap) * D + d, state, mask=d < D)
+        states = states_0
+        if tap == 1:
+            states = states_1
+        if tap == 2:
+            states = states_2
+        if tap == 3:
+            states = states_3
+        state = tl.load(states + row.to(tl.int64) * D + d, mask=d < D, other=0.0)
+        tl.store(ring + (at.to(tl.int64) * TAPS + FIRST_TAP + tap) * D + d, state, mask=d < D)
         if tap == 0:
-            tl.store(waiting + at, tl.load(tokens + b * PATH + j))
+            tl.store(waiting + at, tl.maximum(tl.load(record + b * record_row + TOKENS + j), 0))
 
     @triton.jit
     def _absorb_rows_kernel(  # type: ignore[no-untyped-def]
@@ -222,11 +234,10 @@ def _launch(pdl: bool) -> dict[str, bool]:
 
 
 def keep_states(
-    states: Tensor,
+    states: Sequence[Tensor],
+    record: Tensor,
     nodes: Tensor,
     count: Tensor,
-    tokens: Tensor,
-    rows: Rows,
     width: int,
     ring: Tensor,
     waiting: Tensor,
@@ -236,11 +247,10 @@ def keep_states(
     """Let the states of an accepted path wait, with the tokens after them.
 
     Args:
-        states: fp32 `[T, R, D]`, the full model's at each tap, by row of the verification.
-        nodes: int32 `[B, 16]`, the accepted path: the root, then what was accepted.
-        count: int32 `[B]`, how many of them; 0 for a sequence that did not take part.
-        tokens: int32 `[B, 16]`, the token after each of these nodes; the last one is the bonus.
-        rows: of the verification; node n of sequence b is row b * width + n.
+        states: of each tap the full model's, fp32 `[R, D]`, by row of the verification: b * width + node.
+        record: int32 `[B, 96]` of `accept`: the root's position, and the tokens after each node of the path.
+        nodes, count: int32 `[B, 16]` and `[B]` of `accept`: the accepted path with the root, and its length; 0 for a
+            sequence that took no part.
         width: rows a sequence has there.
         ring: fp32 `[B, 64, T, D]`, waiting int32 `[B, 64]`: written where these pairs' positions belong.
         pdl: programmatic dependent launch.
@@ -251,14 +261,17 @@ def keep_states(
     batch, places, taps, size = ring.shape
     if places != RING or waiting.shape != (batch, RING) or not ring.is_contiguous():
         raise ValueError(f"ring {tuple(ring.shape)} and tokens {tuple(waiting.shape)}, expected {RING} places of each")
-    if states.shape != (taps, len(rows), size) or states.stride(2) != 1 or states.dtype != torch.float32:
-        raise ValueError(f"states are {states.dtype} {tuple(states.shape)}, expected fp32 {(taps, len(rows), size)}")
-    if nodes.shape != (batch, PATH) or tokens.shape != (batch, PATH) or batch * width > len(rows):
-        raise ValueError(f"nodes {tuple(nodes.shape)} of width {width} do not fit {batch} sequences, {len(rows)} rows")
-    _keep_states_kernel[(batch, min(width, PATH), taps)](
-        states, nodes, count, tokens, rows.position, ring, waiting, *states.stride()[:2],
-        WIDTH=width, TAPS=taps, D=size, PATH=PATH, RING=RING, **_settings(size), **_launch(pdl),
-    )  # fmt: skip
+    if len(states) != taps or any(t.shape[1] != size or not t.is_contiguous() for t in states):
+        raise ValueError(f"states {[tuple(t.shape) for t in states]}, expected {taps} of width {size} without gaps")
+    if nodes.shape != (batch, PATH) or any(len(t) < batch * width or t.dtype != torch.float32 for t in states):
+        raise ValueError(f"nodes {tuple(nodes.shape)} of width {width} do not fit {batch} sequences of fp32 states")
+    for first in range(0, taps, TAPS_A_LAUNCH):
+        some = list(states[first : first + TAPS_A_LAUNCH])
+        _keep_states_kernel[(batch, min(width, PATH), len(some))](
+            *some, *some[:1] * (TAPS_A_LAUNCH - len(some)), record, nodes, count, ring, waiting, record.stride(0),
+            WIDTH=width, TAPS=taps, FIRST_TAP=first, D=size, PATH=PATH, RING=RING, BASE=RECORD_BASE,
+            TOKENS=RECORD_TOKENS, **_settings(size), **_launch(pdl),
+        )  # fmt: skip
 
 
 def absorb_rows(

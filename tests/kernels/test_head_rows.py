@@ -75,24 +75,24 @@ def check(found, wanted, rows, dtype):
     assert found[~live].isnan().all()
 
 
-@pytest.mark.parametrize(("taps", "size"), [(1, 5), (3, 48), (2, 576)])
+@pytest.mark.parametrize(("taps", "size"), [(1, 5), (3, 48), (4, 17), (6, 9), (2, 576)])
 def test_a_path_waits_at_its_positions(taps, size):
     width = 4
-    rows = Rows.empty(16, DEVICE)
-    rows.position[:12] = whole(62, 63, 63, 64, 5, 6, 7, 8, 30, 31, 31, 32)
-    states = random(16, taps, size).transpose(0, 1)  # rows with gaps
-    states[:, [4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15]] = math.nan
-    nodes, tokens = torch.full((2, 3, 16), 99, dtype=torch.int32, device=DEVICE).unbind()
+    states = [random(16, size, seed=tap) for tap in range(taps)]
+    for own in states:
+        own[[1, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15]] = math.nan
+    nodes = torch.full((3, 16), 99, dtype=torch.int32, device=DEVICE)
+    record = torch.full((3, 96), 77, dtype=torch.int32, device=DEVICE)
     nodes[0, :3], nodes[2, :1] = whole(0, 2, 3), whole(2)
-    tokens[0, :3], tokens[2, :1] = whole(7, 8, 9), whole(10)
-    given = states, nodes, whole(3, 0, 1), tokens, rows, width
-    found = random(3, 64, taps, size), torch.full((3, 64), -1, dtype=torch.int32, device=DEVICE)
+    record[0, 3:7], record[2, 3:5] = whole(62, 7, 8, 9), whole(31, -1)
+    given = states, record, nodes, whole(3, 0, 1), width
+    found = random(3, 64, taps, size), torch.full((3, 64), -5, dtype=torch.int32, device=DEVICE)
     wanted = [t.clone() for t in found]
     before = found[0].clone()
     keep_states_reference(*given, *wanted)
     keep_states(*given, *found)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-    assert found[1][0, [63, 0, 1]].tolist() == [7, 8, 9] and found[1][2, 32] == 10
+    assert found[1][0, [63, 0, 1]].tolist() == [7, 8, 9] and found[1][2, 32] == 0  # no token could be drawn there
     assert int((found[1] >= 0).sum()) == 4 and torch.equal(found[0][1], before[1])
 
 
@@ -186,9 +186,11 @@ def test_shapes_are_checked():
     with pytest.raises(ValueError, match="width 3"):
         absorb_rows(*[whole(1)] * 3, whole(1).view(1, 1), 3, rows, rows.live, whole(0), rows)
     with pytest.raises(ValueError, match="expected 64 places"):
-        keep_states(poison(2, 16, 8), *[rows.path] * 3, rows, 16, poison(1, 32, 2, 8), rows.path)
-    with pytest.raises(ValueError, match="expected fp32"):
-        keep_states(poison(2, 16, 9), *[rows.path] * 3, rows, 16, poison(1, 64, 2, 8), poison(1, 64).int())
+        keep_states([], rows.path, rows.path, rows.live, 16, poison(1, 32, 2, 8), rows.path)
+    with pytest.raises(ValueError, match="expected 2 of width 8"):
+        keep_states([poison(16, 8)], rows.path, rows.path, rows.live, 16, poison(1, 64, 2, 8), poison(1, 64))
+    with pytest.raises(ValueError, match="do not fit"):
+        keep_states([poison(15, 8)], rows.path, rows.path[:1], rows.live, 16, poison(1, 64, 1, 8), poison(1, 64))
     with pytest.raises(ValueError, match="one tile"):
         leave_rows(poison(16, 8), *[poison(8)] * 2, rows, None, poison(1, 2, 8), poison(16, 8), poison(16, 2, 2))
     with pytest.raises(ValueError, match="expected width 8"):

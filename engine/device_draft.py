@@ -1,0 +1,322 @@
+"""Drafting with a recurrent head on the device: what `best_first` and `HeadMemory` do, without the host.
+
+A drafting round is `absorb` (the pairs that wait become entries of the head, the pending token's the last of them),
+then `draft` (logits, candidates, the next entries, step by step, and the trees); after the verification `keep` lets the
+accepted path's states wait. Each is a fixed sequence of launches on tensors that never move, so all of them can be
+captured in a CUDA graph. A round drafts as many steps as its shape says; a gate shapes the trees but does not end it
+early.
+
+The head's layers run through the same kernels as the decoder's, with drafted entries as rows: slot base + place (see
+`kernels/grow_tree.py`). Entries of verified tokens are made from the full model's states and overwrite draft entries
+(design rule 10); nothing here is read by verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..heads.stateful import RecurrentHead
+from ..kernels.grow_tree import Pool, Sequences, Shape, Trees, grow_tree
+from ..kernels.head_rows import EPS, RING, absorb_rows, context_rows, enter_rows, keep_states, leave_rows
+from ..kernels.layer_shape import LayerShape
+from ..kernels.lm_head import lm_head, num_tiles
+from ..kernels.qkv import qkv
+from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
+from ..kernels.rows import Rows
+from ..kernels.top_candidates import top_candidates
+from ..kernels.tree_attention import AttentionScratch, tree_attention
+from ..kernels.up_linear import up_linear
+from .fused import NormedLinear
+from .head_memory import HeadMemory
+from .model import Decoder
+from .tree import MAX_NODES
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attn_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    o: Tensor
+    mlp_norm: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class _HeadWeights:
+    """A recurrent head's parameters in the model's dtype, norms in fp32."""
+
+    def __init__(self, head: RecurrentHead, positions: int) -> None:
+        weight = head.attached().head_weight
+
+        def cast(parameter: Tensor) -> Tensor:
+            return parameter.detach().to(weight.device, weight.dtype).contiguous()
+
+        def wide(parameter: Tensor) -> Tensor:
+            return parameter.detach().to(weight.device, torch.float32).contiguous()
+
+        self.token_norm, self.context_norm, self.gain = map(wide, (head.token_norm, head.context_norm, head.gain))
+        self.fuse, self.join = cast(head.fuse), cast(head.join)
+        self.layers = [
+            _Layer(
+                wide(layer.attn_norm.weight),
+                cast(layer.qkv.weight),
+                None if layer.qkv.bias is None else cast(layer.qkv.bias),
+                cast(layer.o.weight),
+                wide(layer.mlp_norm.weight),
+                cast(layer.up.weight),
+                cast(layer.down.weight),
+            )
+            for layer in head._layers()
+        ]
+        sizes = head._sizes
+        self.shape = LayerShape(
+            hidden_size=head.hidden_size,
+            intermediate_size=sizes.ff,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            rotary_dim=sizes.head_dim,
+            norm_eps=EPS,
+            attention_scale=sizes.head_dim**-0.5,
+        )
+        cos, sin = head._rotary(torch.arange(positions, device=weight.device))
+        self.cos, self.sin = cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
+
+
+class _Pass:
+    """Buffers of one pass of the head over R rows."""
+
+    def __init__(self, weights: _HeadWeights, num_rows: int, capacity: int, device: torch.device) -> None:
+        shape, dtype = weights.shape, weights.join.dtype
+        width, wide, ff = shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size
+
+        def empty(*size: int) -> Tensor:
+            return torch.zeros(num_rows, *size, dtype=dtype, device=device)
+
+        self.both, self.x, self.q, self.attended, self.act = (empty(n) for n in (2 * width, width, wide, wide, ff))
+        self.hidden = torch.zeros(num_rows, width, device=device)
+        self.stats = [
+            torch.zeros(num_rows, 2, column_tiles(width, k, dtype), device=device) for k in (2 * width, wide, ff)
+        ]
+        self.scratch = AttentionScratch(num_rows, capacity, shape, device)
+        sizes = (2 * width, wide, ff, weights.fuse.shape[1])
+        self.parts = Parts(num_rows, width, max(most_parts(width, k, dtype) for k in sizes), device)
+
+
+class _Speech:
+    """Buffers of what the head says after R rows: the LM head's inputs and outputs, and the candidates."""
+
+    def __init__(self, num_rows: int, branch: int, head_weight: Tensor) -> None:
+        vocab_size, width = head_weight.shape
+        device, tiles = head_weight.device, num_tiles(vocab_size, head_weight.dtype)
+
+        def real(*size: int) -> Tensor:
+            return torch.zeros(num_rows, *size, device=device)
+
+        def whole(*size: int) -> Tensor:
+            return torch.zeros(num_rows, *size, dtype=torch.int32, device=device)
+
+        self.x = torch.zeros(num_rows, width, dtype=head_weight.dtype, device=device)
+        self.stats, self.logits, self.best_value, self.best_id = real(2, 1), real(vocab_size), real(tiles), whole(tiles)
+        self.tile_stats, self.entropies = real(3, tiles), real()
+        self.ids, self.log_probs = whole(branch), real(branch)
+
+
+class RecurrentDraft:
+    """Drafts of B sequences by the recurrent head at exit 0.
+
+    Args:
+        head: attached.
+        memory: the head's; its cache is used from where `start` finds it on.
+        decoder: the model's.
+        draft_ids: token ids of the head's outputs, long `[Vd]`, rising; None for all.
+        shape: of the trees; 1 x 1 is a chain.
+        batch: B.
+        trees: where the drafts go.
+        sequences: of the batch. `base` must be the pending token's position when `absorb` or `draft` runs.
+        seeds: int64 `[B]`.
+        options: fp32, the temperature first.
+        pdl: programmatic dependent launch (Hopper and newer).
+
+    Raises:
+        ValueError: a head at another exit, or a memory too small for the batch or the shape.
+    """
+
+    def __init__(
+        self,
+        head: RecurrentHead,
+        memory: HeadMemory,
+        decoder: Decoder,
+        draft_ids: Tensor | None,
+        shape: Shape,
+        batch: int,
+        trees: Trees,
+        sequences: Sequences,
+        seeds: Tensor,
+        options: Tensor,
+        pdl: bool = False,
+    ) -> None:
+        if head.spec.exit_layer != 0 or memory.head is not head:
+            raise ValueError(
+                f"{head.kind} head at exit {head.spec.exit_layer}, expected one at exit 0 and its own memory"
+            )
+        if batch > memory.plan.batch or len(sequences.base) != batch:
+            raise ValueError(
+                f"batch is {batch}, memory is planned for {memory.plan.batch}, lengths are {sequences.base}"
+            )
+        if shape.num_places > memory.plan.scratch:
+            raise ValueError(
+                f"{memory.plan.scratch} draft entries planned, the shape makes {shape.num_places}: plan the memory for "
+                "the policy (head_memory.scratch_of)"
+            )
+        self.taps, self.shape, self.pdl = head.taps, shape, pdl
+        self.trees, self.sequences, self._seeds, self._options = trees, sequences, seeds, options
+        self._decoder, self._cache, self._projection = decoder, memory.cache, head.attached()
+        device, width = decoder.device, head.hidden_size
+        capacity = memory.cache.k.shape[3]
+        self._weights = _HeadWeights(head, capacity)
+        # the model's final norm before its LM head's rows of the draft vocabulary
+        self._speaker = NormedLinear.of(decoder._final_norm, self._projection.head_weight, None)
+        self._draft_ids = None if draft_ids is None else draft_ids.to(device, torch.int32)
+
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._ring = torch.zeros(batch, RING, len(self.taps), width, device=device)
+        self._waiting = torch.zeros(batch, RING, dtype=torch.int32, device=device)
+        self._outputs = torch.zeros(batch, shape.num_places, width, device=device)
+
+        num_rows = batch * MAX_NODES
+        self._taken = Rows.empty(num_rows, device)
+        self._taken_ids, places = torch.zeros(2, num_rows, dtype=torch.int32, device=device).unbind()
+        self._taken_places = places.copy_(torch.arange(num_rows) % MAX_NODES)
+        self._last_row = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._states = torch.zeros(num_rows, len(self.taps) * width, dtype=decoder.dtype, device=device)
+        self._contexts = torch.zeros(num_rows, width, device=device)
+        self._absorbing = _Pass(self._weights, num_rows, capacity, device)
+
+        self._root = Rows.empty(-(-batch // 16) * 16, device)
+        head_weight = self._projection.head_weight
+        self._root_speech = _Speech(len(self._root), shape.branch, head_weight)
+        self.pool = Pool.empty(batch, shape, device)
+        self._growing = _Pass(self._weights, len(self.pool.rows), capacity, device)
+        self._speech = _Speech(len(self.pool.rows), shape.branch, head_weight)
+
+    def start(self, sequence: int, memory: HeadMemory) -> None:
+        """Take over a sequence whose prompt the head's memory was given; its pending token is the tree's root.
+
+        Not to be captured.
+
+        Raises:
+            ValueError: not the memory that this was made for.
+        """
+        if memory.cache is not self._cache:
+            raise ValueError("this is another memory than the one that the drafts were made for: make them anew")
+        length = memory.length(sequence)
+        last = memory.hand_over(sequence)
+        # the pair of the pending token; before the first token states are zero, and so is the context made of them
+        for tap, layer in enumerate(self.taps):
+            self._ring[sequence, length % RING, tap] = last[layer]
+        self._waiting[sequence, length % RING] = self.trees.tokens[sequence, 0]
+        self.lengths[sequence] = length
+
+    def absorb(self) -> None:
+        """Take in each active sequence's oldest waiting pairs, 16 at most.
+
+        Before `draft`, no more than 16 may wait, so that the last one is the pending token's.
+        """
+        rows, weights, pdl = self._taken, self._weights, self.pdl
+        absorb_rows(
+            self.sequences.active, self.sequences.base, self.lengths, self._waiting, MAX_NODES, rows, self._taken_ids,
+            self._last_row, self._root, pdl=pdl,
+        )  # fmt: skip
+        context_rows(self._ring, rows, self._states, pdl=pdl)
+        residual_linear(
+            self._states, weights.fuse, None, None, self._contexts, rows, parts=self._absorbing.parts, pdl=pdl
+        )
+        contexts = self._contexts.view(-1, MAX_NODES, self._contexts.shape[1])
+        self._run(self._absorbing, rows, self._taken_ids, self._taken_places, contexts)
+        speech = self._root_speech
+        leave_rows(
+            self._absorbing.hidden, weights.gain, self._speaker.norm, rows, self._last_row, self._outputs, speech.x,
+            speech.stats, pdl=pdl,
+        )  # fmt: skip
+
+    def draft(self) -> None:
+        """Grow each active sequence's tree below its root."""
+        pool, speech, pdl = self.pool, self._speech, self.pdl
+        self._speak(self._root_speech, self._root)
+        self._grow(0, self._root_speech)
+        for step in range(1, self.shape.max_depth):
+            self._run(self._growing, pool.rows, pool.tokens_of_rows, pool.parents_of_rows, self._outputs)
+            leave_rows(
+                self._growing.hidden, self._weights.gain, self._speaker.norm, pool.rows, None, self._outputs, speech.x,
+                speech.stats, pdl=pdl,
+            )  # fmt: skip
+            self._speak(speech, pool.rows)
+            self._grow(step, speech)
+
+    def keep(
+        self, taps: Mapping[int, Tensor], record: Tensor, path_nodes: Tensor, num_path: Tensor, width: int
+    ) -> None:
+        """Let the accepted paths' states wait; after every verification, also of plain rounds.
+
+        Args:
+            taps: layer -> fp32 `[R, D]`, the full model's states of the verified rows.
+            record, path_nodes, num_path: of `kernels/accept.py`.
+            width: rows a sequence has in this verification.
+        """
+        states = [taps[layer] for layer in self.taps]
+        keep_states(states, record, path_nodes, num_path, width, self._ring, self._waiting, pdl=self.pdl)
+
+    def _run(self, on: _Pass, rows: Rows, ids: Tensor, places: Tensor, contexts: Tensor) -> None:
+        """Entries of the rows; `on.hidden` holds their outputs then."""
+        weights, shape, pdl = self._weights, self._weights.shape, self.pdl
+        stats, attn_stats, mlp_stats = on.stats
+        layers = weights.layers
+        enter_rows(
+            ids, places, self._decoder.embedding, self._decoder._embed_scale, weights.token_norm, contexts,
+            weights.context_norm, rows, on.both, pdl=pdl,
+        )  # fmt: skip
+        residual_linear(
+            on.both, weights.join, None, None, on.hidden, rows, next_norms=((layers[0].attn_norm, on.x),), stats=stats,
+            parts=on.parts, pdl=pdl,
+        )  # fmt: skip
+        for index, layer in enumerate(layers):
+            keys, values = self._cache.k[index], self._cache.v[index]
+            qkv(
+                on.x, stats, layer.qkv, layer.qkv_bias, None, None, weights.cos, weights.sin, on.q, keys, values, rows,
+                shape, pdl=pdl,
+            )  # fmt: skip
+            tree_attention(on.q, keys, values, on.attended, on.scratch, rows, shape, pdl=pdl)
+            residual_linear(
+                on.attended, layer.o, None, on.hidden, on.hidden, rows, next_norms=((layer.mlp_norm, on.x),),
+                stats=attn_stats, parts=on.parts, pdl=pdl,
+            )  # fmt: skip
+            up_linear(on.x, attn_stats, layer.up, None, None, on.act, rows, shape, pdl=pdl)
+            last = index + 1 == len(layers)
+            residual_linear(
+                on.act, layer.down, None, on.hidden, on.hidden, rows,
+                next_norms=() if last else ((layers[index + 1].attn_norm, on.x),), stats=None if last else mlp_stats,
+                parts=on.parts, pdl=pdl,
+            )  # fmt: skip
+            stats = mlp_stats
+
+    def _speak(self, on: _Speech, rows: Rows) -> None:
+        """Candidates after the rows."""
+        speaker, config = self._speaker, self._decoder.config
+        lm_head(
+            on.x, on.stats, speaker.weight, speaker.bias, speaker.shift, rows, eps=config.norm_eps,
+            softcap=config.logit_softcap, ids=self._draft_ids, options=self._options, seeds=self._seeds,
+            logits=on.logits, best_value=on.best_value, best_id=on.best_id, tile_stats=on.tile_stats, pdl=self.pdl,
+        )  # fmt: skip
+        top_candidates(
+            on.logits, on.tile_stats, on.best_value, self._options, self._seeds, rows, on.ids, on.log_probs,
+            on.entropies, self._draft_ids, pdl=self.pdl,
+        )  # fmt: skip
+
+    def _grow(self, step: int, on: _Speech) -> None:
+        grow_tree(step, on.ids, on.log_probs, on.entropies, self.pool, self.sequences, self.trees, pdl=self.pdl)
