@@ -6,8 +6,10 @@ never written shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,26 @@ MOST_PARTS = 8
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Modules whose launchers are called, and the rows of their tiles."""
+
+    qkv: Any = qkv_op
+    attention: Any = attention_op
+    residual: Any = residual_op
+    up: Any = up_op
+    lm_head: Any = lm_head_op
+    num_rows: int = NUM_ROWS
+
+    def table(self, config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
+        """What an operation's own table says."""
+        if name in ("o", "down"):
+            return dict(self.residual._settings(*weight_shape(config, name), dtype))
+        if name == "lm_head":
+            return dict(self.lm_head._settings(config.vocab_size, dtype))
+        return dict(getattr(self, name)._settings(layer_shape(config), dtype))
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation of one model, ready to be launched with any settings.
 
@@ -40,7 +62,7 @@ class Op:
         copies: how many sets of them there are.
         default: the table's own settings.
         prepare: poisons what will be written and allocates what the settings want; gives the launch, and what it left
-            for comparison, `[16, ...]`.
+            for comparison, by row.
     """
 
     name: str
@@ -51,15 +73,19 @@ class Op:
     rows: Rows
     prepare: Prepare
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
     def set_live(self, count: int) -> None:
-        self.rows.live.copy_((torch.arange(NUM_ROWS) < count).int())
+        self.rows.live.copy_((torch.arange(self.num_rows) < count).int())
 
 
-def chain_rows(context: int, device: torch.device) -> Rows:
-    """Sixteen rows of a chain that ends at position context - 1."""
-    at = torch.arange(NUM_ROWS, dtype=torch.int32)
-    base = torch.full_like(at, context - NUM_ROWS)
-    path = torch.arange(PATH, dtype=torch.int32).repeat(NUM_ROWS, 1)
+def chain_rows(context: int, device: torch.device, num_rows: int = NUM_ROWS) -> Rows:
+    """Rows of a chain that ends at position context - 1."""
+    at = torch.arange(num_rows, dtype=torch.int32)
+    base = torch.full_like(at, context - num_rows)
+    path = torch.arange(PATH, dtype=torch.int32).repeat(num_rows, 1)
     tensors = (torch.ones_like(at), torch.zeros_like(at), base + at, base + at, base, path)
     return Rows(*(t.to(device) for t in tensors))
 
@@ -73,12 +99,16 @@ def layer_shape(config: ModelConfig) -> LayerShape:
     )  # fmt: skip
 
 
+KERNELS = Kernels()
+
+
 class Bench:
     """Tensors that operations of one model share, and the operations.
 
     Args:
         config: of a model with RMSNorm and no biases but QKV's.
         cold_bytes: distinct bytes of weights; workers that only compile take few.
+        kernels: to be called.
     """
 
     def __init__(
@@ -87,7 +117,9 @@ class Bench:
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
         cold_bytes: int = COLD_BYTES,
+        kernels: Kernels = KERNELS,
     ) -> None:
+        self.kernels, self.num_rows = kernels, kernels.num_rows
         self.config, self.shape, self.device, self.dtype = config, layer_shape(config), device, dtype
         self.generator = torch.Generator(device).manual_seed(0)
         self.pool = self._random(max(1, cold_bytes // dtype.itemsize))
@@ -114,16 +146,16 @@ class Bench:
 
     def _input(self, width: int) -> tuple[Tensor, Tensor]:
         """x and its stats."""
-        hidden = self._random(NUM_ROWS, width, dtype=torch.float32)
+        hidden = self._random(self.num_rows, width, dtype=torch.float32)
         stats = torch.stack([torch.stack([(t * t).sum(1), t.sum(1)], 1) for t in hidden.split(16, 1)], 2)
         return hidden.to(self.dtype), stats.contiguous()
 
     def _made(self, name: str, copies: list[Tensor], rows: Rows, prepare: Prepare, context: int = 0) -> Op:
-        sizes, default = sizes_of(self.config, name, context), table_of(self.config, name, self.dtype)
+        sizes, default = sizes_of(self.config, name, context), self.kernels.table(self.config, name, self.dtype)
         return Op(name, sizes, copies[0].nbytes, len(copies), default, rows, prepare)
 
     def _qkv(self) -> Op:
-        shape, rows = self.shape, chain_rows(64, self.device)
+        shape, rows = self.shape, chain_rows(64, self.device, self.num_rows)
         width, k = weight_shape(self.config, "qkv")
         weights, (x, stats) = self._copies(width, k), self._input(k)
         bias = self._random(width) if self.config.qkv_bias else None
@@ -132,27 +164,29 @@ class Bench:
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
             caches = self._nan(2, 1, shape.num_kv_heads, 64, shape.head_dim)
             keys, values = caches.unbind()
-            out = self._nan(NUM_ROWS, shape.num_heads * shape.head_dim)
+            out = self._nan(self.num_rows, shape.num_heads * shape.head_dim)
 
             def launch(copy: int, pdl: bool) -> None:
-                qkv_op.qkv(
+                self.kernels.qkv.qkv(
                     x, stats, weights[copy], bias, None, None, cos, sin, out, keys, values, rows, shape, pdl=pdl,
                     settings=settings,
                 )  # fmt: skip
 
-            return launch, lambda: torch.cat([out, *caches[:, 0, :, 48:].transpose(1, 2).flatten(2)], 1)
+            return launch, lambda: torch.cat(
+                [out, *caches[:, 0, :, 64 - self.num_rows :].transpose(1, 2).flatten(2)], 1
+            )
 
         return self._made("qkv", weights, rows, prepare)
 
     def _up(self) -> Op:
-        rows, (width, k) = chain_rows(64, self.device), weight_shape(self.config, "up")
+        rows, (width, k) = chain_rows(64, self.device, self.num_rows), weight_shape(self.config, "up")
         weights, (x, stats) = self._copies(width, k), self._input(k)
 
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
-            out = self._nan(NUM_ROWS, self.shape.intermediate_size)
+            out = self._nan(self.num_rows, self.shape.intermediate_size)
 
             def launch(copy: int, pdl: bool) -> None:
-                up_op.up_linear(
+                self.kernels.up.up_linear(
                     x, stats, weights[copy], None, None, out, rows, self.shape, pdl=pdl, settings=settings
                 )  # fmt: skip
 
@@ -161,17 +195,17 @@ class Bench:
         return self._made("up", weights, rows, prepare)
 
     def _residual(self, name: str) -> Op:
-        rows, (width, k) = chain_rows(64, self.device), weight_shape(self.config, name)
+        rows, (width, k) = chain_rows(64, self.device, self.num_rows), weight_shape(self.config, name)
         weights, (a, _) = self._copies(width, k), self._input(k)
-        hidden, norm = self._random(NUM_ROWS, width, dtype=torch.float32), self._random(width, dtype=torch.float32)
-        parts = residual_op.Parts(NUM_ROWS, width, MOST_PARTS, self.device)
+        hidden, norm = self._random(self.num_rows, width, dtype=torch.float32), self._random(width, dtype=torch.float32)
+        parts = self.kernels.residual.Parts(self.num_rows, width, MOST_PARTS, self.device)
 
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
-            stats = self._nan(NUM_ROWS, 2, -(-width // settings["BN"]), dtype=torch.float32)
-            out, x_next = self._nan(NUM_ROWS, width, dtype=torch.float32), self._nan(NUM_ROWS, width)
+            stats = self._nan(self.num_rows, 2, -(-width // settings["BN"]), dtype=torch.float32)
+            out, x_next = self._nan(self.num_rows, width, dtype=torch.float32), self._nan(self.num_rows, width)
 
             def launch(copy: int, pdl: bool) -> None:
-                residual_op.residual_linear(
+                self.kernels.residual.residual_linear(
                     a, weights[copy], None, hidden, out, rows, next_norms=((norm, x_next),), stats=stats, parts=parts,
                     pdl=pdl, settings=settings,
                 )  # fmt: skip
@@ -181,16 +215,16 @@ class Bench:
         return self._made(name, weights, rows, prepare)
 
     def _lm_head(self) -> Op:
-        rows, (vocab, width) = chain_rows(64, self.device), weight_shape(self.config, "lm_head")
+        rows, (vocab, width) = chain_rows(64, self.device, self.num_rows), weight_shape(self.config, "lm_head")
         weights, (x, stats) = self._copies(vocab, width), self._input(width)
         options, seeds = (torch.zeros(8, device=self.device, dtype=t) for t in (torch.float32, torch.int64))
 
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
-            value = self._nan(NUM_ROWS, -(-vocab // settings["BN"]), dtype=torch.float32)
+            value = self._nan(self.num_rows, -(-vocab // settings["BN"]), dtype=torch.float32)
             best = torch.zeros_like(value, dtype=torch.int32)
 
             def launch(copy: int, pdl: bool) -> None:
-                lm_head_op.lm_head(
+                self.kernels.lm_head.lm_head(
                     x, stats, weights[copy], None, None, rows, eps=self.shape.norm_eps, options=options, seeds=seeds,
                     best_value=value, best_id=best, pdl=pdl, settings=settings,
                 )  # fmt: skip
@@ -200,21 +234,23 @@ class Bench:
         return self._made("lm_head", weights, rows, prepare)
 
     def _attention(self, context: int) -> Op:
-        shape, rows = self.shape, chain_rows(context, self.device)
+        shape, rows = self.shape, chain_rows(context, self.device, self.num_rows)
         slots = -(-context // 64) * 64
         caches = [
             copy.view(2, 1, shape.num_kv_heads, slots, shape.head_dim)
             for copy in self._copies(2 * shape.num_kv_heads * slots, shape.head_dim)
         ]
-        scratch = attention_op.AttentionScratch(NUM_ROWS, context, shape, self.device)
-        q = self._random(NUM_ROWS, shape.num_heads * shape.head_dim)
+        scratch = self.kernels.attention.AttentionScratch(self.num_rows, context, shape, self.device)
+        q = self._random(self.num_rows, shape.num_heads * shape.head_dim)
 
         def prepare(settings: Settings) -> tuple[Launch, Callable[[], Tensor]]:
             out = self._nan(*q.shape)
 
             def launch(copy: int, pdl: bool) -> None:
                 keys, values = caches[copy].unbind()
-                attention_op.tree_attention(q, keys, values, out, scratch, rows, shape, pdl=pdl, settings=settings)
+                self.kernels.attention.tree_attention(
+                    q, keys, values, out, scratch, rows, shape, pdl=pdl, settings=settings
+                )
 
             return launch, out.clone
 
@@ -241,11 +277,11 @@ def sizes_of(config: ModelConfig, name: str, context: int = 0) -> dict[str, int]
     return {"N": width, "K": k}
 
 
-def table_of(config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
-    """What the operation's own table says."""
-    shape = layer_shape(config)
-    if name in ("o", "down"):
-        return residual_op._settings(*weight_shape(config, name), dtype)
-    if name == "lm_head":
-        return lm_head_op._settings(config.vocab_size, dtype)
-    return {"qkv": qkv_op, "up": up_op, "attention": attention_op}[name]._settings(shape, dtype)
+def combinations(choices: Mapping[str, Sequence[int]]) -> list[Settings]:
+    """Every combination of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def attention_grid() -> list[Settings]:
+    """Settings of attention worth a try."""
+    return combinations({"BLOCK": (32, 64, 128, 256), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4)})

@@ -24,21 +24,20 @@ from torch.profiler import ProfilerActivity
 from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
 from ..engine.engine import Engine, Generation
-from ..engine.fused import FusedStep
+from ..engine.fused import FusedStep, FusedWeights
 from ..engine.graphs import Kind, Rounds, Start
 from ..engine.sampling import SamplingParams
 from ..kernels.draw import pick
-from ..kernels.lm_head import lm_head, num_tiles
-from .device_time import bandwidth, capture, events_us, replay_us
+from .device_time import Spread, bandwidth, capture, events_us, replay_us
 from .environment import describe_device, versions
-from .kernel_ops import NUM_ROWS, chain_rows, weight_shape
+from .kernel_ops import KERNELS, NUM_ROWS, Kernels, chain_rows, weight_shape
 from .shapes import weight_bytes
 
 NUM_TOKENS = 256
 REPLAYS = 40  # rounds under the profiler
 MOST_OPERATIONS = 25
 # Which operations each kernel does; `_residual_kernel` is both ways back to the residual stream.
-KERNELS = {
+KERNEL_OPS = {
     "_qkv_kernel": ("qkv",),
     "_tree_attention_kernel": ("attention",),
     "_residual_kernel": ("o", "down"),
@@ -46,7 +45,7 @@ KERNELS = {
     "_post_norm_kernel": (),
     "_lm_head_kernel": ("lm_head",),
 }
-LAYER_KERNELS = tuple(KERNELS)[:-1]
+LAYER_KERNELS = tuple(KERNEL_OPS)[:-1]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def profile(engine: Engine, context: int = 64) -> dict[str, Any]:
     num_bytes = weight_bytes(config, itemsize)
     floor = num_bytes / speed["best"] / 1e3
     found: dict[str, Any] = {"bandwidth_gb_s": speed, "weight_bytes": num_bytes, "floor_us": round(floor, 2)}
-    found["step_us"] = {str(live): step_us(engine, context, live) for live in (1, NUM_ROWS)}
+    found["step_us"] = {str(live): step_us(engine.fused, context, live).to_json() for live in (1, NUM_ROWS)}
     found["rounds"] = {}
     kinds: dict[Kind, Any] = {"plain": False}
     if engine.policy.exits == (0,):
@@ -108,7 +107,7 @@ def profile(engine: Engine, context: int = 64) -> dict[str, Any]:
 def kernel_bytes(config: ModelConfig, itemsize: int, context: int) -> dict[str, int]:
     """Bytes that each kernel must move in a plain step: weights, and keys and values of the context."""
     moved = {}
-    for kernel, ops in KERNELS.items():
+    for kernel, ops in KERNEL_OPS.items():
         total = 0
         for op in ops:
             if op == "attention":
@@ -158,19 +157,31 @@ def kernel_table(spans: Iterable[Span], steps: int, moved: Mapping[str, int], gb
     }
 
 
-def step_us(engine: Engine, context: int, live: int) -> dict[str, float]:
-    """Device time of a step up to the draw, for a chain of so many live rows, over replays of one CUDA graph."""
-    weights, device = engine.fused, engine.decoder.device
-    assert weights is not None
-    config, length = weights.config, context + NUM_ROWS
-    cache = KVCache(plan_cache(config, 1, length, device, engine.decoder.dtype), device)
-    step = FusedStep(weights, cache, NUM_ROWS, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
-    wanted = chain_rows(length, device)
+def step_us(
+    weights: FusedWeights,
+    context: int,
+    live: int,
+    *,
+    num_rows: int = NUM_ROWS,
+    step_of: Callable[..., FusedStep] = FusedStep,
+    kernels: Kernels = KERNELS,
+) -> Spread:
+    """Device time of a step up to the draw, for a chain of so many live rows, over replays of one CUDA graph.
+
+    Args:
+        context: tokens before the chain.
+        num_rows, step_of, kernels: the step to time, in place of the engine's.
+    """
+    config, device, dtype = weights.config, weights.decoder.device, weights.decoder.dtype
+    length = context + num_rows
+    cache = KVCache(plan_cache(config, 1, length, device, dtype), device)
+    step = step_of(weights, cache, num_rows, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+    wanted = chain_rows(length, device, num_rows)
     for name, tensor in vars(step.rows).items():
         tensor.copy_(getattr(wanted, name))
-    step.rows.live.copy_((torch.arange(NUM_ROWS) < live).int())
-    head, tiles = weights.head, num_tiles(config.vocab_size, engine.decoder.dtype)
-    value = torch.zeros(NUM_ROWS, tiles, device=device)
+    step.rows.live.copy_((torch.arange(num_rows) < live).int())
+    head = weights.head
+    value = torch.zeros(num_rows, kernels.lm_head.num_tiles(config.vocab_size, dtype), device=device)
     best = torch.zeros_like(value, dtype=torch.int32)
     options, seeds = torch.zeros(8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     targets = torch.zeros_like(step.ids)
@@ -178,14 +189,14 @@ def step_us(engine: Engine, context: int, live: int) -> dict[str, float]:
     def body() -> None:
         step.embed()
         step.run(0, config.num_layers)
-        lm_head(
+        kernels.lm_head.lm_head(
             step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
             softcap=config.logit_softcap, options=options, seeds=seeds, best_value=value, best_id=best, pdl=step.pdl,
         )  # fmt: skip
         pick(value, best, step.rows, targets, pdl=step.pdl)
 
     with torch.inference_mode():
-        return replay_us(capture(body)).to_json()
+        return replay_us(capture(body))
 
 
 def round_times(

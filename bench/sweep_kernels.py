@@ -21,7 +21,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,12 +32,25 @@ import torch
 from ..engine.config import ModelConfig
 from .device_time import bandwidth, capture, replay_us
 from .environment import describe_device, versions
-from .kernel_ops import MOST_PARTS, NUM_ROWS, OPS, Bench, Op, Settings, table_of, weight_shape
+from .kernel_ops import (
+    KERNELS,
+    MOST_PARTS,
+    NUM_ROWS,
+    OPS,
+    Bench,
+    Kernels,
+    Op,
+    Settings,
+    attention_grid,
+    combinations,
+    weight_shape,
+)
 from .shapes import SHAPES, shape_config
 
 Place = tuple[str, str, int]  # model, operation, context (0 but for attention)
 Task = tuple[str, str, int, Settings, bool]  # a place, settings, programmatic launch
 SHARED_BYTES = 227 * 1024  # of a program, on Hopper
+LEAST_PROGRAMS = 36  # a quarter of the multiprocessors
 TOLERANCE = 0.02  # bf16 sums in another order
 REPLAYS, FINALISTS, KEPT = 4, 3, 40
 
@@ -45,27 +58,22 @@ REPLAYS, FINALISTS, KEPT = 4, 3, 40
 def grid_of(config: ModelConfig, name: str) -> list[Settings]:
     """Settings worth a try; the names are those of the operation's launcher."""
     if name == "attention":
-        return combinations({"BLOCK": [32, 64, 128, 256], "num_warps": [2, 4, 8, 16], "num_stages": [1, 2, 3, 4]})
+        return attention_grid()
     width, k = weight_shape(config, name)
     if name == "qkv":
-        blocks = [2 * pairs for pairs in (8, 16, 32) if pairs <= config.head_dim // 2]
+        blocks = [2 * pairs for pairs in (4, 8, 16, 32) if pairs <= config.head_dim // 2]
         return [{"BLOCK_P": s["BN"] // 2, **_less(s, "BN")} for s in product_grid(k, width, blocks)]
     if name == "up":
         ways = 2 if config.gated_mlp else 1
-        return [{**s, "BN": s["BN"] // ways} for s in product_grid(k, width, [ways * n for n in (8, 16, 32, 64)])]
+        return [{**s, "BN": s["BN"] // ways} for s in product_grid(k, width, [ways * n for n in (4, 8, 16, 32, 64)])]
     if name == "lm_head":
         return product_grid(k, width, [32, 64, 128, 256])
     parts = [p for p in (1, 2, 4, MOST_PARTS) if p == 1 or k // p >= 256]
-    return product_grid(k, width, [16, 32, 64], {"PARTS": parts})
+    return product_grid(k, width, [8, 16, 32, 64], {"PARTS": parts})
 
 
 def _less(settings: Settings, name: str) -> Settings:
     return {key: value for key, value in settings.items() if key != name}
-
-
-def combinations(choices: Mapping[str, Sequence[int]]) -> list[Settings]:
-    """Every combination of the choices."""
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def product_grid(
@@ -74,7 +82,7 @@ def product_grid(
     """Settings of a tile product `[16, k] x [k, width]` that can make sense.
 
     Left out: tiles that do not fit shared memory, splits of k shorter than a block, more stages than steps, warps with
-    nothing to do, and wide tiles where they would leave many multiprocessors idle.
+    nothing to do, and wide tiles where they would leave most multiprocessors idle.
     """
     choices = {
         "BN": blocks, "BK": (32, 64, 128, 256), "SPLIT": (1, 2, 4, 8, 16), **more, "num_warps": (2, 4, 8, 16),
@@ -88,21 +96,19 @@ def product_grid(
         steps = -(-k // (parts * depth))
         staged = min(2, steps) <= s["num_stages"] <= steps
         warps = s["num_warps"] <= max(2, s["SPLIT"] * s["BN"] // 8) and s["SPLIT"] <= 4 * s["num_warps"]
-        if fits and staged and warps and (-(-width // s["BN"]) * parts >= 96 or s["BN"] == blocks[0]):
+        if fits and staged and warps and -(-width // s["BN"]) * parts >= LEAST_PROGRAMS:
             found.append(s)
     return found
 
 
-def draw(config: ModelConfig, name: str, most: int, dtype: torch.dtype = torch.bfloat16) -> list[Settings]:
+def draw(grid: Sequence[Settings], table: Settings, most: int) -> list[Settings]:
     """The table's settings and at most so many others of the grid."""
-    table = table_of(config, name, dtype)
-    others = [settings for settings in grid_of(config, name) if settings != table]
+    others = [settings for settings in grid if settings != table]
     return [table, *random.Random(1).sample(others, min(most, len(others)))]
 
 
-def neighbours(config: ModelConfig, name: str, best: Settings) -> list[Settings]:
+def neighbours(grid: Sequence[Settings], best: Settings) -> list[Settings]:
     """Settings of the grid within two steps of `best`, nearest first."""
-    grid = grid_of(config, name)
     steps = {key: sorted({s[key] for s in grid}) for key in grid[0]}
 
     def distance(settings: Settings) -> int:
@@ -118,12 +124,23 @@ def _nearest(values: list[int], value: int) -> int:
 # --- compiling beside each other
 
 
+def kernels_of(num_rows: int) -> tuple[Kernels, Callable[[ModelConfig, str], list[Settings]]]:
+    """Kernels for tiles of 16 rows, or those specialised to one, and their grids."""
+    if num_rows == 1:
+        from . import one_row
+
+        return one_row.kernels(), one_row.grid_of
+    return KERNELS, grid_of
+
+
 _configs: dict[str, ModelConfig] = {}  # a worker's own, from here on
+_kernels: list[Kernels] = []
 _ops: dict[Place, Op] = {}
 
 
-def _begin(configs: Mapping[str, ModelConfig]) -> None:
+def _begin(configs: Mapping[str, ModelConfig], num_rows: int) -> None:
     _configs.update(configs)
+    _kernels[:] = [kernels_of(num_rows)[0]]
 
 
 def compile_one(task: Task, deadline: float) -> str | None:
@@ -133,7 +150,8 @@ def compile_one(task: Task, deadline: float) -> str | None:
         return "out of time"
     try:
         if (model, name, context) not in _ops:
-            _ops[model, name, context] = Bench(_configs[model], torch.device("cuda"), cold_bytes=2).op(name, context)
+            bench = Bench(_configs[model], torch.device("cuda"), cold_bytes=2, kernels=_kernels[0])
+            _ops[model, name, context] = bench.op(name, context)
         launch, _ = _ops[model, name, context].prepare(settings)
         launch(0, pdl)
         torch.cuda.synchronize()
@@ -165,7 +183,7 @@ def wrong(op: Op, settings: Settings, pdl: bool) -> str | None:
     """Why the results of a setting cannot be trusted: far from the table's, or one row's bits change with the number
     of rows."""
     results = []
-    for chosen, live in ((op.default, NUM_ROWS), (settings, NUM_ROWS), (settings, 1)):
+    for chosen, live in ((op.default, op.num_rows), (settings, op.num_rows), (settings, 1)):
         launch, result = op.prepare(chosen)
         op.set_live(live)
         launch(0, pdl)
@@ -174,7 +192,7 @@ def wrong(op: Op, settings: Settings, pdl: bool) -> str | None:
     error = float((found - expected).norm() / expected.norm())
     if not error < TOLERANCE:
         return f"results differ from the table's settings by {error:.2g}"
-    return None if torch.equal(alone[0], found[0]) else "one row alone has other bits than among 16"
+    return None if torch.equal(alone[0], found[0]) else f"one row alone has other bits than among {op.num_rows}"
 
 
 @dataclass
@@ -191,7 +209,7 @@ class Search:
     def time(self, op: Op, candidates: Iterable[Settings]) -> None:
         for settings in candidates:
             try:
-                self.times[str(settings)] = time_us(op, settings, True, NUM_ROWS, 1), settings
+                self.times[str(settings)] = time_us(op, settings, True, op.num_rows, 1), settings
             except Exception as error:  # as in compile_one
                 self.failures[f"{type(error).__name__}: {str(error)[:100]}"] += 1
 
@@ -205,10 +223,10 @@ class Search:
                 continue
             us = {
                 _way(live, pdl): round(time_us(op, settings, pdl, live, 5), 3)
-                for pdl, live in itertools.product((True, False), (NUM_ROWS, 1))
+                for pdl, live in itertools.product((True, False), dict.fromkeys((op.num_rows, 1)))
             }
-            rows.append({"settings": settings, "us": us, "gb_s": round(op.num_bytes / us[MAIN_WAY] / 1e3)})
-        rows.sort(key=lambda row: row["us"][MAIN_WAY])
+            rows.append({"settings": settings, "us": us, "gb_s": round(op.num_bytes / next(iter(us.values())) / 1e3)})
+        rows.sort(key=lambda row: next(iter(row["us"].values())))
         return {
             "op": op.name, "sizes": op.sizes, "bytes": op.num_bytes, "copies": op.copies, "timed": len(self.times),
             "best": rows[0] if rows else None, "table": next((r for r in rows if r["settings"] == op.default), None),
@@ -227,9 +245,6 @@ def _way(live: int, pdl: bool) -> str:
     return f"{live} row{'s' if live > 1 else ''}{', pdl' if pdl else ''}"
 
 
-MAIN_WAY = _way(NUM_ROWS, True)
-
-
 def report(model: str, found: Mapping[str, Any]) -> Iterator[str]:
     """Lines for people."""
     name = f"{model} {found['op']} {found['sizes']}"
@@ -238,7 +253,7 @@ def report(model: str, found: Mapping[str, Any]) -> Iterator[str]:
     else:
         best, table = found["best"], found["table"]
         us = ", ".join(f"{way} {value:.2f}" for way, value in best["us"].items())
-        before = "" if table is None else f" (table {table['us'][MAIN_WAY]:.2f})"
+        before = "" if table is None else f" (table {next(iter(table['us'].values())):.2f})"
         yield f"{name}: {best['settings']}  us: {us}{before}  {best['gb_s']} GB/s, best of {found['timed']}"
     for reason, count in list(found["failures"].items())[:3]:
         yield f"    {count} out: {reason}"
@@ -248,6 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(OPS), help=f"of {', '.join(OPS)}")
+    parser.add_argument(
+        "--rows", type=int, default=NUM_ROWS, choices=[NUM_ROWS, 1], help="1: bench/one_row.py's kernels"
+    )
     parser.add_argument("--contexts", default="320,4096", help="lengths that attention is tuned for")
     parser.add_argument("--most", type=int, default=48, help="settings of an operation, drawn from the grid")
     parser.add_argument("--near", type=int, default=24, help="neighbours of the best ones")
@@ -271,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     # Workers come from a process that has imported everything and never touched the GPU.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__spec__.name] if __spec__ else [])
-    with processes.Pool(args.processes, _begin, (configs,)) as pool:
+    with processes.Pool(args.processes, _begin, (configs, args.rows)) as pool:
         document = sweep(places, configs, args, pool)
     print(f"{time.monotonic() - start:.0f} s in all", file=sys.stderr)
     if args.out:
@@ -283,6 +301,9 @@ def sweep(
     places: Sequence[Place], configs: Mapping[str, ModelConfig], args: argparse.Namespace, pool: Any
 ) -> dict[str, Any]:
     """Compile and time a sample, then its best ones' neighbours, then finish."""
+    kernels, grid = kernels_of(args.rows)
+    grids = {place: grid(configs[place[0]], place[1]) for place in places}
+    tables = {place: kernels.table(configs[place[0]], place[1], torch.bfloat16) for place in places}
     searches = {place: Search({}, Counter()) for place in places}
     tried: dict[Place, list[Settings]] = {place: [] for place in places}
     found: dict[str, Any] = {"not_compiled": {}, "ops": []}
@@ -306,7 +327,7 @@ def sweep(
         bench, of = None, ""
         for place in places:
             if bench is None or of != place[0]:
-                bench, of = Bench(configs[place[0]], torch.device("cuda")), place[0]
+                bench, of = Bench(configs[place[0]], torch.device("cuda"), kernels=kernels), place[0]
             yield place, bench.op(*place[1:])
 
     def time_round(wanted: Mapping[Place, list[Settings]], seconds: float) -> None:
@@ -316,21 +337,21 @@ def sweep(
         for place, op in ops():
             searches[place].time(op, good[place])
 
-    time_round({place: draw(configs[place[0]], place[1], args.most) for place in places}, args.seconds)
+    time_round({place: draw(grids[place], tables[place], args.most) for place in places}, args.seconds)
     near = {}
     for place in places:
-        best = [neighbours(configs[place[0]], place[1], settings) for settings in searches[place].ranked[:2]]
+        best = [neighbours(grids[place], settings) for settings in searches[place].ranked[:2]]
         mixed = [settings for pair in itertools.zip_longest(*best) for settings in pair if settings is not None]
         fresh = {str(settings): settings for settings in mixed if settings not in tried[place]}
         near[place] = list(fresh.values())[: args.near]
     time_round(near, args.seconds / 2)
-    compiled({place: finalists(searches[place], table_of(configs[place[0]], place[1], torch.bfloat16))
-              for place in places}, False, args.seconds / 2)  # fmt: skip
+    finals = {place: finalists(searches[place], tables[place]) for place in places}
+    compiled(finals, False, args.seconds / 2)
     for place, op in ops():
         found["ops"].append({"model": place[0], **searches[place].finish(op)})
         print(*report(place[0], found["ops"][-1]), sep="\n", flush=True)
     device = torch.device("cuda")
-    about = {"schema_version": 1, "device": describe_device(device), "versions": versions()}
+    about = {"schema_version": 1, "rows": args.rows, "device": describe_device(device), "versions": versions()}
     return about | {"bandwidth_gb_s": bandwidth(device), **found}
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from skipstone.bench import sweep_kernels as sweep
-from skipstone.bench.kernel_ops import OPS, Bench, table_of
+from skipstone.bench.kernel_ops import KERNELS, OPS, Bench
 from skipstone.bench.shapes import SHAPES, shape_config, tiny_config
 from skipstone.bench.sweep_kernels import Search
 from skipstone.kernels import tile
@@ -34,7 +34,7 @@ def bench():
 @pytest.mark.parametrize("name", OPS)
 def test_every_operation_runs_with_other_settings(name, bench):
     op = bench.op(name, CONTEXT if name == "attention" else 0)
-    table = table_of(CONFIG, name, torch.float32)
+    table = KERNELS.table(CONFIG, name, torch.float32)
     other = table | ({"BLOCK": 16} if name == "attention" else {"BLOCK_P": 16} if name == "qkv" else {"BN": 32})
     if "PARTS" in table:
         other["PARTS"] = 2
@@ -86,17 +86,18 @@ def test_settings_that_fail_are_counted(bench, monkeypatch):
 
 
 @pytest.mark.skipif(tile.triton is None, reason="tables are those of Triton kernels")
+@pytest.mark.parametrize("num_rows", [16, 1])
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("model", SHAPES)
-def test_grids(model, name):
+def test_grids(model, name, num_rows):
     """Settings have the names that the operation's table has; a sample starts with the table's own."""
-    config = shape_config(model)
-    grid, table = sweep.grid_of(config, name), table_of(config, name, torch.bfloat16)
-    assert len(grid) == len({str(settings) for settings in grid}) > 50
+    config, (kernels, grid_of) = shape_config(model), sweep.kernels_of(num_rows)
+    grid, table = grid_of(config, name), kernels.table(config, name, torch.bfloat16)
+    assert len(grid) == len({str(settings) for settings in grid}) > 20
     assert all(settings.keys() == table.keys() for settings in grid)
-    drawn = sweep.draw(config, name, 20)
+    drawn = sweep.draw(grid, table, 20)
     assert drawn[0] == table and len(drawn) == 21 and table not in drawn[1:]
-    near = sweep.neighbours(config, name, grid[len(grid) // 2])
+    near = sweep.neighbours(grid, grid[len(grid) // 2])
     assert near and grid[len(grid) // 2] not in near and all(settings in grid for settings in near)
 
 
@@ -119,7 +120,7 @@ def test_a_whole_sweep(monkeypatch, capsys):
             return [function(job) for job in jobs]
 
     monkeypatch.setattr(sweep, "compile_one", compile_one)
-    args = type("Args", (), {"most": 30, "near": 5, "seconds": 1.0})
+    args = type("Args", (), {"most": 30, "near": 5, "seconds": 1.0, "rows": 16})
     found = sweep.sweep([("tiny", "attention", 40), ("tiny", "attention", CONTEXT)], {"tiny": CONFIG}, args, Pool())
     one, other = found["ops"]
     assert one["best"]["settings"]["BLOCK"] == 64 and one["best"]["settings"]["num_warps"] != 8
@@ -135,10 +136,10 @@ def test_a_whole_sweep(monkeypatch, capsys):
 def test_a_worker_says_why_a_setting_fails(monkeypatch):
     monkeypatch.setattr(sweep, "_configs", {})
     monkeypatch.setattr(sweep, "_ops", {})
-    sweep._begin({"tiny": CONFIG})
+    sweep._begin({"tiny": CONFIG}, 16)
     monkeypatch.setattr(sweep, "Bench", lambda *_, **__: Bench(CONFIG, torch.device("cpu"), torch.float32, 2))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    table = table_of(CONFIG, "up", torch.float32)
+    table = KERNELS.table(CONFIG, "up", torch.float32)
     later = float("inf")
     assert sweep.compile_one(("tiny", "up", 0, table, False), later) is None
     assert "Error" in sweep.compile_one(("tiny", "up", 0, table | {"BN": 24}, False), later)
