@@ -205,6 +205,10 @@ class RecurrentDraft:
         self._growing = _Pass(self._weights, len(self.pool.rows), capacity, device)
         self._speech = _Speech(len(self.pool.rows), shape.branch, head_weight)
 
+    def draws_on(self, memory: HeadMemory) -> bool:
+        """Whether these drafts were made for this memory."""
+        return memory.cache is self._cache
+
     def start(self, sequence: int, memory: HeadMemory) -> None:
         """Take over a sequence whose prompt the head's memory was given; its pending token is the tree's root.
 
@@ -213,7 +217,7 @@ class RecurrentDraft:
         Raises:
             ValueError: not the memory that this was made for.
         """
-        if memory.cache is not self._cache:
+        if not self.draws_on(memory):
             raise ValueError("this is another memory than the one that the drafts were made for: make them anew")
         length = memory.length(sequence)
         last = memory.hand_over(sequence)

@@ -12,19 +12,23 @@ import torch
 
 from ..heads.base import Projection
 from ..heads.head_set import HeadSet
-from ..heads.stateful import StatefulHead
+from ..heads.stateful import RecurrentHead, StatefulHead
 from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
+from .device_draft import RecurrentDraft
+from .device_loop import decode_on_device, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
+from .fused import FusedWeights, can_fuse
 from .gate import PLAIN, DraftPolicy, calibrated, fixed_exit
+from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
 from .loop import Machinery, Mode, Observer, Origin, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
-from .selftest import NotDeterministic, find_tiles
+from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .statistics import Statistics, StatisticsRecorder
 from .stopping import Emission, FinishReason, StopChecker
 from .tokenizer import Tokenizer
@@ -102,6 +106,7 @@ class Engine:
         heads: exit heads of this model; None decodes plainly.
         deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
         model_id: for reports.
+        fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None does where there is a GPU with Triton.
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
@@ -116,6 +121,7 @@ class Engine:
         *,
         deterministic: bool = True,
         model_id: str = "",
+        fused: bool | None = None,
     ) -> None:
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
         self.model_id, self.deterministic = model_id, deterministic
@@ -123,6 +129,7 @@ class Engine:
         self.observer: Observer | None = None
         with torch.inference_mode():
             self.tiles = self._find_tiles()
+            self.fused = self._fuse(can_fuse(decoder) and deterministic if fused is None else fused)
             if heads is not None:
                 projection = Projection(
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
@@ -133,6 +140,7 @@ class Engine:
             self.policy = _default_policy(heads)
         self._cache: KVCache | None = None
         self._memories: dict[int, HeadMemory] = {}
+        self._rounds: dict[Any, Rounds] = {}
         self._paces: dict[int, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -145,6 +153,11 @@ class Engine:
         except NotDeterministic as error:
             self.warning = str(error)
             return RowTiles()
+
+    def _fuse(self, wanted: bool) -> FusedWeights | None:
+        """The model for fused kernels, if its rows have the same bits in every tile and tree on this machine."""
+        weights = FusedWeights(self.decoder) if wanted else None
+        return weights if weights is not None and fused_rows_agree(weights) else None
 
     def generate(
         self,
@@ -325,7 +338,40 @@ class Engine:
             self.observer,
             memories,
         )
-        return decode(on, [request for request in requests if not request.checker.finished], chosen, pace)
+        unfinished = [request for request in requests if not request.checker.finished]
+        params = [request.sampler.params for request in unfinished]
+        if self.fused is None or self.observer is not None or not params or not all(map(samples_on_device, params)):
+            return decode(on, unfinished, chosen, pace)
+        rounds = self._rounds_for(self.fused, cache, len(requests), chosen, needs_processing(params[0]))
+        return decode_on_device(on, rounds, unfinished, chosen, pace)
+
+    def _rounds_for(
+        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool
+    ) -> Rounds:
+        """Rounds of this shape on this cache, made once."""
+        shape, heads = shape_of(policy), {} if self.heads is None else self.heads.heads
+        head = heads.get(0)
+        if not isinstance(head, RecurrentHead):
+            shape = None
+        taps = sorted({t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t})
+        width = 1 << policy.max_nodes.bit_length() if policy.exits else 1
+        width = width if shape is None else 1 << shape.max_nodes.bit_length()
+        key = batch, processed, shape, width, tuple(taps)
+        found = self._rounds.get(key)
+        stale = found is not None and found.draft is not None and not found.draft.draws_on(self._memories[0])
+        if found is None or found.cache is not cache or stale:
+            self._rounds = {k: rounds for k, rounds in self._rounds.items() if rounds.cache is cache}
+            draft_ids = None if self.heads is None else self.heads.draft_ids
+
+            def draft(*state: Any) -> RecurrentDraft:
+                assert isinstance(head, RecurrentHead) and shape is not None
+                return RecurrentDraft(head, self._memories[0], self.decoder, draft_ids, shape, batch, *state)
+
+            found = self._rounds[key] = Rounds(
+                weights, cache, batch, processed=processed, width=width, taps=taps,
+                draft=None if shape is None else draft, exit_layer=0,
+            )  # fmt: skip
+        return found
 
     def _exit_early(
         self, requests: list[Request], accuracy: float | None, speculation: Speculation, policy: DraftPolicy | None

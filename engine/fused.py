@@ -134,8 +134,8 @@ class FusedStep:
 
     Attributes:
         rows, ids: int32 metadata and tokens of the rows, to be filled before a step.
-        hidden: `[R, D]` fp32, the residual stream after the last layer run.
-        x, stats: `[R, D]` and `[R, 2, 1]`: what the LM head's deferred norm needs, after `finish`.
+        hidden: `[R, D]` fp32, where the residual stream runs.
+        x, stats: what the deferred norm after the last layer run needs, the LM head's after all layers.
     """
 
     def __init__(self, weights: FusedWeights, cache: KVCache, num_rows: int, *, pdl: bool = False) -> None:
@@ -149,7 +149,8 @@ class FusedStep:
         self.x, self._x_mlp = torch.zeros(2, num_rows, width, dtype=dtype, device=device).unbind()
         self._q, self._attended = torch.zeros(2, num_rows, wide, dtype=dtype, device=device).unbind()
         self._act = torch.zeros(num_rows, config.intermediate_size, dtype=dtype, device=device)
-        self.stats = torch.zeros(num_rows, 2, 1, device=device)
+        self._stats_embed = torch.zeros(num_rows, 2, 1, device=device)
+        self.stats = self._stats_embed
 
         def stats(k: int) -> Tensor:
             return torch.zeros(num_rows, 2, column_tiles(width, k, dtype), device=device)
@@ -166,22 +167,24 @@ class FusedStep:
         """Start the rows from their tokens."""
         embed_rows(
             self.ids, self.rows, self.weights.decoder.embedding, self.weights.embed_scale, self.hidden,
-            self._norms_at(0), self.stats, pdl=self.pdl,
+            self._norms_at(0), self._stats_embed, pdl=self.pdl,
         )  # fmt: skip
+        self.stats = self._stats_embed
 
     def resume(self, start: int) -> None:
         """Start the rows from `hidden`, which is the residual stream after `start` layers."""
-        embed_rows(self._all, self.rows, self.hidden, 1.0, self.hidden, self._norms_at(start), self.stats, pdl=self.pdl)
+        stats, pdl = self._stats_embed, self.pdl
+        embed_rows(self._all, self.rows, self.hidden, 1.0, self.hidden, self._norms_at(start), stats, pdl=pdl)
+        self.stats = stats
 
-    def finish(self) -> None:
-        """Make `x` and `stats` of the final norm, from `hidden`."""
-        self.resume(self.weights.config.num_layers)
-
-    def run(self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None) -> None:
+    def run(self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None) -> Tensor:
         """Run layers start..stop-1, after `embed` or `resume(start)`.
 
         Args:
             taps: exit layers in start + 1..stop -> `[R, D]` fp32, overwritten with the residual stream there.
+
+        Returns:
+            The residual stream after `stop` layers: `hidden`, or the tap there.
         """
         weights, config, shape, rows, pdl = self.weights, self.weights.config, self.weights.shape, self.rows, self.pdl
         taps = taps or {}
@@ -214,8 +217,8 @@ class FusedStep:
                 )
                 stats = self._leave(self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp)
             hidden = after
-        if hidden is not self.hidden:
-            self.hidden.copy_(hidden)
+        self.stats = stats
+        return hidden
 
     def _leave(
         self,

@@ -154,7 +154,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
         for request in active:
             request.statistics.decode_ms += elapsed
         if pace is not None and policy.exits:
-            _keep_pace(pace, active, blocks, drafting, elapsed)
+            keep_pace(pace, active, sum(len(block.tokens) for block in blocks) / len(blocks), drafting, elapsed)
         yield released
 
 
@@ -171,10 +171,10 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
 
 def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:
     """Draft, verify and accept for every request. Nothing that is committed changes."""
-    works = [_begin(on, request) for request in requests]
+    works = [begin(on, request) for request in requests]
     refused = [0] * len(works)
     if policy.exits:
-        rows = [_draft_row(on, request, work) for request, work in zip(requests, works, strict=True)]
+        rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
         if policy.beam:
             refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
         else:
@@ -225,7 +225,8 @@ def accept_block(request: Request, tree: DraftTree, logits: Tensor, num_refused:
     return Block(tree, acceptance, tuple(origins), num_refused, errors[0] if errors else None)
 
 
-def _begin(on: Machinery, request: Request) -> Working:
+def begin(on: Machinery, request: Request) -> Working:
+    """One sequence's round: a tree that is only its root."""
     hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
     kept = {layer: torch.zeros_like(hidden) for layer in on.kept_layers}
     work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden, kept=kept)
@@ -234,12 +235,14 @@ def _begin(on: Machinery, request: Request) -> Working:
     return work
 
 
-def _draft_row(on: Machinery, request: Request, work: Working) -> DraftRow:
+def draft_row(request: Request, work: Working, draft_ids: Tensor | None) -> DraftRow:
+    """What drafting needs to know of a request."""
+
     def rank(guesses: Guesses, at: int, path: tuple[int, ...], count: int) -> list[tuple[int, float]]:
         context = Context(request.history, path)
         if request.sampler.is_plain(context):
             return guesses.best[at][:count]
-        return request.sampler.candidates(guesses.logits[at], context, on.draft_ids, count)
+        return request.sampler.candidates(guesses.logits[at], context, draft_ids, count)
 
     # A round ends in a bonus token, so one draft less than the remaining budget can be used.
     return DraftRow(work, max(0, request.checker.num_remaining - 1), rank)
@@ -267,14 +270,13 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
     return released
 
 
-def _keep_pace(
-    pace: Pace, requests: Sequence[Request], blocks: Sequence[Block], drafting: bool, elapsed: float
-) -> None:
+def keep_pace(pace: Pace, requests: Sequence[Request], committed: float, drafting: bool, elapsed: float) -> None:
+    """Account for a round of `elapsed` ms that gave each request `committed` tokens on average."""
     if not drafting:
         pace.plain_step(elapsed)
         return
     was_paused = pace.paused
-    pace.drafting_round(elapsed, sum(len(block.tokens) for block in blocks) / len(blocks))
+    pace.drafting_round(elapsed, committed)
     if pace.paused and not was_paused:
         for request in requests:
             request.statistics.record_fallback("drafting does not pay")

@@ -12,8 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.embed_rows import lay_rows
+from ..kernels.grow_tree import Trees
+from ..kernels.lm_head import lm_head
 from .cache import KVCache, plan_cache
+from .device_state import fill
 from .forward import RowTiles, Working, advance, node_logits
+from .fused import FusedStep, FusedWeights
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
 
@@ -59,15 +64,7 @@ def _pad_projections(decoder: Decoder) -> None:
 def rows_agree(decoder: Decoder, tiles: RowTiles) -> bool:
     """Whether a chain's rows have the same bits run one by one, all at once, and inside a bushy tree."""
     stop = min(LAYERS, decoder.config.num_layers)
-    tokens = [(7 * i + 3) % decoder.config.vocab_size for i in range(MAX_NODES)]
-    chain = DraftTree(tokens[0])
-    for token in tokens[1:]:
-        chain.add(len(chain) - 1, token)
-    bushy = DraftTree(tokens[0])
-    spine = [0]
-    for token in tokens[1 : MAX_NODES // 2]:
-        bushy.add(spine[-1], (token + 1) % decoder.config.vocab_size)
-        spine.append(bushy.add(spine[-1], token))
+    chain, bushy, spine = _trees(decoder.config.vocab_size)
     one_by_one = _run(decoder, tiles, chain, [[node] for node in range(MAX_NODES)], stop)
     at_once = _run(decoder, tiles, chain, [list(range(MAX_NODES))], stop)
     in_pairs = _run(decoder, tiles, chain, [list(range(i, i + 2)) for i in range(0, MAX_NODES, 2)], stop)
@@ -76,15 +73,71 @@ def rows_agree(decoder: Decoder, tiles: RowTiles) -> bool:
     return same and torch.equal(one_by_one[: len(spine)], in_tree)
 
 
-def _run(decoder: Decoder, tiles: RowTiles, tree: DraftTree, batches: list[list[int]], stop: int) -> Tensor:
-    """Final hidden rows and logits of a tree's nodes, run in the given batches: `[nodes, D + V]`."""
-    config = decoder.config
-    context = min(PREFIX + MAX_NODES, config.max_context)
-    cache = KVCache(plan_cache(config, 1, context, decoder.device, decoder.dtype), decoder.device)
+def fused_rows_agree(weights: FusedWeights) -> bool:
+    """The same of the fused kernels: one by one as plain decoding runs them, all at once, in a bushy tree, and beside
+    another sequence's."""
+    chain, bushy, spine = _trees(weights.config.vocab_size)
+    one_by_one = torch.cat([_run_fused(weights, [chain], 1, i) for i in range(MAX_NODES)])
+    at_once = _run_fused(weights, [chain], MAX_NODES)
+    in_tree = _run_fused(weights, [bushy], MAX_NODES)[spine]
+    beside = _run_fused(weights, [chain, bushy], MAX_NODES)[MAX_NODES:][spine]
+    same = torch.equal(one_by_one, at_once) and torch.equal(one_by_one[: len(spine)], in_tree)
+    return same and torch.equal(in_tree, beside)
+
+
+def _run_fused(weights: FusedWeights, trees: list[DraftTree], width: int, first: int = 0) -> Tensor:
+    """Final hidden rows and logits `[trees * width, D + V]`. With width 1, node `first` of a chain as the root that it
+    is in plain decoding, after the nodes before it."""
+    config, decoder = weights.config, weights.decoder
+    stop = min(LAYERS, config.num_layers)
+    cache, base = _filled_cache(decoder, len(trees))
+    size = -(-len(trees) * width // MAX_NODES) * MAX_NODES
+    step = FusedStep(weights, cache, size)
+    logits = torch.zeros(size, config.vocab_size, device=decoder.device)
+    for node in range(first + 1) if width == 1 else [0]:
+        state = Trees.empty(len(trees), decoder.device)
+        at = torch.full((len(trees),), base + node, dtype=torch.int32, device=decoder.device)
+        fill(state, {b: DraftTree(tree.tokens[node]) if width == 1 else tree for b, tree in enumerate(trees)})
+        lay_rows(state.tokens, state.depths, state.paths, state.count, at, step.rows, step.ids, width)
+        step.embed()
+        step.run(0, stop)
+    head = weights.head
+    lm_head(
+        step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
+        softcap=config.logit_softcap, logits=logits,
+    )  # fmt: skip
+    return torch.cat([step.hidden, logits], 1)[: len(trees) * width]
+
+
+def _trees(vocab_size: int) -> tuple[DraftTree, DraftTree, list[int]]:
+    """A chain of 16, a bushy tree that holds its first half, and the nodes where."""
+    tokens = [(7 * i + 3) % vocab_size for i in range(MAX_NODES)]
+    chain = DraftTree(tokens[0])
+    for token in tokens[1:]:
+        chain.add(len(chain) - 1, token)
+    bushy = DraftTree(tokens[0])
+    spine = [0]
+    for token in tokens[1 : MAX_NODES // 2]:
+        bushy.add(spine[-1], (token + 1) % vocab_size)
+        spine.append(bushy.add(spine[-1], token))
+    return chain, bushy, spine
+
+
+def _filled_cache(decoder: Decoder, batch: int) -> tuple[KVCache, int]:
+    """A cache whose sequences hold the same keys and values, and how many."""
+    context = min(PREFIX + MAX_NODES, decoder.config.max_context)
+    cache = KVCache(plan_cache(decoder.config, batch, context, decoder.device, decoder.dtype), decoder.device)
     generator = torch.Generator().manual_seed(1)
     for store in (cache.k, cache.v):
         store.copy_(torch.randn(store.shape[2:], generator=generator).to(store.dtype).expand_as(store))
-    cache.lens[0] = base = context - MAX_NODES
+    return cache, context - MAX_NODES
+
+
+def _run(decoder: Decoder, tiles: RowTiles, tree: DraftTree, batches: list[list[int]], stop: int) -> Tensor:
+    """Final hidden rows and logits of a tree's nodes, run in the given batches: `[nodes, D + V]`."""
+    config = decoder.config
+    cache, base = _filled_cache(decoder, 1)
+    cache.lens[0] = base
     cache.clear_open(0)
     work = Working(0, base, tree, torch.zeros(MAX_NODES, config.hidden_size, device=decoder.device))
     work.embed_new(decoder)

@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -56,8 +56,8 @@ if triton is not None:
         live_of, sequence_of, position_of, slot_of, base_of, path_of, ids,
         WIDTH: tl.constexpr, PATH: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         rows = tl.program_id(0) * 16 + tl.arange(0, 16)
         b = rows // WIDTH
         node = rows % WIDTH
@@ -79,8 +79,8 @@ if triton is not None:
         ids, live_of, embedding, hidden, first_weight, x_first, second_weight, x_second, stats, scale,
         D: tl.constexpr, BLOCK_D: tl.constexpr, SECOND: tl.constexpr, X_SCALE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0).to(tl.int64)
         if tl.load(live_of + row) == 0:
             return

@@ -22,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -84,7 +84,6 @@ if triton is not None:
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         HALF: tl.constexpr = HEAD_DIM // 2
         ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
         TILES: tl.constexpr = (HALF + BLOCK_P - 1) // BLOCK_P
@@ -126,6 +125,7 @@ if triton is not None:
         s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
 
         y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
+        pdl_next(PDL)
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:

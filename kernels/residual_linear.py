@@ -21,7 +21,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -75,7 +75,6 @@ if triton is not None:
         PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
@@ -98,6 +97,7 @@ if triton is not None:
             inside = live[:, None] & (cols < D)[None, :]
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
+        pdl_next(PDL)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
@@ -128,8 +128,8 @@ if triton is not None:
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, NUM_TILES: tl.constexpr,
         X_SCALE: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         cols = tl.program_id(1) * BN + tl.arange(0, BN)
         live = tl.load(live_of + rows) != 0

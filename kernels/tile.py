@@ -49,9 +49,7 @@ if triton is not None:
 
     @triton.jit
     def pdl_begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Let the next kernel start: it may prefetch weights, and waits before it touches anything of ours."""
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
+        """Nothing."""
 
     @triton.jit
     def pdl_wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -60,13 +58,20 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
 
     @triton.jit
-    def prefetch(pointers, mask, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Ask for the cache lines at `pointers` (one a line of 128 bytes) to be brought into L2."""
+    def pdl_next(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Let the next kernel start once all programs are here: it asks for its weights, and waits before it touches
+        anything of ours. Late, after the loads: next ones that start early take bandwidth and room from this one
+        (measured: at the top of a kernel a step got slower than without)."""
         if PDL:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.s32 $0, 0; }",
-                "=r,l,r", [pointers, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def prefetch(pointers, mask):  # type: ignore[no-untyped-def]
+        """Ask for the cache lines at `pointers` (one a line of 128 bytes) to be brought into L2."""
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.s32 $0, 0; }",
+            "=r,l,r", [pointers, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
     @triton.jit
     def prefetch_columns(w, cols, num_cols, K: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -74,7 +79,7 @@ if triton is not None:
         if PDL:
             at = tl.arange(0, BLOCK_L) * LINE
             pointers = w + cols[:, None].to(tl.int64) * K + at[None, :]
-            prefetch(pointers, (cols < num_cols)[:, None] & (at < K)[None, :], PDL)
+            prefetch(pointers, (cols < num_cols)[:, None] & (at < K)[None, :])
 
     @triton.jit
     def tile_product(  # type: ignore[no-untyped-def]

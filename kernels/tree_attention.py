@@ -28,7 +28,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -69,7 +69,6 @@ if triton is not None:
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr, SPLIT_LEN: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
         row = tl.program_id(0)
         kv_head = tl.program_id(1)
@@ -98,9 +97,9 @@ if triton is not None:
         for first in range(start, stop, BLOCK):
             p = first + tl.arange(0, BLOCK)
             seen = (p <= position) & (p >= first_key)
-            drafted = seen & (p >= base)
+            drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
             node = tl.load(path_of + row * PATH + (p - base), mask=drafted, other=0)
-            slot = tl.where(p < base, p, base + node).to(tl.int64) * cache_slot
+            slot = tl.where(drafted, base + node, p).to(tl.int64) * cache_slot
             keys = tl.load(
                 keys_of + slot[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0
             )
@@ -120,6 +119,7 @@ if triton is not None:
             total = total * shrink[:, None] + tl.dot(weights, ones, input_precision=PRECISION)
             acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision=PRECISION)
             largest = highest
+        pdl_next(PDL)
         denominator = tl.max(total, 1)  # sixteen equal columns
         if num_parts == 1:
             tl.store(out + q_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=of_head)
@@ -174,7 +174,9 @@ def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
     """Keys a product, warps, stages."""
     if dtype == torch.float32:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+    if shape.head_dim <= 128:
+        return {"BLOCK": 256, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
 def tree_attention(

@@ -295,7 +295,8 @@ def engine_of() -> Callable[..., Any]:
         deterministic: bool = True,
     ) -> Any:
         engine = copy.copy(_engine(family, dtype, vocab_size, deterministic))
-        engine._cache, engine._memories, engine._paces, engine._lock = None, {}, {}, threading.Lock()
+        engine._cache, engine._memories, engine._rounds, engine._paces = None, {}, {}, {}
+        engine._lock = threading.Lock()
         engine.decoder = copy.copy(engine.decoder)
         engine.decoder._tables, engine.decoder._rope_rows = {}, 0
         if max_context is not None:

@@ -346,7 +346,7 @@ def test_rows_that_ran_stay_as_they_are(engine):
     request = engine._requests([PROMPT], None, False, {})[0]
     on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
     with torch.inference_mode():
-        work = loop._begin(on, request)
+        work = loop.begin(on, request)
         advance(on.decoder, on.cache, [(work, [0])], 2, on.tiles)
         before = work.hidden.clone()
         advance(on.decoder, on.cache, [(work, [0])], 1, on.tiles)

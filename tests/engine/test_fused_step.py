@@ -78,9 +78,9 @@ def test_layers(family: str, tiny: Callable[[str], Any]) -> None:
         lay_rows(*state_of([None, tree], [0, PROMPT]).values(), step.rows, step.ids, 16)
         taps = {layer: torch.full_like(step.hidden, float("nan")) for layer in (1, config.num_layers)}
         step.embed()
-        step.run(0, config.num_layers, taps)
+        out = step.run(0, config.num_layers, taps)
         rows = slice(16, 16 + len(tree))
-        torch.testing.assert_close(step.hidden[rows], work.hidden[: len(tree)], rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(out[rows], work.hidden[: len(tree)], rtol=2e-4, atol=2e-4)
         for layer, kept in work.kept.items():
             torch.testing.assert_close(taps[layer][rows], kept[: len(tree)], rtol=2e-4, atol=2e-4)
         slots = slice(PROMPT, PROMPT + len(tree))

@@ -1,0 +1,177 @@
+"""The host's side of rounds on the device: what to launch next, and what became of it.
+
+The host runs a round or two behind the device. The device ends sequences by itself at stop ids and at their budget;
+what only the host can see (stop strings, a closed stream) it tells the device, and rounds that were in flight by then
+are overshoot: their records are dropped. So the text is the one of the loop that waits for every round
+(`engine/loop.py`), whose trees, acceptance and statistics these are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.grow_tree import Shape
+from .draft import draft
+from .gate import DraftPolicy
+from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
+from .loop import Machinery, Origin, Released, Request, begin, draft_row, keep_pace, read_prompts
+from .pacing import Pace
+from .stopping import Emission
+from .tree import Acceptance
+
+MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken in by rounds of their own
+MOST_UNREAD = 40  # pairs that may wait while drafting is paused
+
+
+def shape_of(policy: DraftPolicy) -> Shape | None:
+    """How a policy's trees grow on the device; None where the host has to grow them.
+
+    A head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself.
+    """
+    if policy.exits != (0,) or not policy.max_nodes or not policy.max_depth:
+        return None
+    gate = policy.gates[0]
+    if policy.beam:
+        size = policy.beam, policy.branch, policy.max_depth, policy.max_nodes
+    elif policy.branch == 1 or gate.low == gate.high:
+        length = min(policy.max_depth, policy.max_nodes)
+        size = 1, 1, length, length
+    else:
+        return None
+    try:
+        return Shape(*size, stop=gate.high)
+    except ValueError:  # larger than the device's pools
+        return None
+
+
+@dataclass
+class _Queue:
+    """Rounds in flight, and an upper bound of the pairs that wait for the head."""
+
+    rounds: Rounds
+    tickets: deque[Ticket]
+    waiting: int = MOST_WAITING
+
+    def launch(self, kind: Kind) -> None:
+        if self.rounds.draft is not None:
+            limit = MOST_WAITING if kind == "draft" else MOST_UNREAD
+            while self.waiting > limit:
+                self.rounds.replay("absorb")
+                self.waiting -= MOST_WAITING
+            self.waiting = MOST_WAITING if kind == "draft" else self.waiting + 1
+        self.tickets.append(self.rounds.launch(kind))
+
+
+def decode_on_device(
+    on: Machinery, rounds: Rounds, requests: Sequence[Request], policy: DraftPolicy, pace: Pace | None
+) -> Iterator[Released]:
+    """As `loop.decode`, for requests whose options the device samples by (`graphs.samples_on_device`).
+
+    Args:
+        rounds: of this batch and cache; `rounds.draft` drafts `policy`, or the host does and gives trees.
+    """
+    by_host = bool(policy.exits) and rounds.draft is None
+    kinds: list[Kind] = ["plain"]
+    if policy.exits:
+        kinds += ["given"] if by_host else ["draft", "absorb"]
+    with torch.inference_mode():
+        rounds.prepare(kinds)
+    read_prompts(on, requests)
+    with torch.inference_mode():
+        rounds.begin([_start(request) for request in requests])
+        if rounds.draft is not None:
+            for request in requests:
+                rounds.draft.start(request.sequence, on.memories[0])
+        rounds.start_clock()
+    queue = _Queue(rounds, deque())
+    try:
+        while active := [request for request in requests if not request.checker.finished]:
+            with torch.inference_mode():
+                room = max(request.checker.num_remaining for request in active)
+                # a host that drafts, or feeds memories from a round's states, has to see each round's end first
+                ahead = 1 if by_host else AHEAD
+                while len(queue.tickets) < min(ahead, room):
+                    drafting = bool(policy.exits) and room > 1 and (pace is None or pace.drafting())
+                    refused = _launch(on, queue, active, policy, drafting, by_host)
+                ticket = queue.tickets.popleft()
+                records, elapsed = ticket.wait()
+                released = []
+                for request in active:
+                    record = records[request.sequence]
+                    if record is None:
+                        raise RuntimeError(f"the device ended sequence {request.sequence}, which the host did not")
+                    if by_host:
+                        _feed(on, rounds, ticket.kind, request, record)
+                    released.append((request, _commit(on, request, record, refused.get(request.sequence, 0))))
+                    request.statistics.decode_ms += elapsed
+                    if request.checker.finished and record.status == 0:
+                        rounds.drop(request.sequence)
+            if pace is not None and policy.exits:
+                tokens = [len(r.tokens) for request in active if (r := records[request.sequence]) is not None]
+                keep_pace(pace, active, sum(tokens) / len(tokens), ticket.kind != "plain", elapsed)
+            yield released
+    finally:
+        for request in requests:
+            rounds.drop(request.sequence)
+
+
+def _launch(
+    on: Machinery, queue: _Queue, active: Sequence[Request], policy: DraftPolicy, drafting: bool, by_host: bool
+) -> dict[int, int]:
+    """Start the next round; returns how many nodes the gate refused, by sequence, where the host drafted."""
+    if not drafting:
+        queue.launch("plain")
+    elif not by_host:
+        queue.launch("draft")
+    else:
+        works = [begin(on, request) for request in active]
+        rows = [draft_row(request, work, on.draft_ids) for request, work in zip(active, works, strict=True)]
+        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+        queue.rounds.give({work.sequence: work.tree for work in works})
+        queue.launch("given")
+        return {work.sequence: count for work, count in zip(works, refused, strict=True)}
+    return {}
+
+
+def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: Record) -> None:
+    """Keep up the cache's lengths, and the memories of heads that the host asks."""
+    on.cache.lens[request.sequence] += len(record.nodes) + 1
+    if on.memories:
+        each = 1 if kind == "plain" else rounds.width
+        rows = torch.tensor([request.sequence * each + node for node in (0, *record.nodes)], device=on.cache.device)
+        on.take(request.sequence, {layer: states[rows] for layer, states in rounds.taps[each].items()})
+
+
+def _start(request: Request) -> Start:
+    ids = request.history.token_ids
+    end = len(ids) + request.checker.num_remaining
+    return Start(request.sequence, ids, request.history.prompt_len, end, request.sampler.params)
+
+
+def _commit(on: Machinery, request: Request, record: Record, num_refused: int) -> list[Emission]:
+    """Take a round's tokens into the output as far as it goes."""
+    tree, tokens = record.tree, record.tokens
+    failed = record.status == 3
+    acceptance = Acceptance(record.nodes, tokens[:-1], tokens[-1])
+    kept = tokens[:-1] if failed else tokens
+    before = len(request.checker.token_ids)
+    released = request.checker.push(kept)
+    if failed:
+        position = len(request.history) + len(kept)
+        request.error = (
+            f"no token can be drawn at position {position}: the model's logits hold NaN or +inf, or every token is "
+            "banned; check the weights, the dtype (float16 overflows where bfloat16 does not) and the options"
+        )
+        released += request.checker.finish("error")
+    request.history.extend(kept)
+    request.origins += [Origin(tree.exit_layers[node], tree.entropies[node], None) for node in record.nodes]
+    if not failed:
+        request.origins.append(Origin(None, None, None))
+    request.statistics.num_row_layers += len(tree) * on.decoder.config.num_layers
+    grown = len(request.checker.token_ids) - before
+    request.statistics.record_round(tree, acceptance, grown, gate_stops=num_refused)
+    return released

@@ -1,0 +1,330 @@
+"""Rounds on the device: draft, verify, accept and commit as one CUDA graph, replayed without waiting for the host.
+
+All state of a batch lies at fixed addresses: trees, lengths, seeds, options. A round ends by writing a record of what
+it did; the host reads records from pinned memory a round or two behind (`engine/device_loop.py`). Plain decoding is
+the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits.
+
+On the CPU (Triton's interpreter, in tests) the same calls run one after the other without a graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels.accept import RECORD, accept
+from ..kernels.commit import commit
+from ..kernels.draw import Penalties, count_tokens, pick, process_and_draw
+from ..kernels.embed_rows import lay_rows
+from ..kernels.grow_tree import Sequences, Trees
+from ..kernels.lm_head import lm_head, num_tiles
+from .cache import KVCache
+from .device_draft import RecurrentDraft
+from .device_state import fill
+from .fused import FusedStep, FusedWeights
+from .sampling import SamplingParams
+from .tree import MAX_NODES, DraftTree
+
+Kind = Literal["plain", "draft", "given", "absorb"]
+AHEAD = 2  # rounds in flight at most
+NUM_STOPS = 16  # stop ids at most
+
+
+def samples_on_device(params: SamplingParams) -> bool:
+    """Whether the kernels draw for these options; a caller's own processor, log-probabilities and bad words of several
+    tokens need the host at every token."""
+    single = all(len(word) == 1 for word in params.bad_words)
+    return params.logits_processor is None and params.logprobs is None and single and len(params.stop_ids) <= NUM_STOPS
+
+
+def needs_processing(params: SamplingParams) -> bool:
+    """Whether anything but the temperature stands between logits and the draw."""
+    filters = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    masked = params.min_new_tokens > 0 and len(params.stop_ids) > 0
+    return filters or masked or params.has_processors
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one sequence stands when decoding begins: token ids so far, the last of them pending, its options."""
+
+    sequence: int
+    token_ids: Sequence[int]
+    prompt_len: int
+    end: int  # length at which it ends at the latest
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one round did to one sequence."""
+
+    status: int  # 0 goes on, 1 a stop id is among the tokens, 2 its end is reached, 3 no token could be drawn
+    tokens: tuple[int, ...]  # accepted ones, then the target's own
+    nodes: tuple[int, ...]  # accepted nodes below the root
+    tree: DraftTree
+
+    @classmethod
+    def read(cls, values: Sequence[int], entropies: Sequence[float], exit_layer: int) -> Record | None:
+        """From a row of `kernels/accept.py`; None for a sequence that took no part."""
+        accepted = values[0]
+        if accepted < 0:
+            return None
+        tree = DraftTree(values[36])
+        for node in range(1, values[2]):
+            tree.add(values[52 + node], values[36 + node], exit_layer=exit_layer, entropy=entropies[node])
+        return cls(values[1], tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted]), tree)
+
+
+class Ticket:
+    """A round that was launched. `wait` gives its records."""
+
+    def __init__(self, rounds: Rounds, kind: Kind, slot: int) -> None:
+        self._rounds, self.kind, self._slot = rounds, kind, slot
+
+    def wait(self) -> tuple[list[Record | None], float]:
+        """Records by sequence, and the milliseconds since the round before ended (since `start_clock` for the first)."""
+        rounds = self._rounds
+        rounds.wait_for(self._slot)
+        elapsed = rounds.elapsed(self._slot)
+        numbers = rounds.ring[self._slot]
+        entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
+        rows = zip(numbers.tolist(), entropies, strict=True)
+        exit_layer = rounds.exit_layer
+        return [Record.read(values, entropy, exit_layer) for values, entropy in rows], elapsed
+
+
+class Rounds:
+    """Rounds of one batch shape.
+
+    Args:
+        weights: of the model.
+        cache: the KV cache.
+        batch: B, sequences 0..B-1 of the cache.
+        processed: whether options other than the temperature are applied (`needs_processing`).
+        width: rows a sequence has in a round that drafts: 2, 4, 8 or 16.
+        taps: layers whose residual streams are kept for heads that read them.
+        draft: drafts on the device; None verifies trees that the host gives.
+        exit_layer: of the drafting head, for the records.
+        pdl: programmatic dependent launch; None where the GPU has it.
+    """
+
+    def __init__(
+        self,
+        weights: FusedWeights,
+        cache: KVCache,
+        batch: int,
+        *,
+        processed: bool = False,
+        width: int = MAX_NODES,
+        taps: Sequence[int] = (),
+        draft: Callable[[Trees, Sequences, Tensor, Tensor, bool], RecurrentDraft] | None = None,
+        exit_layer: int = 0,
+        pdl: bool | None = None,
+    ) -> None:
+        self.weights, self.cache, self.width, self.exit_layer = weights, cache, width, exit_layer
+        device, config = cache.device, weights.config
+        on_gpu = device.type == "cuda"
+        self.pdl = on_gpu and torch.cuda.get_device_capability(device) >= (9, 0) if pdl is None else pdl
+        self.batch, self.processed = batch, processed
+        self.trees = Trees.empty(batch, device)
+
+        def whole(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.sequences = Sequences(whole(batch), whole(batch), whole(batch))
+        self.min_end, self.seeds = whole(batch), whole(batch, dtype=torch.int64)
+        self.stop_ids, self.options = whole(NUM_STOPS).fill_(-1), torch.zeros(8, device=device)
+        self.top_k = whole(1)
+        self.record, self.path_nodes, self.num_path = whole(batch, RECORD), whole(batch, MAX_NODES), whole(batch)
+        vocab = config.vocab_size
+        self.penalties = Penalties.empty(batch, vocab, device) if processed else None
+        self.draft = None
+        if draft is not None:
+            self.draft = draft(self.trees, self.sequences, self.seeds, self.options, self.pdl)
+        self.taps: dict[int, dict[int, Tensor]] = {}  # rows a sequence -> layer -> [R, D]
+        self.steps: dict[int, FusedStep] = {}
+        self._targets: dict[int, Tensor] = {}
+        self._outputs: dict[int, tuple[Tensor, ...]] = {}
+        head = weights.head.weight
+        for rows_each in {1, width}:
+            rows = -(-batch * rows_each // 16) * 16
+            self.steps[rows_each] = FusedStep(weights, cache, rows, pdl=self.pdl)
+            self.taps[rows_each] = {layer: torch.zeros(rows, config.hidden_size, device=device) for layer in taps}
+            self._targets[rows_each] = whole(rows)
+            if processed:
+                self._outputs[rows_each] = (torch.zeros(rows, vocab, device=device),)
+            else:
+                tiles = num_tiles(vocab, head.dtype)
+                self._outputs[rows_each] = torch.zeros(rows, tiles, device=device), whole(rows, tiles)
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        slots = AHEAD + 2
+        self.ring = torch.zeros(slots, batch, RECORD, dtype=torch.int32, pin_memory=on_gpu)
+        self._slot = 0
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(slots)] if on_gpu else []
+        self._begun = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self._last_times = [0.0] * (slots + 1)  # the CPU's clock, in ms; the last one is of `begin`
+        self._first = True
+
+    def prepare(self, kinds: Sequence[Kind]) -> None:
+        """Capture rounds; before `begin`, because a captured round must find no sequence active."""
+        if self.cache.device.type != "cuda":
+            return
+        self.sequences.active.zero_()
+        self.trees.count.zero_()
+        for kind in kinds:
+            if kind not in self._graphs:
+                self._graphs[kind] = self._capture(kind)
+
+    def begin(self, starts: Sequence[Start]) -> None:
+        """Take over sequences whose prompts are in the cache; all others are idle."""
+        count = self.batch
+        active, base, end, min_end, pending = ([0] * count for _ in range(5))
+        seeds = [0] * count
+        for start in starts:
+            b = start.sequence
+            active[b], base[b], end[b] = 1, len(start.token_ids) - 1, start.end
+            min_end[b] = start.prompt_len + start.params.min_new_tokens
+            pending[b] = start.token_ids[-1]
+            seeds[b] = start.params.seed if start.params.seed < 2**63 else start.params.seed - 2**64
+        for target, values in (
+            (self.sequences.active, active), (self.sequences.base, base), (self.sequences.end, end),
+            (self.min_end, min_end), (self.seeds, seeds), (self.trees.tokens[:, 0], pending),
+            (self.trees.count, active),
+        ):  # fmt: skip
+            target.copy_(torch.tensor(values, dtype=target.dtype))
+        for zeroed in (self.trees.depths, self.trees.paths, self.trees.parents[:, 1:]):
+            zeroed.zero_()
+        self.trees.parents[:, 0] = -1
+        params = starts[0].params
+        stops = list(params.stop_ids) + [-1] * (NUM_STOPS - len(params.stop_ids))
+        self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int32))
+        self.options.copy_(
+            torch.tensor(
+                [
+                    params.temperature,
+                    params.top_p,
+                    params.min_p,
+                    params.repetition_penalty,
+                    params.presence_penalty,
+                    params.frequency_penalty,
+                    0.0,
+                    0.0,
+                ]
+            )  # fmt: skip
+        )
+        self.top_k.fill_(params.top_k)
+        if self.penalties is not None:
+            bias = dict(params.logit_bias)
+            bias |= {word[0]: float("-inf") for word in params.bad_words}
+            self.penalties.start([(s.sequence, list(s.token_ids), s.prompt_len) for s in starts], bias)
+
+    def start_clock(self) -> None:
+        """The first round's time counts from here."""
+        self._first = True
+        if self._begun is not None:
+            self._begun.record()
+        self._last_times[-1] = 1e3 * time.perf_counter()
+
+    def launch(self, kind: Kind) -> Ticket:
+        """Start a round. At most `AHEAD` may be unread, or their records are overwritten."""
+        slot, self._slot = self._slot, (self._slot + 1) % len(self.ring)
+        self.replay(kind)
+        self.ring[slot].copy_(self.record, non_blocking=True)
+        if self._events:
+            self._events[slot].record()
+        else:
+            self._last_times[slot] = 1e3 * time.perf_counter()
+        return Ticket(self, kind, slot)
+
+    def replay(self, kind: Kind) -> None:
+        """Enqueue a round that `prepare` has made, without its record."""
+        if self.cache.device.type != "cuda":
+            self._body(kind)
+            return
+        self._graphs[kind].replay()
+
+    def give(self, trees: Mapping[int, DraftTree]) -> None:
+        """The trees that a "given" round verifies, by sequence; others stay out."""
+        fill(self.trees, trees)
+
+    def drop(self, sequence: int) -> None:
+        """End a sequence on the device, after the rounds in flight."""
+        self.sequences.active[sequence : sequence + 1].zero_()
+        self.trees.count[sequence : sequence + 1].zero_()
+
+    def wait_for(self, slot: int) -> None:
+        if self._events:
+            self._events[slot].synchronize()
+
+    def elapsed(self, slot: int) -> float:
+        """Milliseconds between a round's end and the end of the one before."""
+        before = -1 if self._first else (slot - 1) % len(self.ring)
+        self._first = False
+        if not self._events:
+            return self._last_times[slot] - self._last_times[before]
+        event = self._begun if before < 0 else self._events[before]
+        assert event is not None
+        return event.elapsed_time(self._events[slot])
+
+    def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
+        stream, current = torch.cuda.Stream(self.cache.device), torch.cuda.current_stream(self.cache.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):  # compiles what is not compiled yet; nobody is active, so nothing is written
+            self._body(kind)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._body(kind)
+        return graph
+
+    def _body(self, kind: Kind) -> None:
+        if kind == "absorb":
+            assert self.draft is not None
+            self.draft.absorb()
+            return
+        if kind == "draft":
+            assert self.draft is not None
+            self.draft.absorb()
+            self.draft.draft()
+        self._verify(1 if kind == "plain" else self.width)
+
+    def _verify(self, rows_each: int) -> None:
+        """Every node through all layers, the target's token after each, the accepted path into place."""
+        step, weights, trees, seq, pdl = self.steps[rows_each], self.weights, self.trees, self.sequences, self.pdl
+        config, taps, targets = weights.config, self.taps[rows_each], self._targets[rows_each]
+        lay_rows(
+            trees.tokens, trees.depths, trees.paths, trees.count, seq.base, step.rows, step.ids, rows_each, pdl=pdl
+        )
+        step.embed()
+        step.run(0, config.num_layers, taps)
+        head = weights.head
+        common = {"eps": config.norm_eps, "softcap": config.logit_softcap, "pdl": pdl}
+        if self.penalties is None:
+            best_value, best_id = self._outputs[rows_each]
+            lm_head(
+                step.x, step.stats, head.weight, head.bias, head.shift, step.rows, options=self.options,
+                seeds=self.seeds, best_value=best_value, best_id=best_id, **common,
+            )  # fmt: skip
+            pick(best_value, best_id, step.rows, targets, pdl=pdl)
+        else:
+            (logits,) = self._outputs[rows_each]
+            lm_head(step.x, step.stats, head.weight, head.bias, head.shift, step.rows, logits=logits, **common)
+            process_and_draw(
+                logits, step.rows, self.penalties, trees.tokens, self.options, self.top_k, self.seeds, self.stop_ids,
+                self.min_end, targets, pdl=pdl,
+            )  # fmt: skip
+        accept(
+            targets, trees, seq, self.min_end, self.stop_ids, self.record, self.path_nodes, self.num_path, rows_each,
+            pdl=pdl,
+        )  # fmt: skip
+        commit(self.cache.k, self.cache.v, self.record, self.path_nodes, self.num_path, pdl=pdl)
+        if self.penalties is not None:
+            count_tokens(self.record, self.penalties, pdl=pdl)
+        if self.draft is not None:
+            self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)

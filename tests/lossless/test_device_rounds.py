@@ -1,0 +1,71 @@
+"""Rounds on the device (`engine/graphs.py`): the same tokens whoever drafts and however, as plain decoding through the
+same kernels, and as the loop that waits for every round.
+
+Without a GPU the rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic
+only; on a GPU they are captured graphs. Planted bugs that these tests were seen to catch are listed beside each test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import Gate, best_first, every, fixed_exit
+from skipstone.kernels import tile
+
+ON_GPU = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.skipif(
+        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
+        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
+    ),
+    *([pytest.mark.gpu] if ON_GPU else []),
+]
+PROMPTS = [[4, 9, 2], list(range(5, 24))]
+NEW = 5
+
+
+def on_device(engine: Any) -> Any:
+    """The engine, with its rounds on the device."""
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    engine._cache = None
+    return engine
+
+
+POLICIES = {
+    "chain": fixed_exit(0, 3),
+    "gated chain": every((0,), Gate(4.0, 4.0), branch=1, max_depth=3),
+    "best first": best_first(beam=2, branch=2, max_depth=2, max_nodes=5),
+    "tree of the host": every((0,), Gate(0.3, 99.0), branch=2, max_depth=2, max_nodes=7),
+}
+
+
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}], ids=["greedy", "sampled"])
+def test_output_is_plain_decodings(
+    policy: str, sampling: dict, engine_of: Callable, stateful: Callable, assert_same_output: Callable
+) -> None:
+    """Planted: a root's token not renewed, accepted keys left in place, noise of the position before, two rounds'
+    records in one slot."""
+    engine = engine_of()
+    stateful(engine, "recurrent", prompts=PROMPTS)
+    seeds = [5, 6]
+    waiting = engine.generate(PROMPTS, seeds=seeds, speculation=False, max_new_tokens=NEW)
+    on_device(engine)
+    plain = engine.generate(PROMPTS, seeds=seeds, speculation=False, max_new_tokens=NEW, **sampling)
+    together = engine.generate(PROMPTS, seeds=seeds, policy=POLICIES[policy], max_new_tokens=NEW, **sampling)
+    for seed, ids, out, expected, slow in zip(seeds, PROMPTS, together, plain, waiting, strict=True):
+        assert_same_output(out, expected)
+        if not sampling:
+            assert out.token_ids == slow.token_ids
+        assert out.stats.num_committed == len(out.token_ids) == NEW
+    alone = engine.generate(PROMPTS[1], seed=6, policy=POLICIES[policy], max_new_tokens=NEW, **sampling)
+    assert_same_output(alone, plain[1])
+    assert sum(out.stats.num_drafted for out in together) > 0
+    assert sum(out.stats.num_accepted for out in together) > 0
