@@ -4,12 +4,14 @@ Planted bugs seen to fail here: overlap counted twice, idle time put on the next
 kernel's bytes, a window not clipping the keys read.
 """
 
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from skipstone import cli
 from skipstone.bench import profile as own
 from skipstone.bench.device_time import Spread
 from skipstone.bench.profile import Span, kernel_bytes, kernel_table, profile
@@ -21,6 +23,7 @@ from skipstone.engine.gate import PLAIN
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
 from skipstone.kernels import tile
+from typer.testing import CliRunner
 
 
 def test_overlapping_kernels_add_up():
@@ -118,3 +121,13 @@ def test_rounds_are_profiled(monkeypatch, capsys):
     print_profile(found)
     text = capsys.readouterr().out
     assert "_qkv_kernel" in text and "host gap 20.0%" in text and "roofline ratio" in text
+
+
+def test_from_the_command_line(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(own, "NUM_TOKENS", 64)
+    out = tmp_path / "profile.json"
+    given = ["bench", "--profile", "--context", "9", "--model", str(tiny_folder), "--heads", "none", "--dtype", "fp32"]
+    done = CliRunner().invoke(cli.app, [*given, "--json", "--device", "cpu", "--out", str(out)])
+    found = json.loads(done.stdout)
+    assert found == json.loads(out.read_text()) and found["context"] == 9 and found["operations"]["rows"]
+    assert done.exit_code == 0
