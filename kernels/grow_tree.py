@@ -32,7 +32,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -234,8 +234,8 @@ if triton is not None:
         FIRST: tl.constexpr, LAST: tl.constexpr, PATH: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         b = tl.program_id(0)
         base = tl.load(base_of + b)
         deepest = tl.minimum(tl.load(end_of + b) - base - 2, max_depth)

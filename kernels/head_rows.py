@@ -28,7 +28,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -100,8 +100,8 @@ if triton is not None:
         WIDTH: tl.constexpr, TAPS: tl.constexpr, FIRST_TAP: tl.constexpr, D: tl.constexpr, PATH: tl.constexpr,
         RING: tl.constexpr, BASE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         b = tl.program_id(0)
         j = tl.program_id(1)
         tap = tl.program_id(2)
@@ -129,8 +129,8 @@ if triton is not None:
         root_live, root_sequence, root_position,
         WIDTH: tl.constexpr, PATH: tl.constexpr, RING: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         b = tl.program_id(0)
         start = tl.load(lengths + b)
         active = tl.load(active_of + b) != 0
@@ -160,8 +160,8 @@ if triton is not None:
         ring, live_of, sequence_of, position_of, out, eps,
         TAPS: tl.constexpr, D: tl.constexpr, RING: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0).to(tl.int64)
         tap = tl.program_id(1)
         if tl.load(live_of + row) == 0:
@@ -178,8 +178,8 @@ if triton is not None:
         scale, contexts_sequence, eps,
         D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0).to(tl.int64)
         if tl.load(live_of + row) == 0:
             return
@@ -199,8 +199,8 @@ if triton is not None:
         outputs_sequence, eps,
         D: tl.constexpr, LAST: tl.constexpr, X_SCALE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         to = tl.program_id(0).to(tl.int64)
         if LAST:
             row = tl.load(last_row + to).to(tl.int64)

@@ -33,7 +33,7 @@ try:
     import triton.language as tl
 
     from .device_noise import gumbel_at
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -78,8 +78,8 @@ if triton is not None:
         C: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
         BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0)
         if tl.load(live_of + row) == 0:
             return
@@ -131,7 +131,7 @@ if triton is not None:
             mass += tl.sum(tl.where(others, tl.exp(best - highest), 0.0), 0)
             log_z = tl.log(mass) + highest
         keys = tl.reshape(tl.where(inside, _rank_key(score, place), lowest[:, None]), [BLOCK_C * TILE])
-        found = tl.full([BLOCK_C], -1, tl.int64) << 62
+        found = tl.zeros([BLOCK_C], tl.int64) + lowest
         for c in tl.static_range(C):
             key = tl.max(keys, 0)
             found = tl.where(lane == c, key, found)

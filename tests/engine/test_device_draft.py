@@ -6,8 +6,10 @@ interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
 
 Regimes: trees and chains, with and without a gate, greedy and sampled; RMSNorm, LayerNorm and Gemma's norms, factor
 and soft-cap; two layers, grouped heads; a draft vocabulary; prompts of one token, of some, and longer than what may
-wait; a sequence that is not active and one at its end; what no one may read poisoned with NaN. Planted bugs that these
-tests were seen to catch: PLANTED.
+wait; a sequence that is not active and one at its end; what no one may read poisoned with NaN. Planted bugs that
+these tests were seen to catch: contexts of another place, the pending token's pair one place early, states of plain
+rounds not kept, lengths off by one, the MLP's norm used for attention, outputs taken for token ids, noise of outputs
+instead of tokens, taps in reverse, stats of another norm, no soft-cap, Gemma's factor left out.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def a_head(decoder, draft_ids, depth):
 class Both:
     """The same sequences, drafted for by the host and on the device."""
 
-    def __init__(self, tiny, family, prompts, policy, shape, ends, params=None, draft_ids=None, depth=1):
+    def __init__(self, tiny, family, prompts, policy, shape, ends, params=None, draft_ids=None, depth=1, pdl=False):
         config, weights = tiny(family)
         self.decoder = Decoder(config, weights, torch.float32, DEVICE)
         self.policy, self.draft_ids, self.width = policy, draft_ids, 16
@@ -85,9 +87,8 @@ class Both:
         options = torch.tensor([self.params.temperature, 1, 0, 1, 0, 0, 0, 0], device=DEVICE)
         for cache in (self.memories[1].cache.k, self.memories[1].cache.v):
             cache.fill_(math.nan)
-        self.device = RecurrentDraft(
-            head, self.memories[1], self.decoder, draft_ids, shape, batch, self.trees, self.sequences, seeds, options
-        )
+        state = self.trees, self.sequences, seeds, options, pdl
+        self.device = RecurrentDraft(head, self.memories[1], self.decoder, draft_ids, shape, batch, *state)
         for name in ("_ring", "_outputs", "_contexts"):
             getattr(self.device, name).fill_(math.nan)
         self.histories = [History(prompt) for prompt in prompts]
@@ -100,6 +101,20 @@ class Both:
                 if states:
                     memory.take(b, states)
             self.device.start(b, self.memories[1])
+
+    def capture(self):
+        """From now on drafting replays graphs, made while no sequence is active."""
+        active = self.sequences.active.clone()
+        self.sequences.active.zero_()
+        for name in ("absorb", "draft"):
+            run = getattr(self.device, name)
+            run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            setattr(self.device, name, graph.replay)
+        self.sequences.active.copy_(active)
 
     def states(self, ids):
         """layer -> [n, D], the full model's states."""
@@ -231,9 +246,23 @@ def test_chains_are_those_of_the_host(tiny, temperature):
     params = SamplingParams(temperature=temperature, seed=11)
     with torch.inference_mode():
         prompts = [prompt_of(30), prompt_of(2)]
-        both = Both(tiny, "llama2", prompts, fixed_exit(0, 3), Shape(1, 1, 3, 3), [150, 150], params)
+        ids = torch.arange(1, 199, 3, device=DEVICE) if temperature else None
+        both = Both(tiny, "llama2", prompts, fixed_exit(0, 3), Shape(1, 1, 3, 3), [150, 150], params, ids)
         both.width = 4
         assert both.play([0, 30, 1]) == 4
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("pdl", [False, True])
+def test_captured_rounds_grow_the_same_trees(tiny, pdl):
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU with programmatic dependent launch")
+    policy, shape = shaped(beam=4, branch=4, max_depth=6, max_nodes=15), Shape(4, 4, 6, 15)
+    with torch.inference_mode():
+        prompts = [prompt_of(n) for n in (1, 40, 150, 5)]
+        both = Both(tiny, "llama2", prompts, policy, shape, [190, 190, 190, 0], pdl=pdl)
+        both.capture()
+        assert both.play([0, 0, 2, 1]) == 16
 
 
 def test_what_does_not_fit_is_refused(tiny):

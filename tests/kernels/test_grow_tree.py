@@ -2,11 +2,11 @@
 function of the path.
 
 Regimes: chains and trees, one step and six, beams of 1 to 5 (also no power of two), 1 to 40 children a step; more
-nodes than candidates and fewer; gates that refuse some nodes; NaN entropies; missing candidates; equal
-log-probabilities; sequences at their ends, inactive ones and such in between; a second round in the first one's memory.
-Planted bugs that these tests were seen to catch: children ranked by their own probability, ties to the
-later candidate, one draft more than the budget, a NaN entropy trusted, candidates expanded twice, a row or a candidate
-too many, paths one node short, rows a beam apart instead of a width.
+nodes than candidates and fewer; gates that refuse some nodes; NaN entropies; missing candidates; equal log-
+probabilities; sequences at their ends, inactive ones and such in between; a second round in the first one's memory.
+Planted bugs that these tests were seen to catch: children ranked by their own probability, ties to the later
+candidate, one draft more than the budget, a NaN entropy trusted, candidates expanded twice, a row or a candidate too
+many, paths one node short, rows a beam apart instead of a width.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The rows of a recurrent head: waiting pairs, rows made of them, inputs and outputs.
 
-Regimes: widths of no power of two and of a real model; one tap and three; rings that wrap; nothing waiting, fewer pairs
-than rows and more; sequences that are not active; rows that are not live, and outputs and whatever must not be read
-poisoned with NaN; fp32, and fp16 whose x is stored smaller. Planted bugs that these tests were seen to catch:
-a pair one place off, the newest pairs instead of the oldest, the pending token's pair left out, a ring that does not
-wrap, paths without the row itself, pairs of inactive sequences taken, norms swapped, Gemma's factor forgotten, sums of
-the output instead of the normed one, the root's row taken for its sequence, x of fp16 not scaled.
+Regimes: widths of no power of two and of a real model; one tap and three; rings that wrap; nothing waiting, fewer
+pairs than rows and more; sequences that are not active; rows that are not live, and outputs and whatever must not be
+read poisoned with NaN; fp32, fp16 whose x is stored smaller, bf16 on a GPU. Planted bugs that these tests were seen
+to catch: a pair one place off, the newest pairs instead of the oldest, the pending token's pair left out, a ring that
+does not wrap, paths without the row itself, pairs of inactive sequences taken, norms swapped, Gemma's factor
+forgotten, sums of the output instead of the normed one, the root's row taken for its sequence, x of fp16 not scaled.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ pytestmark = pytest.mark.skipif(
     op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
     reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
 )
-# fp32: sums of 4096 squares in another order. fp16: one rounding of numbers of up to 8.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3}
+# fp32: sums of 4096 squares in another order. Half types: one rounding of numbers of up to 8.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+DTYPES = list(TOLERANCES) if ON_GPU else [torch.float32, torch.float16]  # the interpreter truncates to bf16
 
 
 def whole(*values):
@@ -120,7 +121,7 @@ def test_the_oldest_pairs_become_rows(width):
         assert last.tolist() == [-1, 19, 47, -1, 68] and root.position[:3].tolist() == [20, 3, 73]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("taps", "size"), [(1, 5), (3, 48), (3, 576), (2, 4096)])
 def test_context_rows(taps, size, dtype):
     rows, ring = two_of_three(size), random(3, 64, taps, size) * 3
@@ -133,7 +134,7 @@ def test_context_rows(taps, size, dtype):
     check(found, wanted, rows, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [5, 48, 576, 4096])
 def test_enter_rows(size, dtype):
     rows, generator = two_of_three(size), torch.Generator().manual_seed(3)
@@ -152,7 +153,7 @@ def test_enter_rows(size, dtype):
     assert not found[rows.live != 0][:, size:].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [5, 48, 576, 4096])
 def test_leave_rows(size, dtype):
     rows, hidden = two_of_three(size), random(32, size) * 4

@@ -1,11 +1,11 @@
 """The best few tokens of a draft head's rows.
 
-Regimes: one candidate to eight, also three and five; vocabularies of one tile, one column more, 49152 and 151936; fewer
-columns and fewer tiles than candidates; a draft vocabulary with gaps; greedy and sampled; ties inside a tile and across
-tiles; -inf almost everywhere and everywhere; NaN and +inf; rows that are not live. Outputs are poisoned first. Planted
-bugs that these tests were seen to catch: ties to
-the later tile, -0 below 0, scores below zero in the order of their bits, noise of the row's own position and of the
-column instead of the token, columns beyond the vocabulary, a token given twice, entropies of rows with NaN.
+Regimes: one candidate to eight, also three and five; vocabularies of one tile, one column more, 49152 and 151936;
+fewer columns and fewer tiles than candidates; a draft vocabulary with gaps; greedy and sampled; ties inside a tile
+and across tiles; -inf almost everywhere and everywhere; NaN and +inf; rows that are not live. Outputs are poisoned
+first. Planted bugs that these tests were seen to catch: ties to the later tile, -0 below 0, scores below zero in the
+order of their bits, noise of the row's own position and of the column instead of the token, columns beyond the
+vocabulary, a token given twice, entropies of rows with NaN.
 """
 
 from __future__ import annotations
