@@ -137,10 +137,12 @@ class CompiledLoop:
     """
 
     def __init__(self, decoder: StaticDecoder, prompt: Tensor, num_new: int, in_graph: bool) -> None:
-        self.decoder, self.prompt, self.in_graph = decoder, prompt, in_graph
+        from torch._inductor import config as inductor_config
+
+        self.decoder, self.prompt = decoder, prompt
         self.token, self.position, self.index = (prompt.new_zeros(1) for _ in range(3))
         self.new = prompt.new_zeros(num_new)
-        torch._inductor.config.coordinate_descent_tuning = True  # as gpt-fast sets it
+        inductor_config.coordinate_descent_tuning = True  # as gpt-fast sets it
         mode = None if in_graph else "reduce-overhead"
         self.next_token = torch.compile(decoder.next_token, mode=mode, fullgraph=True, dynamic=False)
         self.read_prompt()

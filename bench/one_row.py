@@ -81,15 +81,6 @@ if triton is not None:
                 total += a * tl.load(w_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
             return tl.sum(total, 1)[None, :]
 
-    @triton.jit
-    def tile_product(  # type: ignore[no-untyped-def]
-        x, w, rows, cols, live, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """`tile.tile_product` of one row, `[1, BN]`."""
-        ahead = weights_ahead(w, cols, num_cols, K, SHARE, first, BK, SPLIT)
-        return rows_product(x, w, ahead, rows, cols, num_cols, K, SHARE, first, BK, SPLIT, PRECISION)
-
 
 class _OneRow(Rows):
     """`Rows` that need not be whole tiles."""
@@ -125,7 +116,7 @@ FIRST: dict[str, Settings] = {
 @functools.cache
 def kernels() -> Kernels:
     """The step's kernels with one row a program; their tables can be set with `settle`."""
-    products = {"weights_ahead": weights_ahead, "rows_product": rows_product, "tile_product": tile_product}
+    products = {"weights_ahead": weights_ahead, "rows_product": rows_product}
     copies = {}
     for name, settings in FIRST.items():
         original = getattr(KERNELS, name)
@@ -155,7 +146,7 @@ def step_of() -> type[FusedStep]:
         **{name: getattr(own.residual, name)
            for name in ("residual_linear", "post_norm", "Parts", "column_tiles", "most_parts")},
     )  # fmt: skip
-    return copy.FusedStep  # type: ignore[no-any-return]
+    return copy.FusedStep
 
 
 def grid_of(config: ModelConfig, name: str) -> list[Settings]:
