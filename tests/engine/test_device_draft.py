@@ -9,7 +9,7 @@ and soft-cap; two layers, grouped heads; a draft vocabulary; prompts of one toke
 wait; a sequence that is not active and one at its end; what no one may read poisoned with NaN. Planted bugs that
 these tests were seen to catch: contexts of another place, the pending token's pair one place early, states of plain
 rounds not kept, lengths off by one, the MLP's norm used for attention, outputs taken for token ids, noise of outputs
-instead of tokens, taps in reverse, stats of another norm, no soft-cap, Gemma's factor left out.
+instead of tokens, taps in reverse, stats of another norm, no soft-cap.
 """
 
 from __future__ import annotations
