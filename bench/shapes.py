@@ -67,7 +67,9 @@ def tiny_config(family: str) -> ModelConfig:
     """
     if family not in _FAMILIES:
         raise ValueError(f"no family {family!r}; expected one of {', '.join(FAMILIES)}")
-    sizes = _TINY if family != "gpt_neox" else {k: v for k, v in _TINY.items() if "kv" not in k and "head_dim" not in k}
+    sizes = dict(_TINY)
+    if family == "gpt_neox":  # its configurations have no names for these
+        del sizes["num_key_value_heads"], sizes["head_dim"]
     return from_hf(sizes | _FAMILIES[family] | {"model_type": family})
 
 

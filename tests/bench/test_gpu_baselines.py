@@ -16,7 +16,8 @@ from skipstone.bench.gpu_baselines import (
     measure_model,
     products,
 )
-from skipstone.bench.shapes import SHAPES, random_weights, shape_config, tiny_config, weight_bytes
+from skipstone.bench.shapes import FAMILIES, SHAPES, random_weights, shape_config, tiny_config, weight_bytes
+from skipstone.engine.model import Decoder
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -85,6 +86,19 @@ def test_shapes_are_the_real_models():
     """Bytes as docs/benchmarks.md and the evidence have them: 58, 212 and 664 us at 4.65 TB/s."""
     floors = [weight_bytes(shape_config(name)) / 4.65e6 for name in SHAPES]
     assert [round(us) for us in floors] == [58, 212, 664]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_models_of_every_family(family):
+    """Finite logits that depend on every layer."""
+    config = tiny_config(family)
+    weights = random_weights(config, torch.float32, "cpu")
+    ids, last = torch.arange(9).unsqueeze(0), config.num_layers
+    hidden = Decoder(config, weights).encode(ids, [last])[last]
+    for index in range(last):
+        changed = {**weights, f"layers.{index}.down.weight": weights[f"layers.{index}.down.weight"].roll(1, 0)}
+        other = Decoder(config, changed).encode(ids, [last])[last]
+        assert hidden.isfinite().all() and not torch.allclose(hidden, other, rtol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
