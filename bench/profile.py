@@ -175,6 +175,8 @@ def step_us(
     config, device, dtype = weights.config, weights.decoder.device, weights.decoder.dtype
     length = context + num_rows
     cache = KVCache(plan_cache(config, 1, length, device, dtype), device)
+    cache.k.normal_()
+    cache.v.normal_()
     step = step_of(weights, cache, num_rows, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
     wanted = chain_rows(length, device, num_rows)
     for name, tensor in vars(step.rows).items():
