@@ -21,7 +21,7 @@ from .device_loop import decode_on_device, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, DraftPolicy, calibrated, fixed_exit
+from .gate import PLAIN, DraftPolicy, best_first, calibrated, fixed_exit
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
 from .loop import Machinery, Mode, Observer, Origin, Request, decode, is_out_of_memory
@@ -36,6 +36,7 @@ from .tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
+TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
 CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
 
 
@@ -137,7 +138,7 @@ class Engine:
                 heads.attach(projection)
         self.policy = PLAIN
         if heads is not None and self.warning is None:
-            self.policy = _default_policy(heads)
+            self.policy = _default_policy(heads, self.fused is not None)
         self._cache: KVCache | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}
@@ -591,10 +592,11 @@ class Stream:
             self._engine._release()
 
 
-def _default_policy(heads: HeadSet) -> DraftPolicy:
-    """A head without trunk layers drafts chains; others are asked as their calibration says; else none is."""
+def _default_policy(heads: HeadSet, fused: bool) -> DraftPolicy:
+    """A head without trunk layers drafts trees where 16 rows cost what one does (fused kernels), else chains; others are
+    asked as their calibration says; else none is."""
     if 0 in heads.exits:
-        return fixed_exit(0, CHAIN_LENGTH)
+        return best_first(*TREE) if fused else fixed_exit(0, CHAIN_LENGTH)
     return PLAIN if heads.calibration is None else calibrated(heads.calibration)
 
 

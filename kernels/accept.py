@@ -36,7 +36,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -77,8 +77,8 @@ if triton is not None:
         active_of, base_of, end_of, min_end_of, stop_ids, record, path_nodes, num_path,
         width, num_stops, RECORD: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         b = tl.program_id(0)
         place = tl.arange(0, N)
         record += b * RECORD

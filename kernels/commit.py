@@ -15,7 +15,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -37,8 +37,8 @@ if triton is not None:
         HEAD_DIM: tl.constexpr, RECORD: tl.constexpr, BASE: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         head, sequence, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         place, dims = tl.arange(0, N), tl.arange(0, BLOCK_D)
         count = tl.load(num_path + sequence)

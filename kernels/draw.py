@@ -36,7 +36,7 @@ try:
     import triton.language as tl
 
     from .device_noise import gumbel_at, gumbel_run
-    from .tile import pdl_begin, pdl_wait
+    from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -132,8 +132,8 @@ if triton is not None:
 
     @triton.jit
     def _pick_kernel(best_value, best_id, live_of, out, num_tiles, PDL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0).to(tl.int64)
         live = tl.load(live_of + row) != 0
         tile = tl.arange(0, BLOCK)
@@ -173,8 +173,8 @@ if triton is not None:
         bias, counts, seen, tree_tokens, stop_ids, min_end, kept_ids, out, vocab_size, num_stops,
         PATH: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         row = tl.program_id(0).to(tl.int64)
         if tl.load(live_of + row) == 0:
             tl.store(out + row, 0)
@@ -325,8 +325,8 @@ if triton is not None:
 
     @triton.jit
     def _count_kernel(record, counts, seen, vocab_size, RECORD: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-        pdl_begin(PDL)
         pdl_wait(PDL)
+        pdl_next(PDL)
         sequence = tl.program_id(0).to(tl.int64)
         place = tl.arange(0, 16)
         num_accepted = tl.load(record + sequence * RECORD)

@@ -30,11 +30,10 @@ try:
     import triton.language as tl
 
     from .device_noise import gumbel_at, gumbel_run
-    from .tile import pdl_begin, pdl_wait, prefetch_columns, row_scale, tile_product
+    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
-LINES_AHEAD = 4  # 128-byte lines of each column asked for before the wait: more would not stay in L2
 
 
 def lm_head_reference(
@@ -85,15 +84,14 @@ if triton is not None:
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
         STORE_LOGITS: tl.constexpr, STORE_BEST: tl.constexpr, STORE_STATS: tl.constexpr,
-        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
+        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
-        pdl_begin(PDL)
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
         inside = cols < vocab_size
-        prefetch_columns(weight, cols, vocab_size, D, LINE, BLOCK_L, PDL)
+        ahead = weights_ahead(weight, cols, vocab_size, D, D, 0, BK, SPLIT)
         # nothing of these is written by another kernel
         ids = cols
         if HAS_IDS:
@@ -111,7 +109,8 @@ if triton is not None:
             sequence = tl.load(sequence_of + rows, mask=live, other=0)
             position = tl.load(position_of + rows, mask=live, other=0)[:, None] + 1
             seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
-        y = tile_product(x, weight, rows, cols, live, vocab_size, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
+        y = rows_product(x, weight, ahead, rows, cols, vocab_size, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
+        pdl_next(PDL)
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
@@ -228,7 +227,6 @@ def lm_head(
         raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}, expected one dtype and a weight without gaps")
     if (best_value is None) != (best_id is None) or (best_value is not None and (options is None or seeds is None)):
         raise ValueError("best_value, best_id, options and seeds go together, expected all of them or no best_value")
-    line = 128 // weight.element_size()
     _lm_head_kernel[(num_rows // BLOCK_ROWS, tiles)](
         x, stats, weight, bias, shift, ids, rows.live, rows.sequence, rows.position, options, seeds,
         logits, best_value, best_id, tile_stats,
@@ -237,7 +235,6 @@ def lm_head(
         HAS_BIAS=bias is not None, LAYER_NORM=shift is not None, HAS_IDS=ids is not None,
         HAS_SOFTCAP=softcap is not None, STORE_LOGITS=logits is not None, STORE_BEST=best_value is not None,
         STORE_STATS=tile_stats is not None,
-        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), LINE=line,
-        BLOCK_L=min(LINES_AHEAD, triton.next_power_of_2(triton.cdiv(hidden_size, line))), PDL=pdl, BM=BLOCK_ROWS,
-        **chosen, **({"launch_pdl": True} if pdl else {}),
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

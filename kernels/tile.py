@@ -48,10 +48,6 @@ def precision(dtype: torch.dtype) -> str:
 if triton is not None:
 
     @triton.jit
-    def pdl_begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Nothing."""
-
-    @triton.jit
     def pdl_wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
         """Wait until all kernels before this one are done and their stores visible."""
         if PDL:
@@ -66,69 +62,12 @@ if triton is not None:
             tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def prefetch(pointers, mask):  # type: ignore[no-untyped-def]
-        """Ask for the cache lines at `pointers` (one a line of 128 bytes) to be brought into L2."""
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.s32 $0, 0; }",
-            "=r,l,r", [pointers, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-    @triton.jit
-    def prefetch_columns(w, cols, num_cols, K: tl.constexpr, LINE: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-        """Prefetch w[cols, :K]; LINE elements are 128 bytes, BLOCK_L >= K / LINE a power of two."""
-        if PDL:
-            at = tl.arange(0, BLOCK_L) * LINE
-            pointers = w + cols[:, None].to(tl.int64) * K + at[None, :]
-            prefetch(pointers, (cols < num_cols)[:, None] & (at < K)[None, :])
-
-    @triton.jit
-    def tile_product(  # type: ignore[no-untyped-def]
-        x, w, rows, cols, live, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
-        with SHARE = K, first = 0. `live` bool [16]; columns from num_cols on give zero."""
-        k = tl.arange(0, BK)
-        x_rows = x + rows.to(tl.int64) * K
-        w_rows = w + cols.to(tl.int64) * K
-        inside = cols < num_cols
-        if SPLIT == 1:
-            total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, SHARE, BK):
-                at = start + k
-                real = (at < SHARE) & (first + at < K)
-                at += first
-                a = tl.load(x_rows[:, None] + at[None, :], mask=live[:, None] & real[None, :], other=0.0)
-                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
-                total = tl.dot(a, b, total, input_precision=PRECISION)
-            return total
-        else:
-            part = tl.arange(0, SPLIT)
-            parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, SHARE, SPLIT * BK):
-                at = start + part[:, None] * BK + k[None, :]
-                real = (at < SHARE) & (first + at < K)
-                at += first
-                a = tl.load(
-                    x_rows[None, :, None] + at[:, None, :],
-                    mask=live[None, :, None] & real[:, None, :],
-                    other=0.0,
-                )
-                b = tl.load(
-                    w_rows[None, None, :] + at[:, :, None],
-                    mask=inside[None, None, :] & real[:, :, None],
-                    other=0.0,
-                )
-                parts = tl.dot(a, b, parts, input_precision=PRECISION)
-            return tl.sum(parts, 0)
-
-    @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
         w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr
     ):
-        """The weights of a product that deals all k out at once (SPLIT * BK >= SHARE), `[SPLIT, BK, BN]`: nothing that
-        another kernel writes, so they are asked for before the wait. 0 for longer products."""
-        if SPLIT * BK >= SHARE:
+        """The weights of a product that deals all k out at once (SPLIT * BK >= SHARE, SPLIT > 1), `[SPLIT, BK, BN]`:
+        nothing that another kernel writes, so they are asked for before the wait. 0 for other products."""
+        if SPLIT > 1 and SPLIT * BK >= SHARE:
             at = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
             real = (at < SHARE) & (first + at < K)
             w_rows = w + first + cols.to(tl.int64) * K
@@ -146,28 +85,35 @@ if triton is not None:
         with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. Columns from num_cols on give
         zero; rows that are not live give what their x holds, which nobody stores."""
         k = tl.arange(0, BK)
-        part = tl.arange(0, SPLIT)
         x_rows = x + first + rows.to(tl.int64) * K
+        w_rows = w + first + cols.to(tl.int64) * K
+        inside = cols < num_cols
+        if SPLIT == 1:  # the warps share the columns
+            total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+            for start in range(0, SHARE, BK):
+                at = start + k
+                real = (at < SHARE) & (first + at < K)
+                a = tl.load(x_rows[:, None] + at[None, :], mask=real[None, :], other=0.0)
+                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+            return total
+        # each warp has a part of k
+        part = tl.arange(0, SPLIT)
         if SPLIT * BK >= SHARE:
             at = part[:, None] * BK + k[None, :]
             real = (at < SHARE) & (first + at < K)
             a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
             return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
-        else:
-            w_rows = w + first + cols.to(tl.int64) * K
-            inside = cols < num_cols
-            parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, SHARE, SPLIT * BK):
-                at = start + part[:, None] * BK + k[None, :]
-                real = (at < SHARE) & (first + at < K)
-                a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
-                b = tl.load(
-                    w_rows[None, None, :] + at[:, :, None],
-                    mask=inside[None, None, :] & real[:, :, None],
-                    other=0.0,
-                )
-                parts = tl.dot(a, b, parts, input_precision=PRECISION)
-            return tl.sum(parts, 0)
+        parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
+        for start in range(0, SHARE, SPLIT * BK):
+            at = start + part[:, None] * BK + k[None, :]
+            real = (at < SHARE) & (first + at < K)
+            a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+            b = tl.load(
+                w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
+            )
+            parts = tl.dot(a, b, parts, input_precision=PRECISION)
+        return tl.sum(parts, 0)
 
     @triton.jit
     def row_scale(  # type: ignore[no-untyped-def]
