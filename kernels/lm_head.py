@@ -30,10 +30,9 @@ try:
     import triton.language as tl
 
     from .device_noise import gumbel_at, gumbel_run
-    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
-
 
 
 def lm_head_reference(
@@ -97,24 +96,29 @@ if triton is not None:
         if HAS_IDS:
             ids = tl.load(ids_of + cols, mask=inside, other=2147483647)
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+            offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
-            off_mean = tl.load(shift + cols, mask=inside, other=0.0).to(tl.float32)
+            off_mean = tl.load(shift + cols, mask=inside, other=0.0)
         pdl_wait(PDL)
 
-        live = tl.load(live_of + rows) != 0
-        scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
+        live = tl.load(live_of + rows)
+        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         if STORE_BEST:
             temperature = tl.load(options_of)
-            sequence = tl.load(sequence_of + rows, mask=live, other=0)
-            position = tl.load(position_of + rows, mask=live, other=0)[:, None] + 1
-            seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
-        y = rows_product(x, weight, ahead, rows, cols, vocab_size, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
+            sequence = tl.load(sequence_of + rows)
+            position = tl.load(position_of + rows)
+        y = rows_product(x, weight, ahead, rows, cols, vocab_size, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        live = live != 0
+        if STORE_BEST:
+            seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
+            position = position[:, None] + 1
+        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        y = y * scale[:, None]
         if LAYER_NORM:
-            y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
+            y -= (mean * scale * X_SCALE)[:, None] * off_mean.to(tl.float32)[None, :]
         if HAS_BIAS:
-            y += offset[None, :]
+            y += offset.to(tl.float32)[None, :]
         if HAS_SOFTCAP:
             y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)  # tanh
         y = tl.where(inside[None, :], y, float("-inf"))

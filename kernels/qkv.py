@@ -22,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -106,30 +106,32 @@ if triton is not None:
         ahead = weights_ahead(weight, cols, num_cols, D, D, 0, BK, SPLIT)
         inside = cols < num_cols
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+            offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
         pdl_wait(PDL)
 
-        # everything the end needs is asked for before the product, or it would be waited for after it
-        live = tl.load(live_of + rows) != 0
-        position = tl.load(position_of + rows, mask=live, other=0)
-        sequence = tl.load(sequence_of + rows, mask=live, other=0).to(tl.int64)
-        slot = tl.load(slot_of + rows, mask=live, other=0).to(tl.int64)
-        scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
+        live = tl.load(live_of + rows)
+        position = tl.load(position_of + rows)
+        sequence = tl.load(sequence_of + rows)
+        slot = tl.load(slot_of + rows)
+        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
+        y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+        pdl_next(PDL)
+
+        live = live != 0
         pair = first_pair + tl.arange(0, BLOCK_P)
         rotated = pair < ROTARY_HALF
         turned = live[:, None] & rotated[None, :]
         angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
         c = tl.load(cos + angle, mask=turned, other=1.0)
         s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
-
-        y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
-        pdl_next(PDL)
+        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        y = y * scale[:, None]
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
-            y += offset[None, :]
+            y += offset.to(tl.float32)[None, :]
         a, b = tl.split(tl.permute(tl.reshape(y, [BM, 2, BLOCK_P]), [0, 2, 1]))
 
         held = pair < HALF
@@ -150,7 +152,9 @@ if triton is not None:
         else:
             cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
             kv_head = (head - NUM_HEADS) % NUM_KV
-            kv_at = (cache + sequence * cache_sequence + kv_head * cache_head + slot * cache_slot)[:, None]
+            kv_at = (
+                cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head + slot.to(tl.int64) * cache_slot
+            )[:, None]
             tl.store(kv_at + place_a[None, :], a.to(k_cache.dtype.element_ty), mask=stored)
             tl.store(kv_at + place_b[None, :], b.to(k_cache.dtype.element_ty), mask=stored)
 

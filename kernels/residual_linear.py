@@ -21,7 +21,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -82,7 +82,7 @@ if triton is not None:
         first = tl.program_id(2) * SHARE
         ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT)
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+            offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
         second_weight = first_weight
         if NORMS > 0:
@@ -91,10 +91,9 @@ if triton is not None:
             second_weight = tl.load(second_norm + cols, mask=cols < D, other=0.0)
         pdl_wait(PDL)
 
-        live = tl.load(live_of + rows) != 0
+        live = tl.load(live_of + rows)
         if RESIDUAL:
-            # only what this program stores is read, so it may be asked for before the product
-            inside = live[:, None] & (cols < D)[None, :]
+            inside = (cols < D)[None, :]
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
         pdl_next(PDL)
@@ -114,11 +113,11 @@ if triton is not None:
                     y += tl.load(mine + i * (BM * BN), cache_modifier=".cg")
         if finish:
             if HAS_BIAS:
-                y += offset[None, :]
+                y += offset.to(tl.float32)[None, :]
             if RESIDUAL:
                 y += before
             _leave(
-                y, rows, cols, live, tile, out, first_weight, x_next, second_weight, x_second, stats,
+                y, rows, cols, live != 0, tile, out, first_weight, x_next, second_weight, x_second, stats,
                 D, NUM_TILES, STATS, NORMS, X_SCALE,
             )  # fmt: skip
 
@@ -133,13 +132,15 @@ if triton is not None:
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         cols = tl.program_id(1) * BN + tl.arange(0, BN)
         live = tl.load(live_of + rows) != 0
-        inside = live[:, None] & (cols < D)[None, :]
+        inside = (cols < D)[None, :]
         at = rows[:, None].to(tl.int64) * D + cols[None, :]
-        scale, _ = row_scale(y_stats, rows, live, NUM_STATS, BLOCK_S, D, eps, 1.0, False)
+        squares, sums = load_stats(y_stats, rows, NUM_STATS, BLOCK_S, False)
         w = tl.load(weight + cols, mask=cols < D, other=0.0)
         following = tl.load(next_weight + cols, mask=cols < D, other=0.0)
-        h = tl.load(y + at, mask=inside, other=0.0) * scale[:, None] * w[None, :]
-        h += tl.load(hidden + at, mask=inside, other=0.0)
+        h = tl.load(y + at, mask=inside, other=0.0)
+        before = tl.load(hidden + at, mask=inside, other=0.0)
+        scale, _ = row_scale(squares, sums, D, eps, 1.0, False)
+        h = before + h * scale[:, None] * w[None, :]
         _leave(
             h, rows, cols, live, tl.program_id(1), out, following, x_next, following, x_next, stats,
             D, NUM_TILES, True, 1, X_SCALE,

@@ -116,17 +116,25 @@ if triton is not None:
         return tl.sum(parts, 0)
 
     @triton.jit
-    def row_scale(  # type: ignore[no-untyped-def]
-        stats, rows, live, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, eps,
-        X_SCALE: tl.constexpr, LAYER_NORM: tl.constexpr,
-    ):  # fmt: skip
-        """(r / X_SCALE, m) fp32 [16] of rows, from stats [R, 2, NUM_STATS]: sums of h^2, and of h for LayerNorm."""
+    def load_stats(stats, rows, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Parts of the sums of h^2, and of h for LayerNorm (else the same again): `[16, BLOCK_S]` each of rows, from
+        stats [R, 2, NUM_STATS]. Asked for before a product and used after it, as all that its end needs: what is
+        computed before the product's own loads are issued would hold them up."""
         part = tl.arange(0, BLOCK_S)
-        mask = live[:, None] & (part < NUM_STATS)[None, :]
+        mask = (part < NUM_STATS)[None, :]
         pointers = stats + rows[:, None].to(tl.int64) * (2 * NUM_STATS) + part[None, :]
-        square = tl.sum(tl.load(pointers, mask=mask, other=0.0), 1) / D
+        squares = tl.load(pointers, mask=mask, other=0.0)
+        if LAYER_NORM:
+            return squares, tl.load(pointers + NUM_STATS, mask=mask, other=0.0)
+        else:
+            return squares, squares
+
+    @triton.jit
+    def row_scale(squares, sums, D: tl.constexpr, eps, X_SCALE: tl.constexpr, LAYER_NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """(r / X_SCALE, m) fp32 [16] of the rows' `load_stats`."""
+        square = tl.sum(squares, 1) / D
         mean = tl.zeros_like(square)
         if LAYER_NORM:
-            mean = tl.sum(tl.load(pointers + NUM_STATS, mask=mask, other=0.0), 1) / D
+            mean = tl.sum(sums, 1) / D
             square -= mean * mean
         return 1.0 / (tl.sqrt(square + eps) * X_SCALE), mean

@@ -76,16 +76,16 @@ if triton is not None:
         position = tl.load(position_of + row)
         base = tl.load(base_of + row)
         sequence = tl.load(sequence_of + row).to(tl.int64)
-        first_key = tl.maximum(position - window + 1, 0)
-        first_split = first_key // SPLIT_LEN
-        num_parts = position // SPLIT_LEN - first_split + 1
-        if (live == 0) | (tl.program_id(2) >= num_parts):
-            return
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         of_head = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q_at = row * (NUM_KV * GROUP * HEAD_DIM) + (kv_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
         queries = tl.load(q + q_at, mask=of_head, other=0.0)
+        first_key = tl.maximum(position - window + 1, 0)
+        first_split = first_key // SPLIT_LEN
+        num_parts = position // SPLIT_LEN - first_split + 1
+        if (live == 0) | (tl.program_id(2) >= num_parts):
+            return
         keys_of = k_cache + sequence * cache_sequence + kv_head * cache_head
         values_of = v_cache + sequence * cache_sequence + kv_head * cache_head
 

@@ -22,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -71,19 +71,21 @@ if triton is not None:
         ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT)
         inside = cols < WAYS * FF
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+            offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
         pdl_wait(PDL)
 
-        live = tl.load(live_of + rows) != 0
-        scale, mean = row_scale(stats, rows, live, NUM_STATS, BLOCK_S, D, eps, X_SCALE, LAYER_NORM)
-        y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION) * scale[:, None]
+        live = tl.load(live_of + rows)
+        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
+        y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        y = y * scale[:, None]
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
-            y += offset[None, :]
+            y += offset.to(tl.float32)[None, :]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [BM, 2, BN]), [0, 2, 1]))
             y = _activate(gate, ACTIVATION) * up
@@ -91,7 +93,7 @@ if triton is not None:
             y = _activate(y, ACTIVATION)
         neuron = tl.program_id(1) * BN + tl.arange(0, BN)
         to = out + rows[:, None].to(tl.int64) * FF + neuron[None, :]
-        tl.store(to, y.to(out.dtype.element_ty), mask=live[:, None] & (neuron < FF)[None, :])
+        tl.store(to, y.to(out.dtype.element_ty), mask=(live != 0)[:, None] & (neuron < FF)[None, :])
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
