@@ -152,11 +152,17 @@ if triton is not None:
             tl.store(best_id + place, tl.where(wrong, -1, winner), mask=live)
 
 
+# Half types, by rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
+_TABLE: dict[int, dict[str, int]] = {}
+
+
 def _settings(vocab_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Columns a program, depth of a product, partial products, warps, stages.
 
     384 programs for V = 49152, three of them on each of an H100's 132 multiprocessors with 48 KiB each under way.
     """
+    if dtype != torch.float32 and vocab_size in _TABLE:
+        return _TABLE[vocab_size]
     if vocab_size < 4096:
         return {"BN": 32, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:

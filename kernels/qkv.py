@@ -159,8 +159,15 @@ if triton is not None:
             tl.store(kv_at + place_b[None, :], b.to(k_cache.dtype.element_ty), mask=stored)
 
 
+# Half types, by hidden size and rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
+_TABLE: dict[tuple[int, ...], dict[str, int]] = {}
+
+
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
     """Pairs a program, depth of a product, partial products, warps, stages."""
+    size = shape.hidden_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    if dtype != torch.float32 and not shape.qk_norm and size in _TABLE:
+        return _TABLE[size]
     pairs = triton.next_power_of_2(max(8, shape.head_dim // 2)) if shape.qk_norm else 8
     if dtype == torch.float32 or pairs > 32:
         return {"BLOCK_P": pairs, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}

@@ -167,8 +167,14 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
     return _settings(width, k, dtype)["PARTS"]
 
 
+# Half types, by columns and k; tuned offline on an H100 over whole steps (docs/kernels.md).
+_TABLE: dict[tuple[int, ...], dict[str, int]] = {}
+
+
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
     """Columns a program, depth of a product, partial products, programs a tile, warps, stages."""
+    if dtype != torch.float32 and (width, k) in _TABLE:
+        return _TABLE[width, k]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "PARTS": 1, "num_warps": 4, "num_stages": 2}
     return {"BN": 16, "BK": 64, "SPLIT": 4, "PARTS": 1, "num_warps": 4, "num_stages": 4}

@@ -170,8 +170,14 @@ def _blocks(shape: LayerShape) -> tuple[int, int]:
     return padded(shape.group_size), padded(shape.head_dim)
 
 
+# Half types, by width of a head; tuned offline on an H100 over whole steps (docs/kernels.md).
+_TABLE: dict[int, dict[str, int]] = {}
+
+
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
     """Keys a product, warps, stages."""
+    if dtype != torch.float32 and shape.head_dim in _TABLE:
+        return _TABLE[shape.head_dim]
     if dtype == torch.float32:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
     if shape.head_dim <= 128:

@@ -96,8 +96,15 @@ if triton is not None:
         tl.store(to, y.to(out.dtype.element_ty), mask=(live != 0)[:, None] & (neuron < FF)[None, :])
 
 
+# Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
+_TABLE: dict[tuple[int, ...], dict[str, int]] = {}
+
+
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
     """Neurons a program, depth of a product, partial products, warps, stages."""
+    size = shape.hidden_size, shape.intermediate_size
+    if dtype != torch.float32 and size in _TABLE:
+        return _TABLE[size]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     return {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
