@@ -42,5 +42,9 @@ class Rows:
         """Padding only."""
         if num_rows < 1 or num_rows % 16:
             raise ValueError(f"num_rows is {num_rows}, expected a positive multiple of 16")
-        one = [torch.zeros(num_rows, dtype=torch.int32, device=device) for _ in range(5)]
-        return cls(*one, torch.zeros(num_rows, PATH, dtype=torch.int32, device=device))
+
+        def whole(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        n = num_rows
+        return cls(whole(n), whole(n), whole(n), whole(n), whole(n), whole(n, PATH))

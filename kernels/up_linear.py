@@ -9,6 +9,9 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,11 +35,9 @@ def up_linear_reference(
 ) -> Tensor:
     """fp32 `[R, FF]` from the arguments of `up_linear`."""
     y = normed_product(x, stats, weight, bias, shift, shape)
-    act = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    }[shape.activation]
+    act: Callable[[Tensor], Tensor] = F.silu
+    if shape.activation != "silu":
+        act = partial(F.gelu, approximate="tanh" if shape.activation == "gelu_tanh" else "none")
     if not shape.gated:
         return act(y)
     gate, up = y.chunk(2, -1)
