@@ -153,7 +153,10 @@ if triton is not None:
 
 
 # Half types, by rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
-_TABLE: dict[int, dict[str, int]] = {}
+_TABLE: dict[int, dict[str, int]] = {
+    49152: {"BN": 128, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
+    151936: {"BN": 64, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 4},
+}
 
 
 def _settings(vocab_size: int, dtype: torch.dtype) -> dict[str, int]:

@@ -97,23 +97,24 @@ if triton is not None:
                 b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
             return total
-        # each warp has a part of k
-        part = tl.arange(0, SPLIT)
-        if SPLIT * BK >= SHARE:
-            at = part[:, None] * BK + k[None, :]
-            real = (at < SHARE) & (first + at < K)
-            a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
-            return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
-        parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-        for start in range(0, SHARE, SPLIT * BK):
-            at = start + part[:, None] * BK + k[None, :]
-            real = (at < SHARE) & (first + at < K)
-            a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
-            b = tl.load(
-                w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
-            )
-            parts = tl.dot(a, b, parts, input_precision=PRECISION)
-        return tl.sum(parts, 0)
+        else:  # each warp has a part of k
+            part = tl.arange(0, SPLIT)
+            if SPLIT * BK >= SHARE:
+                at = part[:, None] * BK + k[None, :]
+                real = (at < SHARE) & (first + at < K)
+                a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+                return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
+            else:
+                parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
+                for start in range(0, SHARE, SPLIT * BK):
+                    at = start + part[:, None] * BK + k[None, :]
+                    real = (at < SHARE) & (first + at < K)
+                    a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+                    b = tl.load(
+                        w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
+                    )
+                    parts = tl.dot(a, b, parts, input_precision=PRECISION)
+                return tl.sum(parts, 0)
 
     @triton.jit
     def load_stats(stats, rows, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr):  # type: ignore[no-untyped-def]

@@ -171,7 +171,10 @@ def _blocks(shape: LayerShape) -> tuple[int, int]:
 
 
 # Half types, by width of a head; tuned offline on an H100 over whole steps (docs/kernels.md).
-_TABLE: dict[int, dict[str, int]] = {}
+_TABLE: dict[int, dict[str, int]] = {
+    64: {"BLOCK": 256, "num_warps": 8, "num_stages": 1},
+    128: {"BLOCK": 256, "num_warps": 8, "num_stages": 1},
+}
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:

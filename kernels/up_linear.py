@@ -98,7 +98,11 @@ if triton is not None:
 
 
 # Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
-_TABLE: dict[tuple[int, ...], dict[str, int]] = {}
+_TABLE: dict[tuple[int, ...], dict[str, int]] = {
+    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
+    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 4},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4},
+}
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
