@@ -107,7 +107,7 @@ class Engine:
         heads: exit heads of this model; None decodes plainly.
         deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
         model_id: for reports.
-        fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None does where there is a GPU with Triton.
+        fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
@@ -593,8 +593,8 @@ class Stream:
 
 
 def _default_policy(heads: HeadSet, fused: bool) -> DraftPolicy:
-    """A head without trunk layers drafts trees where 16 rows cost what one does (fused kernels), else chains; others are
-    asked as their calibration says; else none is."""
+    """A head without trunk layers drafts trees where 16 rows cost what one does (fused kernels), else chains; others
+    are asked as their calibration says; else none is."""
     if 0 in heads.exits:
         return best_first(*TREE) if fused else fixed_exit(0, CHAIN_LENGTH)
     return PLAIN if heads.calibration is None else calibrated(heads.calibration)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,7 +89,7 @@ class Ticket:
         self._rounds, self.kind, self._slot = rounds, kind, slot
 
     def wait(self) -> tuple[list[Record | None], float]:
-        """Records by sequence, and the milliseconds since the round before ended (since `start_clock` for the first)."""
+        """Records by sequence, and the ms since the round before ended (since `start_clock` for the first)."""
         rounds = self._rounds
         rounds.wait_for(self._slot)
         elapsed = rounds.elapsed(self._slot)
@@ -304,17 +305,17 @@ class Rounds:
         step.embed()
         step.run(0, config.num_layers, taps)
         head = weights.head
-        common = {"eps": config.norm_eps, "softcap": config.logit_softcap, "pdl": pdl}
+        project = partial(
+            lm_head, step.x, step.stats, head.weight, head.bias, head.shift, step.rows,
+            eps=config.norm_eps, softcap=config.logit_softcap, pdl=pdl,
+        )  # fmt: skip
         if self.penalties is None:
             best_value, best_id = self._outputs[rows_each]
-            lm_head(
-                step.x, step.stats, head.weight, head.bias, head.shift, step.rows, options=self.options,
-                seeds=self.seeds, best_value=best_value, best_id=best_id, **common,
-            )  # fmt: skip
+            project(options=self.options, seeds=self.seeds, best_value=best_value, best_id=best_id)
             pick(best_value, best_id, step.rows, targets, pdl=pdl)
         else:
             (logits,) = self._outputs[rows_each]
-            lm_head(step.x, step.stats, head.weight, head.bias, head.shift, step.rows, logits=logits, **common)
+            project(logits=logits)
             process_and_draw(
                 logits, step.rows, self.penalties, trees.tokens, self.options, self.top_k, self.seeds, self.stop_ids,
                 self.min_end, targets, pdl=pdl,

@@ -59,7 +59,7 @@ def chain_attention(q: Tensor, made: Sequence[Pair], dtype: torch.dtype = torch.
     ]
     queries = q.to(dtype).transpose(1, 2)
     if step == 0:
-        return F.scaled_dot_product_attention(queries, *turned[0], is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(queries, turned[0][0], turned[0][1], is_causal=True).transpose(1, 2)
     if step >= q.shape[1]:
         return torch.zeros_like(q, dtype=dtype) + 0.0 * queries.transpose(1, 2)
     out: Tensor = _ChainAttention.apply(queries, *[x for pair in turned for x in pair])

@@ -78,7 +78,8 @@ def plan_shapes(text: SelfText, batch_tokens: int, seed: int) -> list[tuple[Shap
         wanted = max(float(counts.float().mean()) * most * ROOM, float(counts.max()))
         room = -(-int(wanted) // ROWS_STEP) * ROWS_STEP
         shape, found = Shape(most, length, room), []
-        held, rows = [], 0
+        held: list[int] = []
+        rows = 0
         for index, count in zip(members, counts.tolist(), strict=True):
             if len(held) == most or rows + count > room:
                 found.append((shape, held))
@@ -156,7 +157,7 @@ class StepGraphs:
             self._ends.popleft().synchronize()
 
     def _run(self, given: Sequence[Tensor]) -> Tensor:
-        torch._foreach_zero_([parameter.grad for parameter in self._parameters])
+        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
         return self._work(*given)
 
     def _capture(self, shape: Shape, given: Sequence[Tensor]) -> None:

@@ -60,7 +60,7 @@ def test_output_is_plain_decodings(
     on_device(engine)
     plain = engine.generate(PROMPTS, seeds=seeds, speculation=False, max_new_tokens=NEW, **sampling)
     together = engine.generate(PROMPTS, seeds=seeds, policy=POLICIES[policy], max_new_tokens=NEW, **sampling)
-    for seed, ids, out, expected, slow in zip(seeds, PROMPTS, together, plain, waiting, strict=True):
+    for out, expected, slow in zip(together, plain, waiting, strict=True):
         assert_same_output(out, expected)
         if not sampling:
             assert out.token_ids == slow.token_ids
