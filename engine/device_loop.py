@@ -142,8 +142,13 @@ def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: R
     on.cache.lens[request.sequence] += len(record.nodes) + 1
     if on.memories:
         each = 1 if kind == "plain" else rounds.width
-        rows = torch.tensor([request.sequence * each + node for node in (0, *record.nodes)], device=on.cache.device)
-        on.take(request.sequence, {layer: states[rows] for layer, states in rounds.taps[each].items()})
+        path = [0, *record.nodes]
+        rows = torch.tensor([request.sequence * each + node for node in path], device=on.cache.device)
+        states = {layer: states[rows] for layer, states in rounds.taps[each].items()}
+        if 0 in on.kept_layers:  # the embeddings, which a round does not keep
+            ids = torch.tensor([record.tree.tokens[node] for node in path], device=on.cache.device)
+            states[0] = on.decoder.embed(ids)
+        on.take(request.sequence, states)
 
 
 def _start(request: Request) -> Start:
