@@ -1,8 +1,8 @@
 """Rounds on the device (`engine/graphs.py`): the same tokens whoever drafts and however, as plain decoding through the
 same kernels, and as the loop that waits for every round.
 
-Without a GPU the rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic
-only; on a GPU they are captured graphs. Planted bugs that these tests were seen to catch are listed beside each test.
+The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; captured
+graphs are compared with plain decoding by `bench/lossless.py` on a GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit
 from skipstone.kernels import tile
 
-ON_GPU = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.skipif(
-        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.skipif(
+    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs TRITON_INTERPRET=1: the tiny engines are on the CPU; on a GPU bench/lossless.py runs real ones",
+)
 PROMPTS = [[4, 9, 2], list(range(5, 24))]
 NEW = 5
 
@@ -51,8 +47,7 @@ POLICIES = {
 def test_output_is_plain_decodings(
     policy: str, sampling: dict, engine_of: Callable, stateful: Callable, assert_same_output: Callable
 ) -> None:
-    """Planted: a root's token not renewed, accepted keys left in place, noise of the position before, two rounds'
-    records in one slot."""
+    """Seen to fail here: states of embeddings not given to the head's memory, where the host drafts."""
     engine = engine_of()
     stateful(engine, "recurrent", prompts=PROMPTS)
     seeds = [5, 6]
