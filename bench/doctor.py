@@ -11,7 +11,9 @@ import torch
 
 from ..engine.engine import Engine
 from ..engine.gate import DraftPolicy, Gate, every, fixed_exit
+from ..engine.graphs import has_dependent_launch
 from ..engine.load import load
+from ..kernels import tile
 from .arms import with_bare_heads
 from .baselines import load_reference
 
@@ -38,6 +40,8 @@ def examine(engine: Engine, model: str, transformers_too: bool = True) -> Iterat
         transformers_too: compare with `transformers` as well, which loads the weights a second time.
     """
     yield self_test(engine)
+    yield fused_kernels(engine)
+    yield Check("prefill attention", "ok", engine.prefill)
     yield from lossless_checks(engine)
     if not transformers_too:
         yield Check("against transformers", "skipped", "not asked for")
@@ -54,6 +58,21 @@ def self_test(engine: Engine) -> Check:
         return Check("self-test", "skipped", "deterministic=False: bits may differ between widths")
     rows = "any number of rows" if tiles.least == 1 else f"tiles of {tiles.least} rows"
     return Check("self-test", "ok", f"a row has the same bits in {rows} up to {tiles.most}")
+
+
+def fused_kernels(engine: Engine) -> Check:
+    """Whether decoding runs through the fused kernels, and what their own self-test found."""
+    name, device = "fused kernels", engine.decoder.device
+    triton = "no Triton" if tile.triton is None else f"Triton {tile.triton.__version__}"
+    if engine.fused_refused:
+        detail = "rows differ in their bits between tiles or trees: the reference path decodes, with the same results"
+        return Check(name, "failed", f"{triton}: {detail}")
+    if engine.fused is None:
+        asked = "deterministic=False" if not engine.deterministic else f"on {device.type}"
+        return Check(name, "skipped", f"{triton}, {asked}: the reference path decodes, with the same results")
+    launch = "on" if has_dependent_launch(device) else "off"
+    detail = "a row has the same bits alone, in 16 rows, in a tree and beside another sequence"
+    return Check(name, "ok", f"{triton}: {detail}; programmatic dependent launch {launch}")
 
 
 def lossless_checks(engine: Engine) -> Iterator[Check]:

@@ -47,7 +47,7 @@ def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[in
     plan = plan_cache(decoder.config, 1, len(ids), decoder.device, decoder.dtype)
     cache, first = KVCache(plan, decoder.device), len(prompt) - 1
     with torch.inference_mode():
-        prefill(decoder, cache, 0, ids[:first])
+        prefill(decoder, cache, 0, ids[:first], flash=engine.flash)
         while first < len(ids):
             tree = DraftTree(ids[first])
             for token in ids[first + 1 : first + MAX_NODES]:

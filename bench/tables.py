@@ -27,7 +27,7 @@ def print_inventory(found: Mapping[str, Any]) -> None:
         f"{model['id']}: {model['family']}, {model['num_parameters']:,} parameters, {model['num_layers']} layers, "
         f"width {model['hidden_size']}, {model['num_heads']} heads ({model['num_kv_heads']} for keys and values) of "
         f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']:,}, context "
-        f"{model['max_context']:,}, {model['dtype']} on {model['device']}"
+        f"{model['max_context']:,}, {model['dtype']} on {model['device']}, prompts read with {model['prefill']}"
     )
     memory = _table("Memory", "what", ">MiB", "arithmetic")
     for item in found["memory"]["items"]:

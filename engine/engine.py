@@ -13,6 +13,8 @@ import torch
 from ..heads.base import Projection
 from ..heads.head_set import HeadSet
 from ..heads.stateful import RecurrentHead, StatefulHead
+from ..kernels.flash import FlashAttention, find_flash
+from ..kernels.grow_tree import Shape
 from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
@@ -35,6 +37,7 @@ from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
+Prefill = Literal["sdpa", "flash"]
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
 CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
@@ -108,9 +111,16 @@ class Engine:
         deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
+        prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn.
+
+    Raises:
+        ValueError: flash-attn was asked for and does not take this model here; the message says what to do.
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
+        fused: the weights as the fused kernels take them; None where the reference path decodes.
+        fused_refused: whether that is because rows of the fused kernels disagreed in the start-up self-test.
+        flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
     """
 
@@ -123,14 +133,23 @@ class Engine:
         deterministic: bool = True,
         model_id: str = "",
         fused: bool | None = None,
+        prefill: str = "sdpa",
     ) -> None:
+        if prefill not in get_args(Prefill):
+            raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
+        self.flash: FlashAttention | None = None
+        if prefill == "flash":
+            config = decoder.config
+            self.flash = find_flash(decoder.device, decoder.dtype, config.head_dim, config.attention_softcap)
         self.model_id, self.deterministic = model_id, deterministic
         self.warning: str | None = None
         self.observer: Observer | None = None
         with torch.inference_mode():
             self.tiles = self._find_tiles()
-            self.fused = self._fuse(can_fuse(decoder) and deterministic if fused is None else fused)
+            wanted = can_fuse(decoder) and deterministic if fused is None else fused
+            self.fused = self._fuse(wanted)
+            self.fused_refused = wanted and self.fused is None
             if heads is not None:
                 projection = Projection(
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
@@ -159,6 +178,11 @@ class Engine:
         """The model for fused kernels, if its rows have the same bits in every tile and tree on this machine."""
         weights = FusedWeights(self.decoder) if wanted else None
         return weights if weights is not None and fused_rows_agree(weights) else None
+
+    @property
+    def prefill(self) -> str:
+        """What reads prompts: "sdpa", or "flash" with the package in use."""
+        return "sdpa" if self.flash is None else f"flash ({self.flash.name})"
 
     def generate(
         self,
@@ -338,6 +362,7 @@ class Engine:
             None if self.heads is None else self.heads.draft_ids,
             self.observer,
             memories,
+            self.flash,
         )
         unfinished = [request for request in requests if not request.checker.finished]
         params = [request.sampler.params for request in unfinished]
@@ -346,18 +371,23 @@ class Engine:
         rounds = self._rounds_for(self.fused, cache, len(requests), chosen, needs_processing(params[0]))
         return decode_on_device(on, rounds, unfinished, chosen, pace)
 
+    def round_shape(self, policy: DraftPolicy) -> tuple[Shape | None, int, tuple[int, ...]]:
+        """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
+        heads = {} if self.heads is None else self.heads.heads
+        shape = shape_of(policy) if isinstance(heads.get(0), RecurrentHead) else None
+        taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
+        width = 1 << policy.max_nodes.bit_length() if policy.exits else 1
+        width = width if shape is None else 1 << shape.max_nodes.bit_length()
+        return shape, width, tuple(sorted(taps))
+
     def _rounds_for(
         self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool
     ) -> Rounds:
         """Rounds of this shape on this cache, made once."""
-        shape, heads = shape_of(policy), {} if self.heads is None else self.heads.heads
+        heads = {} if self.heads is None else self.heads.heads
         head = heads.get(0)
-        if not isinstance(head, RecurrentHead):
-            shape = None
-        taps = sorted({t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t})
-        width = 1 << policy.max_nodes.bit_length() if policy.exits else 1
-        width = width if shape is None else 1 << shape.max_nodes.bit_length()
-        key = batch, processed, shape, width, tuple(taps)
+        shape, width, taps = self.round_shape(policy)
+        key = batch, processed, shape, width, taps
         found = self._rounds.get(key)
         stale = found is not None and found.draft is not None and not found.draft.draws_on(self._memories[0])
         if found is None or found.cache is not cache or stale:
@@ -388,7 +418,7 @@ class Engine:
         else:
             check_policy(self.heads, policy)
         heads, draft_ids = ({}, None) if self.heads is None else (self.heads.heads, self.heads.draft_ids)
-        on = Machinery(self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids)
+        on = Machinery(self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash)
         for request in requests:
             request.mode = "early_exit"
         return write(on, [request for request in requests if not request.checker.finished], policy)

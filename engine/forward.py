@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.attention import GATHER_CHUNK, RowKeys, decode_attention, full_attention, gathered_attention, read_views
-from .cache import KVCache, Writer
+from ..kernels.attention import (
+    GATHER_CHUNK,
+    RowKeys,
+    decode_attention,
+    full_attention,
+    gathered_attention,
+    read_views,
+    visible_keys,
+)
+from ..kernels.flash import FlashAttention
+from .cache import KVCache
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
 
@@ -276,31 +285,47 @@ def prefill(
     ids: Sequence[int],
     layers: Sequence[int] = (),
     take: Callable[[Mapping[int, Tensor]], None] | None = None,
+    flash: FlashAttention | None = None,
 ) -> None:
     """Fill the cache with a prompt's tokens, alone and in chunks at fixed absolute boundaries (rule 6).
 
     Args:
         ids: the prompt without its last token, which is the first round's pending token. May be empty.
         layers, take: after each chunk `take` is given its residual streams `[n, D]` fp32 after these layers.
+        flash: attention by flash-attn; None: torch's.
     """
     config = decoder.config
     for first in range(0, len(ids), PREFILL_CHUNK):
         chunk = torch.tensor(ids[first : first + PREFILL_CHUNK], device=decoder.device)
         positions = torch.arange(first, first + len(chunk), device=decoder.device)
-        write = cache.writer(sequence, list(range(first, first + len(chunk))))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, first: int = first, write: Writer = write) -> Tensor:
-            write(layer, k, v)
-            keys, values = cache.read(layer, sequence, first + len(q))
-            out = full_attention(
-                q.transpose(0, 1).unsqueeze(0).to(keys.dtype), keys.unsqueeze(0), values.unsqueeze(0),
-                config.attention_scale, first, config.windows[layer], config.attention_softcap,
-            )  # fmt: skip
-            return out[0].transpose(0, 1).float()
-
+        attend = _Chunk(decoder, cache, sequence, first, len(chunk), flash).attend
         hidden = decoder.embed(chunk)
         taps = dict.fromkeys(layers, hidden)
         decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps)
         if take is not None:
             take(taps)
     cache.lens[sequence] = len(ids)
+
+
+class _Chunk:
+    """Attention of one prefill chunk in all layers: rows at positions first .. first + count - 1."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, sequence: int, first: int, count: int, flash: FlashAttention | None
+    ) -> None:
+        self.config, self.cache, self.sequence, self.flash = decoder.config, cache, sequence, flash
+        self.first, self.count = first, count
+        self._write = cache.writer(sequence, list(range(first, first + count)))
+        self._visible: dict[int | None, Tensor] = {}  # one mask for all layers of a window
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._write(layer, k, v)
+        config, stop, window = self.config, self.first + self.count, self.config.windows[layer]
+        keys, values = (t.unsqueeze(0) for t in self.cache.read(layer, self.sequence, stop))
+        q = q.transpose(0, 1).unsqueeze(0).to(keys.dtype)
+        options = config.attention_scale, self.first, window, config.attention_softcap
+        if self.flash is not None:
+            return self.flash(q, keys, values, *options)[0].transpose(0, 1)
+        if window not in self._visible and (self.first or window is not None or config.attention_softcap is not None):
+            self._visible[window] = visible_keys(self.first, self.count, stop, window, q.device)
+        return full_attention(q, keys, values, *options, self._visible.get(window))[0].transpose(0, 1)

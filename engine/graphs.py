@@ -50,6 +50,11 @@ def needs_processing(params: SamplingParams) -> bool:
     return filters or masked or params.has_processors
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may start before the one in front has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @dataclass(frozen=True)
 class Start:
     """Where one sequence stands when decoding begins: token ids so far, the last of them pending, its options."""
@@ -131,7 +136,7 @@ class Rounds:
         self.weights, self.cache, self.width, self.exit_layer = weights, cache, width, exit_layer
         device, config = cache.device, weights.config
         on_gpu = device.type == "cuda"
-        self.pdl = on_gpu and torch.cuda.get_device_capability(device) >= (9, 0) if pdl is None else pdl
+        self.pdl = has_dependent_launch(device) if pdl is None else pdl
         self.batch, self.processed = batch, processed
         self.trees = Trees.empty(batch, device)
 

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..heads.base import ExitHead
+from ..heads.stateful import RecurrentHead
+from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
-from .cache import plan_cache
+from .cache import CachePlan, KVCache, plan_cache
 from .engine import Engine
+from .fused import FusedStep
 from .model import Decoder, Norm
+from .tree import MAX_NODES
 
 ACCURACIES = (0.60, 0.70, 0.80, 0.90, 0.95)
 
@@ -54,6 +59,7 @@ def inventory(
             "tied_head": config.tied_head,
             "dtype": str(engine.decoder.dtype).removeprefix("torch."),
             "device": str(engine.decoder.device),
+            "prefill": engine.prefill,
         },
         "memory": {
             "items": [vars(item) for item in items],
@@ -92,7 +98,49 @@ def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
     for exit_layer, memory in engine.memory_plans(engine.policy, batch, context).items():
         what = f"memory of the head at {exit_layer} for {batch} x {context} tokens"
         items.append(MemoryItem(what, memory.num_bytes, memory.arithmetic()))
-    return items + _head_items(engine)
+    return items + _round_items(engine, plan) + _head_items(engine)
+
+
+def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
+    """What rounds on the device hold for this cache (`engine/graphs.py`, `engine/device_draft.py`): the rows' buffers
+    and the drafts' large parts; sampling with filters or penalties adds a row of logits for each row."""
+    if engine.fused is None:
+        return []
+    batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
+    shape, width, taps = engine.round_shape(engine.policy)
+    cache = KVCache(plan, torch.device("meta"))
+    counts = sorted({_tiled(batch * rows_each) for rows_each in {1, width}})
+    held = sum(_held_bytes(FusedStep(engine.fused, cache, count)) for count in counts)
+    held += sum(counts) * len(taps) * config.hidden_size * 4
+    each = held // sum(counts)
+    rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
+    items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
+    head = None if engine.heads is None else engine.heads.heads.get(0)
+    if shape is None or not isinstance(head, RecurrentHead) or engine.heads is None:
+        return items
+    num_rows, outputs = _tiled(batch) + _tiled(batch * shape.width), engine.heads.config.num_outputs
+    waiting = batch * RING * len(head.taps) * config.hidden_size
+    drafts = (
+        f"logits {num_rows} rows x {outputs:,} x 4 bytes + states that wait {batch} x {RING} x {len(head.taps)} x "
+        f"{config.hidden_size} x 4 bytes"
+    )
+    items.append(MemoryItem("drafts of device rounds", 4 * (num_rows * outputs + waiting), drafts))
+    if engine.decoder.dtype != torch.float32:
+        copied = sum(p.numel() for p in _matrices(head))
+        what, how = "the recurrent head's matrices for device rounds", f"{copied:,} x {size} bytes"
+        items.append(MemoryItem(what, copied * size, how, second_copy=True))
+    return items
+
+
+def _tiled(rows: int) -> int:
+    return -(-rows // MAX_NODES) * MAX_NODES
+
+
+def _held_bytes(step: FusedStep) -> int:
+    """Bytes of a step's own tensors, views counted once."""
+    own = [vars(part) for part in (step, step.rows, step._scratch, step._parts)]
+    stores = {t.untyped_storage()._cdata: t for part in own for t in part.values() if isinstance(t, Tensor)}
+    return sum(t.untyped_storage().nbytes() for t in stores.values())
 
 
 def _head_items(engine: Engine) -> list[MemoryItem]:

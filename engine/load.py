@@ -24,6 +24,7 @@ def load(
     device: str | torch.device | None = None,
     deterministic: bool = True,
     verify: str = "dense",
+    prefill: str = "sdpa",
     revision: str | None = None,
     allow_base_mismatch: bool = False,
     progress: bool = True,
@@ -38,6 +39,8 @@ def load(
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
         verify: how drafts are verified; "dense" is the whole model.
+        prefill: what reads prompts: "sdpa" (torch's attention), or "flash" (flash-attn 2, 3 or 4, where it is
+            installed, on a GPU and in half precision).
         revision: of a hub id.
         allow_base_mismatch: use heads that were trained on other weights of the same shape (a fine-tuned base).
         progress: show progress on stderr.
@@ -78,4 +81,7 @@ def load(
                 )
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
-    return Engine(decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id)
+    return Engine(
+        decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id,
+        prefill=prefill,
+    )  # fmt: skip

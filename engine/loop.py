@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.flash import FlashAttention
 from .best_first import best_first
 from .cache import KVCache
 from .draft import DraftRow, Guesses, Head, draft
@@ -83,6 +84,7 @@ class Machinery:
     draft_ids: Tensor | None
     observer: Observer | None = None
     memories: Mapping[int, HeadMemory] = field(default_factory=dict)
+    flash: FlashAttention | None = None  # reads prompts; None: torch's attention
 
     @property
     def kept_layers(self) -> list[int]:
@@ -163,8 +165,8 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
     for request in requests:
         start = time.perf_counter()
         with torch.inference_mode():
-            take = partial(on.take, request.sequence)
-            prefill(on.decoder, on.cache, request.sequence, request.history.token_ids[:-1], on.kept_layers, take)
+            take, ids = partial(on.take, request.sequence), request.history.token_ids[:-1]
+            prefill(on.decoder, on.cache, request.sequence, ids, on.kept_layers, take, on.flash)
         _synchronise(on.decoder)
         request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
 

@@ -91,6 +91,9 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale != 1.0 else 1.0
         self._activation = (FUSED_ACTIVATIONS if self.device.type == "cuda" else ACTIVATIONS)[config.activation]
         self._one = torch.ones(1, device=self.device)
+        # Products in half precision go into fp32 arithmetic as they are: a GPU's operations widen what they read, which
+        # gives the bits of a copy made first and saves its launch. On the CPU torch makes that copy all the same.
+        self._widens = self.device.type == "cuda"
         projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.up, layer.down)]
         settle(projection.weight for projection in (*projections, self.output))
         self._tables: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
@@ -116,7 +119,8 @@ class Decoder:
             hidden: residual stream `[N, D]` fp32 after `start` layers.
             start, stop: 0 <= start <= stop <= num_layers.
             positions: absolute position of each row, long `[N]`.
-            attend: `(layer, q [N, H, d], k [N, KV, d], v [N, KV, d]) -> [N, H, d]`, all fp32.
+            attend: `(layer, q [N, H, d], k [N, KV, d], v [N, KV, d]) -> [N, H, d]`; q and k are fp32, v and the result
+                fp32 or the model's dtype.
             taps: exit layers in start + 1..stop as keys; each value is replaced by the residual stream `[N, D]` there.
 
         Returns:
@@ -131,9 +135,9 @@ class Decoder:
                 assert layer.mlp_norm is not None
                 hidden = hidden + attended + self._mlp(layer, layer.mlp_norm(hidden))
             else:
-                hidden = hidden + (layer.attn_post_norm(attended) if layer.attn_post_norm else attended)
+                hidden = hidden + (layer.attn_post_norm(attended.float()) if layer.attn_post_norm else attended)
                 out = self._mlp(layer, layer.mlp_norm(hidden) if layer.mlp_norm else hidden)
-                hidden = hidden + (layer.mlp_post_norm(out) if layer.mlp_post_norm else out)
+                hidden = hidden + (layer.mlp_post_norm(out.float()) if layer.mlp_post_norm else out)
             if taps is not None and index + 1 in taps:
                 taps[index + 1] = hidden
         return hidden
@@ -204,29 +208,35 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         num_rows, num_q, num_kv = normed.shape[0], config.num_heads, config.num_kv_heads
-        qkv = layer.qkv(normed.to(self.dtype)).float().view(num_rows, num_q + 2 * num_kv, config.head_dim)
+        qkv = self._wide(layer.qkv(normed.to(self.dtype))).view(num_rows, num_q + 2 * num_kv, config.head_dim)
         qk, v = qkv.split_with_sizes((num_q + num_kv, num_kv), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
+            qk = qk.float()
             qk = torch.cat([layer.q_norm(qk[:, :num_q]), layer.k_norm(qk[:, num_q:])], 1)
         q, k = _rotate(qk, *rotary).split_with_sizes((num_q, num_kv), 1)
         out = attend(index, q, k, v)
-        return layer.o(out.reshape(num_rows, -1).to(self.dtype)).float()
+        return self._wide(layer.o(out.reshape(num_rows, -1).to(self.dtype)))
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
-        hidden = layer.up(normed.to(self.dtype)).float()
+        hidden = self._wide(layer.up(normed.to(self.dtype)))
         if self.config.gated_mlp:
             gate, up = hidden.chunk(2, -1)
-            hidden = self._activation(gate, self._one).mul_(up)
+            hidden = self._activation(gate.float(), self._one).mul_(up)
         else:
-            hidden = self._activation(hidden, self._one)
-        return layer.down(hidden.to(self.dtype)).float()
+            hidden = self._activation(hidden.float(), self._one)
+        return self._wide(layer.down(hidden.to(self.dtype)))
+
+    def _wide(self, product: Tensor) -> Tensor:
+        """A product's output as fp32 arithmetic takes it."""
+        return product if self._widens else product.float()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first rotary_dim places of each head; pairs are (i, i + rotary_dim / 2)."""
+    """Rotary embedding of the first rotary_dim places of each head, fp32; pairs are (i, i + rotary_dim / 2)."""
     width = cos.shape[-1]
     head = x if width == x.shape[-1] else x[..., :width]
-    turned = (head * cos).add_(head.roll(width // 2, -1).mul_(sin))
+    rolled = head.roll(width // 2, -1)
+    turned = (head * cos).add_(rolled.mul_(sin) if rolled.dtype == sin.dtype else rolled * sin)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 

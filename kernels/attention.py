@@ -213,6 +213,7 @@ def full_attention(
     first: int = 0,
     window: int | None = None,
     softcap: float | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of T consecutive rows over S keys: prefill chunks and training.
 
@@ -220,6 +221,7 @@ def full_attention(
         q: `[B, H, T, d]`; row t stands at position first + t.
         k, v: `[B, KV, S, d]`, keys at positions 0..S-1, S >= first + T.
         scale, window, softcap: as in `decode_attention`; a row at p sees p - window + 1 .. p.
+        visible: `visible_keys(...)` of these rows, where several layers share it; made here if it is needed.
 
     Returns:
         `[B, H, T, d]` of q's dtype.
@@ -227,11 +229,8 @@ def full_attention(
     num_rows, num_keys = q.shape[2], k.shape[2]
     if softcap is None and window is None and first == 0 and num_rows == num_keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    at = torch.arange(first, first + num_rows, device=q.device).unsqueeze(1)
-    key_at = torch.arange(num_keys, device=q.device).unsqueeze(0)
-    visible = key_at <= at
-    if window is not None:
-        visible &= key_at > at - window
+    if visible is None:
+        visible = visible_keys(first, num_rows, num_keys, window, q.device)
     if softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -240,3 +239,13 @@ def full_attention(
     scores = (q * scale) @ k.repeat_interleave(repeat, 1).transpose(2, 3)
     scores = (softcap * torch.tanh(scores.float() / softcap)).masked_fill(~visible, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
+
+
+def visible_keys(first: int, num_rows: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool `[T, S]`: the keys that `full_attention` lets each row see."""
+    at = torch.arange(first, first + num_rows, device=device).unsqueeze(1)
+    key_at = torch.arange(num_keys, device=device).unsqueeze(0)
+    visible = key_at <= at
+    if window is not None:
+        visible &= key_at > at - window
+    return visible

@@ -263,6 +263,15 @@ def test_inspect_counts_what_the_model_has(run: Run, tiny_folder: Path) -> None:
     assert refused.exit_code == 2 and "9999" in refused.stderr
 
 
+def test_prefill_attention_is_chosen_or_refused_in_a_sentence(run: Run) -> None:
+    assert strict_json(run("inspect", "--json", "--prefill", "sdpa").stdout)["model"]["prefill"] == "sdpa"
+    for command in (("inspect",), ("doctor",), ("generate", PROMPT), ("bench",)):
+        refused = run(*command, "--prefill", "flash")
+        assert refused.exit_code == 2
+        assert "skipstone: prefill='flash' needs an NVIDIA GPU, and the model is on 'cpu'" in refused.stderr
+    assert "expected one of ('sdpa', 'flash')" in run("inspect", "--prefill", "fast").stderr
+
+
 def accept_everything(tree: Any, targets: Any) -> Acceptance:
     """The planted bug of hazard 15: the first child of every node is accepted, whatever the target says."""
     nodes, node = [], 0
@@ -274,7 +283,9 @@ def accept_everything(tree: Any, targets: Any) -> Acceptance:
 
 def test_doctor_finds_a_sound_machine(run: Run) -> None:
     found = strict_json(run("doctor", "--json").stdout)
-    assert found["ok"] and {c["status"] for c in found["checks"]} == {"ok"}
+    statuses = {c["name"]: c["status"] for c in found["checks"]}
+    assert found["ok"] and statuses.pop("fused kernels") == "skipped" and set(statuses.values()) == {"ok"}
+    assert {c["detail"] for c in found["checks"] if c["name"] == "prefill attention"} == {"sdpa"}
     assert len([c for c in found["checks"] if "speculative against plain" in c["name"]]) == 3
     assert found["versions"]["torch"] == torch.__version__ and found["device"]["type"] == "cpu"
 

@@ -46,6 +46,7 @@ Heads = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
+Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, or flash (flash-attn, a GPU, bf16 or fp16).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="0 is off.")]
@@ -154,6 +155,7 @@ def generate(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
+    prefill: Prefill = "sdpa",
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -187,7 +189,7 @@ def generate(
         raise ValueError("--system needs --chat: only a chat template has a place for it")
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
-    engine = _load(model, heads, dtype, device, exit_layer)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     messages = [{"role": "system", "content": system}] if system is not None else []
     given: Any = text
@@ -209,6 +211,7 @@ def chat(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
+    prefill: Prefill = "sdpa",
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -234,7 +237,7 @@ def chat(
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
     sampling = _sampling(locals())
-    engine = _load(model, heads, dtype, device, exit_layer)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     start = [{"role": "system", "content": system}] if system is not None else []
     messages, failed = list(start), False
@@ -273,6 +276,7 @@ def inspect(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
+    prefill: Prefill = "sdpa",
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
     ] = None,
@@ -280,7 +284,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Model, memory and heads: sizes, exits, agreement, thresholds by accuracy."""
-    engine = _load(model, heads, dtype, device)
+    engine = _load(model, heads, dtype, device, prefill)
     from .engine.inventory import inventory
 
     found = inventory(engine, batch, context)
@@ -298,6 +302,7 @@ def doctor(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
+    prefill: Prefill = "sdpa",
     no_transformers: Annotated[
         bool, typer.Option("--no-transformers", help="Leave out the comparison that loads the weights twice.")
     ] = False,
@@ -307,7 +312,7 @@ def doctor(
     from .bench.environment import describe_device, versions
     from .bench.tables import print_environment
 
-    engine = _load(model, heads, dtype, device)
+    engine = _load(model, heads, dtype, device, prefill)
     from .bench.doctor import examine
 
     installed, place = versions(), describe_device(engine.decoder.device)
@@ -416,6 +421,7 @@ def bench(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
+    prefill: Prefill = "sdpa",
     out: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -429,11 +435,11 @@ def bench(
 
         torch.set_num_threads(threads)
     if profile:
-        _profile(_load(model, heads, dtype, device), context, out, as_json)
+        _profile(_load(model, heads, dtype, device, prefill), context, out, as_json)
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
-    engine = _load(model, heads, dtype, device)
+    engine = _load(model, heads, dtype, device, prefill)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
 
@@ -478,14 +484,14 @@ def _profile(engine: Engine, context: int, out: Path | None, as_json: bool) -> N
         print_profile(found)
 
 
-def _load(model: str, heads: str, dtype: str, device: str | None, bare_exit: int | None = None) -> Engine:
+def _load(model: str, heads: str, dtype: str, device: str | None, prefill: str, bare_exit: int | None = None) -> Engine:
     """The engine; says on stderr why it will not speculate, if so."""
     from .engine.load import load
 
     if heads == "bare" and bare_exit is None:
         raise ValueError("--heads bare needs --exit: which layer's hidden state to read")
     wanted = None if heads in ("none", "bare") else heads
-    engine = load(model, heads=wanted, dtype=_dtype(dtype), device=device)
+    engine = load(model, heads=wanted, dtype=_dtype(dtype), device=device, prefill=prefill)
     if heads == "bare" and bare_exit is not None:
         from .bench.arms import with_bare_heads
 

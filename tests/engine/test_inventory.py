@@ -1,0 +1,71 @@
+"""The memory budget of device rounds against the rounds themselves, and what is said of the prefill attention.
+
+Nothing is launched, so the tiny engines stay on the CPU. Planted bugs that these tests were seen to catch: rows of one
+width only, taps left out, root rows of the drafts left out, the head's parameters counted in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import best_first
+from skipstone.engine.inventory import inventory, memory_items
+from skipstone.engine.tree import MAX_NODES
+from skipstone.kernels import tile
+from skipstone.kernels.flash import FlashAttention
+
+pytestmark = pytest.mark.skipif(tile.triton is None, reason="needs Triton")
+
+
+def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable) -> None:
+    engine, batch, context = engine_of(dtype=torch.bfloat16), 3, 200
+    heads = stateful(engine, "recurrent")
+    engine.policy = best_first(beam=4, branch=4, max_depth=3)
+    assert not any("device rounds" in item.what for item in memory_items(engine, batch, context))
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    items = {item.what: item for item in memory_items(engine, batch, context) if "device rounds" in item.what}
+
+    requests = engine._requests([[1, 2]] * batch, None, True, {"max_new_tokens": context - 2})
+    cache = engine._cache_for(requests)
+    engine._memories_for(engine.policy, cache)
+    items_at = {i.what: i for i in memory_items(engine, batch, cache.plan.context) if "device rounds" in i.what}
+    assert items.keys() == items_at.keys() and len(items) == 3
+    rounds = engine._rounds_for(engine.fused, cache, batch, engine.policy, False)
+    assert sorted(rounds.steps) == [1, MAX_NODES]
+    stores = {}
+    for rows_each, step in rounds.steps.items():
+        for part in (step, step.rows, step._scratch, step._parts):
+            stores |= {t.untyped_storage().data_ptr(): t for t in vars(part).values() if isinstance(t, torch.Tensor)}
+        stores |= {t.data_ptr(): t for t in rounds.taps[rows_each].values()}
+    rows = items_at[f"rows of device rounds of {batch} x {MAX_NODES}"]
+    assert rows.num_bytes == sum(t.untyped_storage().nbytes() for t in stores.values())
+    assert rows.arithmetic.startswith("16 + 48 rows x ")
+
+    draft = rounds.draft
+    assert draft is not None
+    large = (draft._root_speech.logits, draft._speech.logits, draft._ring)
+    assert items_at["drafts of device rounds"].num_bytes == sum(t.nbytes for t in large)
+    weights, head = draft._weights, heads.heads[0]
+    copies = [weights.fuse, weights.join, *(t for la in weights.layers for t in (la.qkv, la.o, la.up, la.down))]
+    item = items_at["the recurrent head's matrices for device rounds"]
+    assert item.second_copy and item.num_bytes == sum(t.nbytes for t in copies)
+    assert sum(t.numel() for t in copies) == sum(p.numel() for p in head.parameters() if p.ndim == 2)
+
+
+def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> None:
+    engine = engine_of()
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    (item,) = (item for item in memory_items(engine, 1, 100) if "device rounds" in item.what)
+    assert item.what == "rows of device rounds of 1 x 1" and item.arithmetic.startswith("16 rows x ")
+
+
+def test_the_prefill_attention_is_named(engine_of: Callable) -> None:
+    engine = engine_of()
+    assert inventory(engine, 1, 100)["model"]["prefill"] == "sdpa"
+    engine.flash = FlashAttention("flash-attn 2.8.3", 2, lambda *args: args[0])
+    assert inventory(engine, 1, 100)["model"]["prefill"] == "flash (flash-attn 2.8.3)"
