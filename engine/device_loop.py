@@ -8,20 +8,21 @@ are overshoot: their records are dropped. So the text is the one of the loop tha
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..kernels.grow_tree import Shape
 from .draft import draft
-from .gate import DraftPolicy
+from .gate import PLAIN, DraftPolicy
 from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
-from .loop import Machinery, Origin, Released, Request, begin, draft_row, keep_pace, read_prompts
+from .loop import Machinery, Origin, Released, Request, begin, draft_row, is_out_of_memory, keep_pace, read_prompts
 from .pacing import Pace
 from .stopping import Emission
-from .tree import Acceptance
+from .tree import Acceptance, DraftTree
 
 MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken in by rounds of their own
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
@@ -48,6 +49,13 @@ def shape_of(policy: DraftPolicy) -> Shape | None:
         return None
 
 
+def kinds_of(rounds: Rounds, policy: DraftPolicy) -> list[Kind]:
+    """The rounds that decoding by a policy launches."""
+    if not policy.exits:
+        return ["plain"]
+    return ["plain", "given"] if rounds.draft is None else ["plain", "draft", "absorb"]
+
+
 @dataclass
 class _Queue:
     """Rounds in flight, and an upper bound of the pairs that wait for the head."""
@@ -72,22 +80,19 @@ def decode_on_device(
     """As `loop.decode`, for requests whose options the device samples by (`graphs.samples_on_device`).
 
     Args:
-        rounds: of this batch and cache; `rounds.draft` drafts `policy`, or the host does and gives trees.
+        rounds: of this batch and cache, the policy's kinds prepared; `rounds.draft` drafts it, or the host does and
+            gives trees.
     """
     by_host = bool(policy.exits) and rounds.draft is None
-    kinds: list[Kind] = ["plain"]
-    if policy.exits:
-        kinds += ["given"] if by_host else ["draft", "absorb"]
-    with torch.inference_mode():
-        rounds.prepare(kinds)
     read_prompts(on, requests)
     with torch.inference_mode():
         rounds.begin([_start(request) for request in requests])
         if rounds.draft is not None:
             for request in requests:
                 rounds.draft.start(request.sequence, on.memories[0])
-        rounds.start_clock()
+    rounds.start_clock()
     queue = _Queue(rounds, deque())
+    given: dict[int, _Given] = {}
     try:
         while active := [request for request in requests if not request.checker.finished]:
             with torch.inference_mode():
@@ -96,33 +101,55 @@ def decode_on_device(
                 ahead = 1 if by_host else AHEAD
                 while len(queue.tickets) < min(ahead, room):
                     drafting = bool(policy.exits) and room > 1 and (pace is None or pace.drafting())
-                    refused = _launch(on, queue, active, policy, drafting, by_host)
+                    try:
+                        given = _launch(on, queue, active, policy, drafting, by_host)
+                    except (RuntimeError, MemoryError) as error:
+                        if not (by_host and drafting and is_out_of_memory(error)):
+                            raise
+                        policy = replace(policy, max_nodes=policy.max_nodes // 2)
+                        if policy.max_nodes == 0:
+                            policy, by_host, on = PLAIN, False, replace(on, memories={})
+                        for request in active:
+                            request.statistics.record_fallback("out of memory")
                 ticket = queue.tickets.popleft()
                 records, elapsed = ticket.wait()
-                released = []
+                released, num_tokens = [], 0
                 for request in active:
                     record = records[request.sequence]
-                    if record is None:
-                        raise RuntimeError(f"the device ended sequence {request.sequence}, which the host did not")
-                    if by_host:
-                        _feed(on, rounds, ticket.kind, request, record)
-                    released.append((request, _commit(on, request, record, refused.get(request.sequence, 0))))
                     request.statistics.decode_ms += elapsed
+                    if record is None:
+                        released.append((request, _lose(request)))
+                        continue
+                    if by_host:
+                        record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
+                    released.append((request, _commit(on, request, record)))
+                    num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:
                         rounds.drop(request.sequence)
             if pace is not None and policy.exits:
-                tokens = [len(r.tokens) for request in active if (r := records[request.sequence]) is not None]
-                keep_pace(pace, active, sum(tokens) / len(tokens), ticket.kind != "plain", elapsed)
+                keep_pace(pace, active, num_tokens / len(active), ticket.kind != "plain", elapsed)
+            left = time.perf_counter()
             yield released
+            # what the device waits for a host that drafts is decoding's time, for a slow reader of the output it is not
+            if by_host or 1e3 * (time.perf_counter() - left) > elapsed:
+                rounds.start_clock()
     finally:
         for request in requests:
             rounds.drop(request.sequence)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """A tree from the host, and how many nodes its gates refused."""
+
+    tree: DraftTree
+    num_refused: int
+
+
 def _launch(
     on: Machinery, queue: _Queue, active: Sequence[Request], policy: DraftPolicy, drafting: bool, by_host: bool
-) -> dict[int, int]:
-    """Start the next round; returns how many nodes the gate refused, by sequence, where the host drafted."""
+) -> dict[int, _Given]:
+    """Start the next round; returns the trees that the host drafted for it, by sequence."""
     if not drafting:
         queue.launch("plain")
     elif not by_host:
@@ -133,12 +160,13 @@ def _launch(
         refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
         queue.rounds.give({work.sequence: work.tree for work in works})
         queue.launch("given")
-        return {work.sequence: count for work, count in zip(works, refused, strict=True)}
+        return {work.sequence: _Given(work.tree, count) for work, count in zip(works, refused, strict=True)}
     return {}
 
 
-def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: Record) -> None:
-    """Keep up the cache's lengths, and the memories of heads that the host asks."""
+def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: Record, given: _Given | None) -> Record:
+    """Keep up the cache's lengths, and the memories of heads that the host asks; returns the record with what only the
+    host knows of its own tree."""
     on.cache.lens[request.sequence] += len(record.nodes) + 1
     if on.memories:
         each = 1 if kind == "plain" else rounds.width
@@ -149,6 +177,7 @@ def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: R
             ids = torch.tensor([record.tree.tokens[node] for node in path], device=on.cache.device)
             states[0] = on.decoder.embed(ids)
         on.take(request.sequence, states)
+    return record if given is None else replace(record, tree=given.tree, num_refused=given.num_refused)
 
 
 def _start(request: Request) -> Start:
@@ -157,7 +186,7 @@ def _start(request: Request) -> Start:
     return Start(request.sequence, ids, request.history.prompt_len, end, request.sampler.params)
 
 
-def _commit(on: Machinery, request: Request, record: Record, num_refused: int) -> list[Emission]:
+def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
     """Take a round's tokens into the output as far as it goes."""
     tree, tokens = record.tree, record.tokens
     failed = record.status == 3
@@ -172,11 +201,23 @@ def _commit(on: Machinery, request: Request, record: Record, num_refused: int) -
             "banned; check the weights, the dtype (float16 overflows where bfloat16 does not) and the options"
         )
         released += request.checker.finish("error")
+    elif record.status != 0 and not request.checker.finished:
+        released += _lose(request)
     request.history.extend(kept)
     request.origins += [Origin(tree.exit_layers[node], tree.entropies[node], None) for node in record.nodes]
     if not failed:
         request.origins.append(Origin(None, None, None))
     request.statistics.num_row_layers += len(tree) * on.decoder.config.num_layers
     grown = len(request.checker.token_ids) - before
-    request.statistics.record_round(tree, acceptance, grown, gate_stops=num_refused)
+    request.statistics.record_round(tree, acceptance, grown, gate_stops=record.num_refused)
     return released
+
+
+def _lose(request: Request) -> list[Emission]:
+    """End a request that the device has ended and the host has not: both read the same tokens, so one of them is wrong.
+    The others of its batch go on."""
+    request.error = (
+        f"the device ended this sequence after {len(request.checker.token_ids)} new tokens, the host did not: its "
+        "state was overwritten, or this is a bug; set engine.fused = None to decode without it"
+    )
+    return request.checker.finish("error")

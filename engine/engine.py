@@ -19,7 +19,7 @@ from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
 from .cache import ContextTooLong, KVCache, plan_cache
 from .device_draft import RecurrentDraft
-from .device_loop import decode_on_device, shape_of
+from .device_loop import decode_on_device, kinds_of, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
@@ -281,9 +281,7 @@ class Engine:
         if not self._prompts(prompt)[0] or sampling.get("num_return_sequences", 1) != 1:
             raise ValueError("verify_lossless compares one output of one prompt; call it once for each")
         speculative = self.generate(prompt, speculation="always", policy=policy, **sampling)
-        plain = self.generate(
-            prompt, speculation=False, **{**sampling, "logprobs": max(2, sampling.get("logprobs") or 0)}
-        )
+        plain = self.generate(prompt, speculation=False, **sampling)
         pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shorter = min(len(speculative.token_ids), len(plain.token_ids))
@@ -291,9 +289,12 @@ class Engine:
             first = shorter
         if first is None:
             return LosslessReport(True, speculative, plain)
+        # asked for afterwards: log-probabilities come from the loop that waits for every step (`samples_on_device`)
+        count = max(2, sampling.get("logprobs") or 0)
+        again = self.generate(prompt, speculation=False, **{**sampling, "logprobs": count})
         margin = None
-        if plain.logprobs and first < len(plain.logprobs):
-            best, second = plain.logprobs[first].top[:2]
+        if again.token_ids[:first] == plain.token_ids[:first] and first < len(again.token_ids):
+            best, second = again.logprobs[first].top[:2]
             margin = best[1] - second[1]
         return LosslessReport(False, speculative, plain, first, margin)
 
@@ -368,8 +369,20 @@ class Engine:
         params = [request.sampler.params for request in unfinished]
         if self.fused is None or self.observer is not None or not params or not all(map(samples_on_device, params)):
             return decode(on, unfinished, chosen, pace)
-        rounds = self._rounds_for(self.fused, cache, len(requests), chosen, needs_processing(params[0]))
-        return decode_on_device(on, rounds, unfinished, chosen, pace)
+        while True:
+            try:
+                rounds = self._rounds_for(self.fused, cache, len(requests), chosen, needs_processing(params[0]))
+                return decode_on_device(on, rounds, unfinished, chosen, pace)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._rounds = {}  # those of other shapes, too
+                if not chosen.exits:
+                    raise MemoryError(f"out of memory for a plain step's buffers; {cache.plan.arithmetic()}") from error
+            memories.clear()
+            self._memories, chosen = {}, PLAIN
+            for request in requests:
+                request.statistics.record_fallback("out of memory")
 
     def round_shape(self, policy: DraftPolicy) -> tuple[Shape | None, int, tuple[int, ...]]:
         """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
@@ -383,7 +396,7 @@ class Engine:
     def _rounds_for(
         self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool
     ) -> Rounds:
-        """Rounds of this shape on this cache, made once."""
+        """Rounds of this shape on this cache, made and captured once."""
         heads = {} if self.heads is None else self.heads.heads
         head = heads.get(0)
         shape, width, taps = self.round_shape(policy)
@@ -402,6 +415,8 @@ class Engine:
                 weights, cache, batch, processed=processed, width=width, taps=taps,
                 draft=None if shape is None else draft, exit_layer=0,
             )  # fmt: skip
+        with torch.inference_mode():
+            found.prepare(kinds_of(found, policy))
         return found
 
     def _exit_early(
@@ -430,6 +445,7 @@ class Engine:
         cache = self._cache
         if cache is None or cache.plan.batch < len(requests) or cache.plan.context < context:
             self._cache = cache = None  # its memory is free again before the next one is planned
+            self._rounds = {}
             rounded = min(config.max_context, -(-context // CONTEXT_STEP) * CONTEXT_STEP)
             plan = plan_cache(config, len(requests), rounded, self.decoder.device, self.decoder.dtype)
             self._cache = cache = KVCache(plan, self.decoder.device)
@@ -445,6 +461,7 @@ class Engine:
             memory = self._memories.pop(exit_layer, None)
             if memory is None or memory.plan != plan:
                 memory = None  # free again before the next one is made
+                self._rounds = {key: own for key, own in self._rounds.items() if own.draft is None}
                 memory = HeadMemory(plan, self.decoder.device)
             for sequence in range(batch):
                 memory.restart(sequence)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .sampling import SamplingParams
 from .tree import MAX_NODES, DraftTree
 
 Kind = Literal["plain", "draft", "given", "absorb"]
+Moment = Any  # an event on a GPU, else ms of the CPU's clock
 AHEAD = 2  # rounds in flight at most
 NUM_STOPS = 16  # stop ids at most
 
@@ -74,9 +75,12 @@ class Record:
     tokens: tuple[int, ...]  # accepted ones, then the target's own
     nodes: tuple[int, ...]  # accepted nodes below the root
     tree: DraftTree
+    num_refused: int = 0  # nodes that the gate refused
 
     @classmethod
-    def read(cls, values: Sequence[int], entropies: Sequence[float], exit_layer: int) -> Record | None:
+    def read(
+        cls, values: Sequence[int], entropies: Sequence[float], exit_layer: int, num_refused: int = 0
+    ) -> Record | None:
         """From a row of `kernels/accept.py`; None for a sequence that took no part."""
         accepted = values[0]
         if accepted < 0:
@@ -84,25 +88,30 @@ class Record:
         tree = DraftTree(values[36])
         for node in range(1, values[2]):
             tree.add(values[52 + node], values[36 + node], exit_layer=exit_layer, entropy=entropies[node])
-        return cls(values[1], tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted]), tree)
+        return cls(values[1], tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted]), tree, num_refused)
 
 
 class Ticket:
     """A round that was launched. `wait` gives its records."""
 
-    def __init__(self, rounds: Rounds, kind: Kind, slot: int) -> None:
-        self._rounds, self.kind, self._slot = rounds, kind, slot
+    def __init__(self, rounds: Rounds, kind: Kind, slot: int, since: Moment) -> None:
+        self._rounds, self.kind, self._slot, self._since = rounds, kind, slot, since
+        self.end = rounds.now()
 
     def wait(self) -> tuple[list[Record | None], float]:
-        """Records by sequence, and the ms since the round before ended (since `start_clock` for the first)."""
-        rounds = self._rounds
-        rounds.wait_for(self._slot)
-        elapsed = rounds.elapsed(self._slot)
-        numbers = rounds.ring[self._slot]
+        """Records by sequence, and the milliseconds since the round before ended, or since `start_clock` if that was
+        later."""
+        if isinstance(self.end, float):
+            elapsed = self.end - self._since
+        else:
+            self.end.synchronize()
+            elapsed = self._since.elapsed_time(self.end)
+        numbers, refused = self._rounds.read(self._slot)
+        counts = refused.tolist() if self.kind == "draft" else [0] * len(refused)
         entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
-        rows = zip(numbers.tolist(), entropies, strict=True)
-        exit_layer = rounds.exit_layer
-        return [Record.read(values, entropy, exit_layer) for values, entropy in rows], elapsed
+        rows = zip(numbers.tolist(), entropies, counts, strict=True)
+        exit_layer = self._rounds.exit_layer
+        return [Record.read(values, entropy, exit_layer, count) for values, entropy, count in rows], elapsed
 
 
 class Rounds:
@@ -147,12 +156,16 @@ class Rounds:
         self.min_end, self.seeds = whole(batch), whole(batch, dtype=torch.int64)
         self.stop_ids, self.options = whole(NUM_STOPS).fill_(-1), torch.zeros(8, device=device)
         self.top_k = whole(1)
-        self.record, self.path_nodes, self.num_path = whole(batch, RECORD), whole(batch, MAX_NODES), whole(batch)
+        # all that the host reads, side by side: records, and how many nodes the gate refused
+        self._report = whole(batch * (RECORD + 1))
+        self.record = self._report[: batch * RECORD].view(batch, RECORD)
+        self.path_nodes, self.num_path = whole(batch, MAX_NODES), whole(batch)
         vocab = config.vocab_size
         self.penalties = Penalties.empty(batch, vocab, device) if processed else None
         self.draft = None
         if draft is not None:
             self.draft = draft(self.trees, self.sequences, self.seeds, self.options, self.pdl)
+            self.draft.pool = replace(self.draft.pool, num_refused=self._report[batch * RECORD :])
         self.taps: dict[int, dict[int, Tensor]] = {}  # rows a sequence -> layer -> [R, D]
         self.steps: dict[int, FusedStep] = {}
         self._targets: dict[int, Tensor] = {}
@@ -169,13 +182,10 @@ class Rounds:
                 tiles = num_tiles(vocab, head.dtype)
                 self._outputs[rows_each] = torch.zeros(rows, tiles, device=device), whole(rows, tiles)
         self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
-        slots = AHEAD + 2
-        self.ring = torch.zeros(slots, batch, RECORD, dtype=torch.int32, pin_memory=on_gpu)
+        # a slot is read before it is written again
+        self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
         self._slot = 0
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(slots)] if on_gpu else []
-        self._begun = torch.cuda.Event(enable_timing=True) if on_gpu else None
-        self._last_times = [0.0] * (slots + 1)  # the CPU's clock, in ms; the last one is of `begin`
-        self._first = True
+        self._since = self.now()
 
     def prepare(self, kinds: Sequence[Kind]) -> None:
         """Capture rounds; before `begin`, because a captured round must find no sequence active."""
@@ -224,29 +234,37 @@ class Rounds:
                 ]
             )  # fmt: skip
         )
-        self.top_k.fill_(params.top_k)
+        self.top_k.fill_(min(params.top_k, self.weights.config.vocab_size))
         if self.penalties is not None:
             bias = dict(params.logit_bias)
             bias |= {word[0]: float("-inf") for word in params.bad_words}
             self.penalties.start([(s.sequence, list(s.token_ids), s.prompt_len) for s in starts], bias)
 
+    def now(self) -> Moment:
+        """When the device gets here."""
+        if self.cache.device.type != "cuda":
+            return 1e3 * time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def start_clock(self) -> None:
-        """The first round's time counts from here."""
-        self._first = True
-        if self._begun is not None:
-            self._begun.record()
-        self._last_times[-1] = 1e3 * time.perf_counter()
+        """The next round's time counts from here."""
+        self._since = self.now()
 
     def launch(self, kind: Kind) -> Ticket:
         """Start a round. At most `AHEAD` may be unread, or their records are overwritten."""
-        slot, self._slot = self._slot, (self._slot + 1) % len(self.ring)
+        slot, self._slot = self._slot, (self._slot + 1) % len(self._ring)
         self.replay(kind)
-        self.ring[slot].copy_(self.record, non_blocking=True)
-        if self._events:
-            self._events[slot].record()
-        else:
-            self._last_times[slot] = 1e3 * time.perf_counter()
-        return Ticket(self, kind, slot)
+        self._ring[slot].copy_(self._report, non_blocking=True)
+        ticket = Ticket(self, kind, slot, self._since)
+        self._since = ticket.end
+        return ticket
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Records `[B, 96]` and counts of refused nodes `[B]` of a round that has ended."""
+        records, refused = self._ring[slot].split([self.batch * RECORD, self.batch])
+        return records.view(self.batch, RECORD), refused
 
     def replay(self, kind: Kind) -> None:
         """Enqueue a round that `prepare` has made, without its record."""
@@ -263,20 +281,6 @@ class Rounds:
         """End a sequence on the device, after the rounds in flight."""
         self.sequences.active[sequence : sequence + 1].zero_()
         self.trees.count[sequence : sequence + 1].zero_()
-
-    def wait_for(self, slot: int) -> None:
-        if self._events:
-            self._events[slot].synchronize()
-
-    def elapsed(self, slot: int) -> float:
-        """Milliseconds between a round's end and the end of the one before."""
-        before = -1 if self._first else (slot - 1) % len(self.ring)
-        self._first = False
-        if not self._events:
-            return self._last_times[slot] - self._last_times[before]
-        event = self._begun if before < 0 else self._events[before]
-        assert event is not None
-        return event.elapsed_time(self._events[slot])
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
         stream, current = torch.cuda.Stream(self.cache.device), torch.cuda.current_stream(self.cache.device)
