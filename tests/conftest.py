@@ -265,7 +265,14 @@ def mixed(place: Place) -> dict[int, float] | None:
 
 @functools.cache
 @torch.inference_mode(False)  # kept for later tests, which may train with it
-def _engine(family: str, dtype: torch.dtype, vocab_size: int | None, deterministic: bool) -> Any:
+def _engine(
+    family: str,
+    dtype: torch.dtype,
+    vocab_size: int | None,
+    deterministic: bool,
+    device: str = "cpu",
+    num_layers: int | None = None,
+) -> Any:
     from skipstone.engine.engine import Engine
     from skipstone.engine.model import Decoder
 
@@ -279,13 +286,19 @@ def _engine(family: str, dtype: torch.dtype, vocab_size: int | None, determinist
                 generator = torch.Generator().manual_seed(seed)
                 weights[name] = rows + 0.3 * rows.std() * torch.randn(rows.shape, generator=generator)
         config = dataclasses.replace(config, vocab_size=vocab_size)
-    return Engine(Decoder(config, weights, dtype), deterministic=deterministic)
+    if num_layers is not None:
+        windows, ropes = config.windows[:num_layers], config.ropes[:num_layers]
+        config = dataclasses.replace(config, num_layers=num_layers, windows=windows, ropes=ropes)
+        kept = tuple(f"layers.{layer}." for layer in range(num_layers))
+        weights = {k: v for k, v in weights.items() if not k.startswith("layers.") or k.startswith(kept)}
+    return Engine(Decoder(config, weights, dtype, device), deterministic=deterministic, fused=False)
 
 
 @pytest.fixture(scope="session")
 def engine_of() -> Callable[..., Any]:
-    """`engine_of(family, dtype=float32, vocab_size=None, max_context=None, deterministic=True)` -> an engine of its own
-    on a shared decoder; heads, tokenizer and cache may be changed."""
+    """`engine_of(family, dtype=float32, vocab_size=None, max_context=None, deterministic=True, device="cpu",
+    num_layers=None)` -> an engine of its own on a shared decoder, without fused kernels; heads, tokenizer and cache may
+    be changed."""
 
     def build(
         family: str = "llama2",
@@ -293,8 +306,10 @@ def engine_of() -> Callable[..., Any]:
         vocab_size: int | None = None,
         max_context: int | None = None,
         deterministic: bool = True,
+        device: str = "cpu",
+        num_layers: int | None = None,
     ) -> Any:
-        engine = copy.copy(_engine(family, dtype, vocab_size, deterministic))
+        engine = copy.copy(_engine(family, dtype, vocab_size, deterministic, device, num_layers))
         engine._cache, engine._memories, engine._rounds, engine._paces = None, {}, {}, {}
         engine._lock = threading.Lock()
         engine.decoder = copy.copy(engine.decoder)
