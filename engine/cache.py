@@ -2,12 +2,14 @@
 
 Committed tokens stand at slot == position. The nodes of a draft tree write at base + node, beyond the committed
 length; commit moves the accepted path into position order and everything else is overwritten later. Nothing here
-decides what may be seen: `engine/forward.py` builds the masks.
+decides what may be seen: `engine/forward.py` builds the masks. What else a sequence's rows run through, MLPs of its own
+where neurons are skipped, stands here beside its keys, so that no pass over its rows can miss them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +118,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=plan.dtype, device=device)
         self.lens = [0] * plan.batch
         self._cleared = [0] * plan.batch  # slots from the committed length up to here hold finite values
+        self.mlps: list[Mapping[int, Callable[[Tensor], Tensor]]] = [{}] * plan.batch  # by layer; absent: the model's
 
     @property
     def group(self) -> int:
@@ -154,6 +157,7 @@ class KVCache:
     def restart(self, sequence: int) -> None:
         """Forget a sequence. What its slots hold is not trusted any more."""
         self.lens[sequence] = self._cleared[sequence] = 0
+        self.mlps[sequence] = {}
 
     def commit(self, sequence: int, path: list[int]) -> None:
         """Accept the nodes `path` (root first): their rows move to slots base, base + 1, ... and the length grows.

@@ -31,6 +31,8 @@ from .model import Decoder
 from .pacing import Pace
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
+from .sparsity.selection import Selection
+from .sparsity.target import SparseTarget
 from .statistics import Statistics, StatisticsRecorder
 from .stopping import Emission, FinishReason, StopChecker
 from .tokenizer import Tokenizer
@@ -59,6 +61,7 @@ class Generation:
         prompt_ids: the prompt as the model saw it.
         error: why, when finish_reason is "error".
         mode: "lossless", or "early_exit", whose text need not be the full model's.
+        verify: the target model that `mode` speaks of: "dense", or the name of what skips its neurons ("tda").
     """
 
     text: str
@@ -70,6 +73,7 @@ class Generation:
     prompt_ids: list[int]
     error: str | None = None
     mode: Mode = "lossless"
+    verify: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,11 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn.
+        sparsity: skips neurons of each sequence by its prompt: the target model of plain and speculative decoding is
+            then that one. None: the whole model.
 
     Raises:
-        ValueError: flash-attn was asked for and does not take this model here; the message says what to do.
+        ValueError: flash-attn or sparsity was asked for and does not take this model here; the message says what to do.
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
@@ -134,6 +140,7 @@ class Engine:
         model_id: str = "",
         fused: bool | None = None,
         prefill: str = "sdpa",
+        sparsity: Selection | None = None,
     ) -> None:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
@@ -155,6 +162,7 @@ class Engine:
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
                 )
                 heads.attach(projection)
+            self.sparse = None if sparsity is None else SparseTarget(decoder, sparsity, deterministic)
         self.policy = PLAIN
         if heads is not None and self.warning is None:
             self.policy = _default_policy(heads, self.fused is not None)
@@ -183,6 +191,11 @@ class Engine:
     def prefill(self) -> str:
         """What reads prompts: "sdpa", or "flash" with the package in use."""
         return "sdpa" if self.flash is None else f"flash ({self.flash.name})"
+
+    @property
+    def verify(self) -> str:
+        """The target model: "dense", or what skips its neurons."""
+        return "dense" if self.sparse is None else self.sparse.selection.name
 
     def generate(
         self,
@@ -364,6 +377,7 @@ class Engine:
             self.observer,
             memories,
             self.flash,
+            self.sparse,
         )
         unfinished = [request for request in requests if not request.checker.finished]
         params = [request.sampler.params for request in unfinished]
@@ -433,7 +447,14 @@ class Engine:
         else:
             check_policy(self.heads, policy)
         heads, draft_ids = ({}, None) if self.heads is None else (self.heads.heads, self.heads.draft_ids)
-        on = Machinery(self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash)
+        if self.sparse is not None and self.sparse.selection.options.refresh:
+            raise ValueError(
+                "mode 'early_exit' puts layers off across the positions where masks are read again: calibrate with "
+                "refresh=0, or decode in mode 'lossless'"
+            )
+        on = Machinery(
+            self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse
+        )
         for request in requests:
             request.mode = "early_exit"
         return write(on, [request for request in requests if not request.checker.finished], policy)
@@ -551,6 +572,7 @@ class Engine:
             prompt_ids=request.history.token_ids[: request.history.prompt_len],
             error=request.error,
             mode=request.mode,
+            verify=self.verify,
         )
 
     def _tokenizer(self) -> Tokenizer:

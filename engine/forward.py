@@ -25,7 +25,7 @@ from ..kernels.attention import (
 )
 from ..kernels.flash import FlashAttention
 from .cache import KVCache
-from .model import Decoder
+from .model import Decoder, Mlp
 from .tree import MAX_NODES, DraftTree
 
 PREFILL_CHUNK = 512  # absolute boundaries, so a prompt's bits depend on the prompt only
@@ -139,13 +139,34 @@ def _run_tile(
     attend = _GatheredRows(cache, spans, len(hidden)).attend if tiles.gathered else attend_by_span
     at = torch.tensor(positions, device=decoder.device)
     taps = dict.fromkeys({layer for span in spans for layer in span.work.kept if start < layer <= end}, hidden)
-    hidden = decoder.run_layers(hidden, start, end, at, attend, taps)
+    hidden = decoder.run_layers(hidden, start, end, at, attend, taps, _own_mlps(decoder, cache, spans))
     for span in spans:
         span.work.hidden[span.index] = hidden[span.rows]
         for layer in taps:
             span.work.kept[layer][span.index] = taps[layer][span.rows]
         for node in span.nodes:
             span.work.reached[node] = end
+
+
+def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[_Span]) -> Mlp | None:
+    """The MLP of a tile's rows, each sequence's by its own neurons, never by the union of the batch's (rule 9); None
+    where all run the model's."""
+    own = [cache.mlps[span.work.sequence] for span in spans]
+    if not any(own):
+        return None
+
+    def mlp(layer: int, normed: Tensor) -> Tensor:
+        if not any(layer in mlps for mlps in own):
+            return decoder.mlp(layer, normed)
+        outs = []
+        for span, mlps in zip(spans, own, strict=True):
+            rows = normed[span.rows]
+            outs.append(mlps[layer](rows) if layer in mlps else decoder.mlp(layer, rows))
+        if len(normed) > spans[-1].rows.stop:
+            outs.append(outs[-1][-1:].expand(len(normed) - spans[-1].rows.stop, -1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    return mlp
 
 
 class _Span:
@@ -286,6 +307,8 @@ def prefill(
     layers: Sequence[int] = (),
     take: Callable[[Mapping[int, Tensor]], None] | None = None,
     flash: FlashAttention | None = None,
+    first: int = 0,
+    mlp: Mlp | None = None,
 ) -> None:
     """Fill the cache with a prompt's tokens, alone and in chunks at fixed absolute boundaries (rule 6).
 
@@ -293,15 +316,17 @@ def prefill(
         ids: the prompt without its last token, which is the first round's pending token. May be empty.
         layers, take: after each chunk `take` is given its residual streams `[n, D]` fp32 after these layers.
         flash: attention by flash-attn; None: torch's.
+        first: tokens whose keys the cache has and keeps; chunks count from there.
+        mlp: as in `Decoder.run_layers`.
     """
     config = decoder.config
-    for first in range(0, len(ids), PREFILL_CHUNK):
-        chunk = torch.tensor(ids[first : first + PREFILL_CHUNK], device=decoder.device)
-        positions = torch.arange(first, first + len(chunk), device=decoder.device)
-        attend = _Chunk(decoder, cache, sequence, first, len(chunk), flash).attend
+    for start in range(first, len(ids), PREFILL_CHUNK):
+        chunk = torch.tensor(ids[start : start + PREFILL_CHUNK], device=decoder.device)
+        positions = torch.arange(start, start + len(chunk), device=decoder.device)
+        attend = _Chunk(decoder, cache, sequence, start, len(chunk), flash).attend
         hidden = decoder.embed(chunk)
         taps = dict.fromkeys(layers, hidden)
-        decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps)
+        decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps, mlp)
         if take is not None:
             take(taps)
     cache.lens[sequence] = len(ids)

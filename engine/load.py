@@ -13,7 +13,8 @@ from ..heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from ..heads.head_set import HeadSet
 from .engine import Engine
 from .model import Decoder
-from .pretrained import load_pretrained
+from .pretrained import Pretrained, load_pretrained
+from .sparsity.tda import Tda
 
 
 def load(
@@ -24,6 +25,7 @@ def load(
     device: str | torch.device | None = None,
     deterministic: bool = True,
     verify: str = "dense",
+    sparsity: str | os.PathLike[str] | Tda | None = None,
     prefill: str = "sdpa",
     revision: str | None = None,
     allow_base_mismatch: bool = False,
@@ -38,18 +40,26 @@ def load(
         dtype: of weights and matmuls: torch.bfloat16, float16 or float32.
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
-        verify: how drafts are verified; "dense" is the whole model.
+        verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt
+            (lossy against the whole model, lossless against its own plain decoding; on the CPU).
+        sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds.
         prefill: what reads prompts: "sdpa" (torch's attention), or "flash" (flash-attn 2, 3 or 4, where it is
             installed, on a GPU and in half precision).
         revision: of a hub id.
-        allow_base_mismatch: use heads that were trained on other weights of the same shape (a fine-tuned base).
+        allow_base_mismatch: use heads and thresholds that were made for other weights of the same shape (a fine-tuned
+            base).
         progress: show progress on stderr.
 
     Raises:
         FileNotFoundError, ValueError: the model or the heads cannot be used; the message says what to do.
     """
-    if verify != "dense":
-        raise ValueError(f"verify is {verify!r}, expected 'dense': this version verifies with the whole model only")
+    if verify not in ("dense", "tda"):
+        raise ValueError(f"verify is {verify!r}, expected 'dense' or 'tda'")
+    if (verify == "tda") != (sparsity is not None):
+        raise ValueError(
+            f"verify is {verify!r} and sparsity is {sparsity!r}: 'tda' needs thresholds (a folder that "
+            "`skipstone calibrate --sparsity tda` wrote), and 'dense' takes none"
+        )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -60,12 +70,7 @@ def load(
     pretrained = load_pretrained(model, stored, revision=revision, progress=progress)
     head_set = heads if isinstance(heads, HeadSet) else None
     if heads is not None and head_set is None:
-        base = BaseIdentity(
-            model_id=pretrained.model_id,
-            fingerprint=base_fingerprint(pretrained.weights, pretrained.config.num_layers),
-            tokenizer_sha256=tokenizer_sha256(pretrained.tokenizer),
-            revision=pretrained.revision,
-        )
+        base = identity(pretrained)
         if heads in ("default", *head_kinds()):
             head_set = HeadSet.default_for(base, kind=str(heads))
             if head_set is None and heads != "default":
@@ -80,8 +85,25 @@ def load(
                     f"({', '.join(head_kinds())}) or None"
                 )
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
+    tda = sparsity
+    if tda is not None and not isinstance(tda, Tda):
+        if not Path(os.fspath(tda)).is_dir():
+            raise ArtefactError(
+                f"no thresholds at {os.fspath(tda)}: expected a folder that `skipstone calibrate --sparsity tda` wrote"
+            )
+        tda = Tda.load(os.fspath(tda), identity(pretrained), allow_base_mismatch)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
     return Engine(
         decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id,
-        prefill=prefill,
+        prefill=prefill, sparsity=tda,
     )  # fmt: skip
+
+
+def identity(pretrained: Pretrained) -> BaseIdentity:
+    """A loaded model as artefacts name it."""
+    return BaseIdentity(
+        model_id=pretrained.model_id,
+        fingerprint=base_fingerprint(pretrained.weights, pretrained.config.num_layers),
+        tokenizer_sha256=tokenizer_sha256(pretrained.tokenizer),
+        revision=pretrained.revision,
+    )

@@ -25,6 +25,7 @@ from .head_memory import HeadMemory
 from .model import Decoder
 from .pacing import Pace
 from .sampling import Context, History, SamplingError, TargetSampler, TokenLogprobs, token_logprobs
+from .sparsity.target import SparseTarget
 from .statistics import StatisticsRecorder
 from .stopping import Emission, StopChecker
 from .tree import MAX_NODES, Acceptance, DraftTree, accept
@@ -85,6 +86,7 @@ class Machinery:
     observer: Observer | None = None
     memories: Mapping[int, HeadMemory] = field(default_factory=dict)
     flash: FlashAttention | None = None  # reads prompts; None: torch's attention
+    sparse: SparseTarget | None = None  # gives each sequence its own MLPs; None: the model is the target
 
     @property
     def kept_layers(self) -> list[int]:
@@ -134,6 +136,10 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
     max_nodes = policy.max_nodes
     while active := [request for request in requests if not request.checker.finished]:
         start = time.perf_counter()
+        with torch.inference_mode():
+            for request in active:
+                if on.sparse is not None and request.committed_len == on.sparse.next_refresh(request.sequence):
+                    read_text(on, request, None)
         drafting = bool(policy.exits) and max_nodes > 0 and (pace is None or pace.drafting())
         shape = replace(policy, max_nodes=max_nodes) if drafting else PLAIN
         try:
@@ -165,10 +171,22 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
     for request in requests:
         start = time.perf_counter()
         with torch.inference_mode():
-            take, ids = partial(on.take, request.sequence), request.history.token_ids[:-1]
-            prefill(on.decoder, on.cache, request.sequence, ids, on.kept_layers, take, on.flash)
+            read_text(on, request, partial(on.take, request.sequence))
         _synchronise(on.decoder)
         request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
+
+
+def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tensor]], None] | None) -> None:
+    """Read a request's tokens, all but the pending one, through the whole model, and give the sequence the MLPs that
+    follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
+    sequence, ids = request.sequence, request.history.token_ids[:-1]
+    layers = () if take is None else on.kept_layers
+    if on.sparse is None:
+        prefill(on.decoder, on.cache, sequence, ids, layers, take, on.flash)
+        return
+    watch = on.sparse.watch(sequence, again=take is None)
+    prefill(on.decoder, on.cache, sequence, ids, layers, take, on.flash, watch.num_rows, watch)
+    on.cache.mlps[sequence] = on.sparse.mlps(watch)
 
 
 def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:
@@ -177,6 +195,8 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
     refused = [0] * len(works)
     if policy.exits:
         rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
+        if on.sparse is not None:
+            rows = [on.sparse.clip(row) for row in rows]
         if policy.beam:
             refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
         else:

@@ -1,8 +1,9 @@
 """The decoder: one config-driven transformer whose attention is a strategy.
 
 `run_layers` is the core. It owns norms, projections, rotary and MLP; what a row attends to (a decode step, a prefill
-chunk, a whole training sequence) is the caller's `attend`. An exit is a smaller `stop`. The residual stream is fp32,
-matmuls run in the model's dtype with fp32 accumulation.
+chunk, a whole training sequence) is the caller's `attend`, and a caller may bring its own `mlp` (one that watches or
+skips neurons). An exit is a smaller `stop`. The residual stream is fp32, matmuls run in the model's dtype with fp32
+accumulation.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..kernels.linear import PackedLinear
 from .config import ModelConfig, RopeSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Mlp = Callable[[int, Tensor], Tensor]
 
 
 class Norm:
@@ -112,6 +114,7 @@ class Decoder:
         positions: Tensor,
         attend: Attend,
         taps: dict[int, Tensor] | None = None,
+        mlp: Mlp | None = None,
     ) -> Tensor:
         """Run layers start..stop-1.
 
@@ -122,21 +125,22 @@ class Decoder:
             attend: `(layer, q [N, H, d], k [N, KV, d], v [N, KV, d]) -> [N, H, d]`; q and k are fp32, v and the result
                 fp32 or the model's dtype.
             taps: exit layers in start + 1..stop as keys; each value is replaced by the residual stream `[N, D]` there.
+            mlp: `(layer, normed [N, D] fp32) -> [N, D]` in place of the model's own (`Decoder.mlp`).
 
         Returns:
             The residual stream `[N, D]` fp32 after `stop` layers.
         """
-        rotary = self.rotary(positions)
+        rotary, mlp = self.rotary(positions), mlp or self.mlp
         for index in range(start, stop):
             layer, spec = self.layers[index], self.config.ropes[index]
             normed = layer.attn_norm(hidden) if layer.attn_norm else hidden
             attended = self._attention(layer, index, normed, rotary[spec], attend)
             if self.config.parallel_residual:
                 assert layer.mlp_norm is not None
-                hidden = hidden + attended + self._mlp(layer, layer.mlp_norm(hidden))
+                hidden = hidden + attended + mlp(index, layer.mlp_norm(hidden))
             else:
                 hidden = hidden + (layer.attn_post_norm(attended.float()) if layer.attn_post_norm else attended)
-                out = self._mlp(layer, layer.mlp_norm(hidden) if layer.mlp_norm else hidden)
+                out = mlp(index, layer.mlp_norm(hidden) if layer.mlp_norm else hidden)
                 hidden = hidden + (layer.mlp_post_norm(out.float()) if layer.mlp_post_norm else out)
             if taps is not None and index + 1 in taps:
                 taps[index + 1] = hidden
@@ -155,12 +159,13 @@ class Decoder:
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
-    def encode(self, ids: Tensor, at: Sequence[int]) -> dict[int, Tensor]:
+    def encode(self, ids: Tensor, at: Sequence[int], mlp: Mlp | None = None) -> dict[int, Tensor]:
         """Causal forward over whole sequences, for training and calibration; decoding never uses it.
 
         Args:
             ids: long `[B, T]`.
             at: exit layers whose residual stream is wanted; num_layers is the final norm's input.
+            mlp: as in `run_layers`.
 
         Returns:
             exit layer -> `[B, T, D]` fp32.
@@ -177,7 +182,7 @@ class Decoder:
 
         hidden, done, states = self.embed(ids.reshape(-1)), 0, {}
         for stop in sorted(set(at)):
-            hidden, done = self.run_layers(hidden, done, stop, positions, attend), stop
+            hidden, done = self.run_layers(hidden, done, stop, positions, attend, mlp=mlp), stop
             states[stop] = hidden.view(batch, length, -1)
         return states
 
@@ -217,14 +222,22 @@ class Decoder:
         out = attend(index, q, k, v)
         return self._wide(layer.o(out.reshape(num_rows, -1).to(self.dtype)))
 
-    def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
-        hidden = self._wide(layer.up(normed.to(self.dtype)))
+    def mlp(self, index: int, normed: Tensor) -> Tensor:
+        """A layer's MLP: normed rows `[N, D]` fp32 -> `[N, D]`."""
+        layer = self.layers[index]
+        return self.from_neurons(layer.down, self.neurons(layer.up, normed))
+
+    def neurons(self, up: PackedLinear, normed: Tensor) -> Tensor:
+        """Neurons `[N, F]` fp32 of an MLP whose up projection (gate rows first, where it has a gate) is `up`."""
+        hidden = self._wide(up(normed.to(self.dtype)))
         if self.config.gated_mlp:
-            gate, up = hidden.chunk(2, -1)
-            hidden = self._activation(gate.float(), self._one).mul_(up)
-        else:
-            hidden = self._activation(hidden.float(), self._one)
-        return self._wide(layer.down(hidden.to(self.dtype)))
+            gate, hidden = hidden.chunk(2, -1)
+            return self._activation(gate.float(), self._one).mul_(hidden)
+        return self._activation(hidden.float(), self._one)
+
+    def from_neurons(self, down: PackedLinear, neurons: Tensor) -> Tensor:
+        """Neurons `[N, F]` fp32 -> the MLP's output `[N, D]`."""
+        return self._wide(down(neurons.to(self.dtype)))
 
     def _wide(self, product: Tensor) -> Tensor:
         """A product's output as fp32 arithmetic takes it."""

@@ -177,13 +177,13 @@ def break_rows(monkeypatch, engine, bad_tokens, value):
     embed, run_layers = decoder.embed, decoder.run_layers
     marked = [embed(torch.tensor([token]))[0] for token in bad_tokens]
 
-    def run(hidden, start, stop, positions, attend, taps):
+    def run(hidden, start, stop, positions, attend, taps, mlp):
         hidden = hidden.clone()
         if start == 0:
             for row in hidden:
                 if any(torch.equal(row, mark) for mark in marked):
                     row.fill_(value)
-        return run_layers(hidden, start, stop, positions, attend, taps)
+        return run_layers(hidden, start, stop, positions, attend, taps, mlp)
 
     monkeypatch.setattr(decoder, "run_layers", run, raising=False)
 

@@ -21,8 +21,8 @@ def disturb(monkeypatch, decoder, change):
     """Wrap the decoder's layers: `change(out, positions)` returns what they give."""
     original = decoder.run_layers
 
-    def run_layers(hidden, start, stop, positions, attend, taps=None):
-        return change(original(hidden, start, stop, positions, attend, taps), positions)
+    def run_layers(hidden, start, stop, positions, attend, taps=None, mlp=None):
+        return change(original(hidden, start, stop, positions, attend, taps, mlp), positions)
 
     monkeypatch.setattr(decoder, "run_layers", run_layers, raising=False)
 

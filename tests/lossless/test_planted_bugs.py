@@ -201,10 +201,10 @@ def test_positions_by_node_instead_of_depth_are_caught(setting, monkeypatch):
     """Siblings share a position; counting nodes gives the same for a chain and another for every tree."""
     original = forward.Decoder.run_layers
 
-    def run_layers(decoder, hidden, start, stop, positions, attend, taps):
+    def run_layers(decoder, hidden, start, stop, positions, attend, taps, mlp):
         if 1 < len(positions) < 17 and len(set(positions.tolist())) < len(positions):
             positions = positions[0] + torch.arange(len(positions))
-        return original(decoder, hidden, start, stop, positions, attend, taps)
+        return original(decoder, hidden, start, stop, positions, attend, taps, mlp)
 
     monkeypatch.setattr(forward.Decoder, "run_layers", run_layers)
     assert ("trees", "tokens") in differences(*setting, {})
@@ -215,8 +215,8 @@ def test_a_width_that_changes_bits_is_caught(setting, monkeypatch):
     """One part in a million, in every tile of more than one row: tokens stay, bits do not."""
     original = forward.Decoder.run_layers
 
-    def run_layers(decoder, hidden, start, stop, positions, attend, taps):
-        out = original(decoder, hidden, start, stop, positions, attend, taps)
+    def run_layers(decoder, hidden, start, stop, positions, attend, taps, mlp):
+        out = original(decoder, hidden, start, stop, positions, attend, taps, mlp)
         return out * (1 + 1e-6) if 1 < len(positions) < 17 else out
 
     monkeypatch.setattr(forward.Decoder, "run_layers", run_layers)

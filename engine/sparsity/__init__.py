@@ -1,0 +1,1 @@
+"""skipstone.engine.sparsity"""

@@ -1,0 +1,126 @@
+"""The target model of an engine that skips neurons: every sequence with MLPs of its own.
+
+A prompt is read densely; what its tokens' neurons did gives the sequence one mask a layer, and from then on its rows
+run the kept neurons only: plain steps, drafts and verification alike, which is why they still agree token for token.
+A refresh reads the tokens since the last reading once more, through the whole model and over the dense keys before
+them, at fixed absolute positions (design rule 9). So keys, values and masks there are a function of the tokens, the
+prompt's length and the position, never of rounds or batch mates; rounds are clipped where a refresh falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ...kernels.linear import PackedLinear
+from ..draft import DraftRow
+from ..model import Decoder
+from ..tree import MAX_NODES
+from .neurons import ReducedMlp, down_norms
+from .selection import Selection, keep
+
+
+class Watch:
+    """The model's MLP, and what the neurons of the rows that pass did; an `mlp` of `Decoder.run_layers`."""
+
+    def __init__(self, decoder: Decoder, selection: Selection, sequence: int, before: Watch | None = None) -> None:
+        self.sequence, self._decoder, self._selection = sequence, decoder, selection
+        # Sums of before are copied: a reading that fails half way leaves them as they were.
+        self.weights: dict[int, Tensor] = {} if before is None else dict(before.weights)
+        self.num_rows: int = 0 if before is None else before.num_rows
+
+    def __call__(self, layer: int, normed: Tensor) -> Tensor:
+        own = self._decoder.layers[layer]
+        neurons = self._decoder.neurons(own.up, normed)
+        if layer >= self._selection.options.first_dense:
+            added = self._selection.weigh(neurons)
+            self.weights[layer] = self.weights[layer] + added if layer in self.weights else added
+        if layer == self._decoder.config.num_layers - 1:
+            self.num_rows += len(normed)
+        return self._decoder.from_neurons(own.down, neurons)
+
+
+class SparseTarget:
+    """Reads texts and makes the MLPs that follow.
+
+    Args:
+        deterministic: measure how many rows each shape of a reduced projection needs beside a row for equal bits
+            (`PackedLinear.find_least_rows`), once a shape.
+
+    Raises:
+        ValueError: more dense layers than the model has, or a model on a GPU.
+    """
+
+    def __init__(self, decoder: Decoder, selection: Selection, deterministic: bool = True) -> None:
+        _check(selection, decoder)
+        self.decoder, self.selection, self.deterministic = decoder, selection, deterministic
+        self._norms = down_norms(decoder)
+        self._least: dict[tuple[int, int], int] = {}
+        self._watches: dict[int, Watch] = {}
+
+    def watch(self, sequence: int, again: bool = False) -> Watch:
+        """What a reading runs through; `again` goes on from the sequence's last one."""
+        return Watch(self.decoder, self.selection, sequence, self._watches[sequence] if again else None)
+
+    def mlps(self, watch: Watch) -> dict[int, ReducedMlp]:
+        """The MLPs of a text that was read to its end, by layer; layers that keep all neurons are left out."""
+        self._watches[watch.sequence] = watch
+        return {layer: self._reduced(layer, kept) for layer, kept in self.kept(watch).items()}
+
+    def kept(self, watch: Watch) -> dict[int, Tensor]:
+        """The neurons that a text keeps, long `[k]`, of each layer that drops some."""
+        if watch.num_rows < self.selection.options.min_tokens:
+            return {}
+        found = {
+            layer: keep(self.selection, layer, weights, watch.num_rows, self._norms[layer])
+            for layer, weights in watch.weights.items()
+        }
+        return {layer: kept for layer, kept in found.items() if len(kept) < self.decoder.config.intermediate_size}
+
+    def next_refresh(self, sequence: int) -> int | None:
+        """How many tokens of a sequence are committed when its text is read again; None: never."""
+        step = self.selection.options.refresh
+        return None if step == 0 else (self._watches[sequence].num_rows // step + 1) * step
+
+    def clip(self, row: DraftRow) -> DraftRow:
+        """A row whose drafts end where its text is read again."""
+        at = self.next_refresh(row.work.sequence)
+        return row if at is None else replace(row, max_depth=min(row.max_depth, at - 1 - row.work.base))
+
+    def density(self, sequence: int) -> list[float]:
+        """Kept share of each layer's neurons in a sequence that was read."""
+        size, kept = self.decoder.config.intermediate_size, self.kept(self._watches[sequence])
+        return [len(kept[layer]) / size if layer in kept else 1.0 for layer in range(self.decoder.config.num_layers)]
+
+    def _reduced(self, layer: int, kept: Tensor) -> ReducedMlp:
+        mlp = ReducedMlp(self.decoder, layer, kept)
+        if self.deterministic:
+            for projection in (mlp.up, mlp.down):
+                projection.least_rows = self._least_rows(projection)
+        return mlp
+
+    def _least_rows(self, projection: PackedLinear) -> int:
+        shape = projection.out_features, projection.in_features
+        if shape not in self._least:
+            if not projection.find_least_rows(MAX_NODES):
+                raise RuntimeError(
+                    f"rows of a projection {shape[1]} -> {shape[0]} differ in their bits by their place on this "
+                    "machine: skipping neurons would not be lossless. Load with verify='dense', or with "
+                    "deterministic=False and accept near-ties"
+                )
+            self._least[shape] = projection.least_rows
+        return self._least[shape]
+
+
+def _check(selection: Selection, decoder: Decoder) -> None:
+    dense, layers = selection.options.first_dense, decoder.config.num_layers
+    if dense > layers:
+        raise ValueError(f"first_dense is {dense}, the model has {layers} layers")
+    if selection.num_layers not in (None, layers):
+        raise ValueError(f"{selection.name} was made for {selection.num_layers} layers, the model has {layers}")
+    if decoder.device.type != "cpu":
+        raise ValueError(
+            f"neurons are skipped on the CPU only, and the model is on {decoder.device}: the GPU's kernels are dense "
+            "for now. Load with device='cpu', or with verify='dense'"
+        )

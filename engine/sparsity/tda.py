@@ -1,0 +1,284 @@
+"""TDA: thresholds on neuron output norms, one mask a sequence from its prompt (after arXiv 2408.11393, 2405.09274).
+
+Offline, each layer's threshold is the largest at which dropping, token by token, the neurons below it changes the MLP's
+output by no more than a target on calibration text: CETT(eps) = mean over tokens of ||sum of the dropped neurons'
+outputs|| / ||MLP(x)||. Online, a sequence keeps the neurons whose output norm's root mean square over the prompt's
+tokens is above the threshold; a mean, so that a prompt's length does not change the density. The papers' exact formulas
+are not public; these are this project's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialise_safetensors
+from torch import Tensor
+
+from ...heads.artefact import ArtefactError, parse_tensors, read_folder, write_folder
+from ...heads.fingerprint import BaseIdentity
+from ...kernels.linear import PackedLinear
+from ..model import Decoder
+from .neurons import dense_weight, down_norms
+from .quality import Quality, measure_quality
+from .selection import MaskOptions
+
+FORMAT_VERSION = 1
+CONFIG, THRESHOLDS = "config.json", "thresholds.safetensors"
+LEVELS = 32  # quantiles of neuron output norms at which CETT is measured
+DEFAULT_CETT = 0.2
+SEARCH_STEPS = 7  # bisections of CETT for a budget: to 1/128 of the range
+
+
+@dataclass(frozen=True, eq=False)
+class Tda:
+    """Thresholds of one model.
+
+    Args:
+        thresholds: of neuron output norms, one a layer, fp32 `[L]`.
+        cett: the target they were found for.
+        options: when neurons are skipped.
+        base: the model, or None where it has no name (then it cannot be saved).
+        calibration: how they were found, for people: JSON types.
+    """
+
+    thresholds: Tensor
+    cett: float
+    options: MaskOptions = MaskOptions()
+    base: BaseIdentity | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "tda"
+
+    def __post_init__(self) -> None:
+        if self.thresholds.ndim != 1 or not bool((self.thresholds >= 0).all()):
+            raise ValueError(f"thresholds are {self.thresholds}, expected one number of at least 0 for each layer")
+        if not 0 < self.cett < 1:
+            raise ValueError(f"cett is {self.cett}, expected a number between 0 and 1")
+
+    @property
+    def num_layers(self) -> int | None:
+        return len(self.thresholds)
+
+    def weigh(self, neurons: Tensor) -> Tensor:
+        return (neurons * neurons).sum(0)
+
+    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
+        strengths = (weights / num_tokens).sqrt() * norms
+        return strengths, int((strengths > self.thresholds[layer]).sum())
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the folder: config.json, thresholds.safetensors, manifest.json; whole or not at all.
+
+        Raises:
+            ValueError: the base is not named.
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
+        folder = Path(folder)
+        if self.base is None:
+            raise ValueError("the thresholds name no base model: set `base` before saving")
+        if folder.exists() and not overwrite:
+            raise FileExistsError(f"{folder} exists; choose another folder")
+        config = {
+            "method": self.name,
+            "num_layers": len(self.thresholds),
+            "cett": self.cett,
+            "options": asdict(self.options),
+            "calibration": dict(self.calibration),
+        }
+        files = {
+            CONFIG: (json.dumps(config, indent=1, allow_nan=False) + "\n").encode(),
+            THRESHOLDS: serialise_safetensors({"thresholds": self.thresholds.float().contiguous()}),
+        }
+        write_folder(folder, files, {"format_version": FORMAT_VERSION, "base": vars(self.base)}, set(files))
+
+    @classmethod
+    def load(cls, folder: str | Path, base: BaseIdentity | None = None, allow_base_mismatch: bool = False) -> Tda:
+        """Read a folder strictly.
+
+        Args:
+            base: the model that will run; None skips that check (inspection).
+            allow_base_mismatch: accept thresholds of other weights, a fine-tuned base's for example.
+
+        Raises:
+            ArtefactError: damaged, incomplete, unexpected, not finite, another format version, or another base.
+        """
+        folder = Path(folder)
+        manifest, files = read_folder(folder, {CONFIG, THRESHOLDS})
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{folder} has format version {manifest.get('format_version')!r}; this release reads {FORMAT_VERSION}"
+            )
+        tensors = parse_tensors(files[THRESHOLDS], str(folder / THRESHOLDS))
+        try:
+            made_for = BaseIdentity(**manifest["base"])
+            config = json.loads(files[CONFIG])
+            method, num_layers = config.pop("method"), config.pop("num_layers")
+            options = MaskOptions(**config.pop("options"))
+            if method != "tda" or set(tensors) != {"thresholds"} or tensors["thresholds"].shape != (num_layers,):
+                shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+                raise ValueError(f"expected method 'tda' and thresholds [{num_layers}], found {method!r} and {shapes}")
+            found = cls(tensors["thresholds"].float(), options=options, base=made_for, **config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(f"{folder} does not hold TDA thresholds: {error}") from error
+        if base is not None and not allow_base_mismatch and made_for.fingerprint != base.fingerprint:
+            raise ArtefactError(
+                f"{folder} was calibrated on {made_for.model_id} (fingerprint {made_for.fingerprint[:12]}), the model "
+                f"is {base.model_id} ({base.fingerprint[:12]}): its weights differ. Calibrate for this model, or pass "
+                "allow_base_mismatch=True"
+            )
+        return found
+
+
+class CettCurves:
+    """An `mlp` of `Decoder.encode` that measures CETT of each layer at quantiles of its neurons' output norms.
+
+    Attributes:
+        curves: by layer, thresholds and CETT there, `[LEVELS + 1]` each, from (0, 0) on.
+        strengths: by layer, the neurons' root mean square output norms `[F]`, for a fixed pruning.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.curves: list[tuple[Tensor, Tensor]] = []
+        self.strengths: list[Tensor] = []
+        self._decoder, self._norms = decoder, down_norms(decoder)
+
+    def __call__(self, layer: int, normed: Tensor) -> Tensor:
+        own, decoder = self._decoder.layers[layer], self._decoder
+        neurons = decoder.neurons(own.up, normed)
+        out = decoder.from_neurons(own.down, neurons)
+        norms = neurons.abs() * self._norms[layer]
+        down = own.down if own.down.bias is None else PackedLinear(dense_weight(own.down))
+        ordered = norms.flatten().sort().values
+        at = torch.arange(1, LEVELS + 1, device=norms.device) * (len(ordered) - 1) // LEVELS
+        thresholds, size = ordered[at], out.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        values = [
+            (decoder.from_neurons(down, neurons.masked_fill(norms > eps, 0.0)).float().norm(dim=-1) / size).mean()
+            for eps in thresholds
+        ]
+        zero = thresholds.new_zeros(1)
+        self.curves.append((torch.cat([zero, thresholds]), torch.cat([zero, torch.stack(values)])))
+        self.strengths.append(norms.square().mean(0).sqrt())
+        return out
+
+    def thresholds(self, cett: float) -> Tensor:
+        """`[L]`: of each layer the largest threshold with CETT <= `cett`, on straight lines between the levels."""
+        return torch.tensor([_largest(eps, values, cett) for eps, values in self.curves])
+
+
+def _largest(thresholds: Tensor, values: Tensor, target: float) -> float:
+    below = int((values <= target).nonzero().max())
+    if below == len(values) - 1:
+        return float(thresholds[below])
+    share = (target - float(values[below])) / (float(values[below + 1]) - float(values[below]))
+    return float(thresholds[below]) + share * (float(thresholds[below + 1]) - float(thresholds[below]))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What skipping may cost on prompted continuations; exactly one is given.
+
+    Args:
+        perplexity: relative increase, 0.03 for 3 %.
+        agreement: least share of places where the greedy token is the whole model's.
+    """
+
+    perplexity: float | None = None
+    agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.perplexity is None) == (self.agreement is None):
+            raise ValueError(f"a budget is of perplexity or of agreement, exactly one; got {vars(self)}")
+        if self.perplexity is not None and self.perplexity <= 0:
+            raise ValueError(f"the perplexity budget is {self.perplexity}, expected a relative increase above 0")
+        if self.agreement is not None and not 0 < self.agreement < 1:
+            raise ValueError(f"the agreement budget is {self.agreement}, expected a share between 0 and 1")
+
+    def holds(self, sparse: Quality, dense: Quality) -> bool:
+        if self.perplexity is not None:
+            return sparse.perplexity <= dense.perplexity * (1 + self.perplexity)
+        assert self.agreement is not None
+        return sparse.agreement(dense) >= self.agreement
+
+
+@torch.inference_mode()
+def measure_curves(decoder: Decoder, texts: Tensor) -> CettCurves:
+    """CETT of every layer on calibration texts, long `[B, T]`, all in one pass."""
+    found = CettCurves(decoder)
+    decoder.encode(texts, [decoder.config.num_layers], found)
+    return found
+
+
+def calibrate_tda(
+    decoder: Decoder,
+    texts: Tensor,
+    *,
+    cett: float = DEFAULT_CETT,
+    budget: Budget | None = None,
+    budget_texts: Tensor | None = None,
+    options: MaskOptions = MaskOptions(),  # noqa: B008 (frozen)
+    base: BaseIdentity | None = None,
+    on_step: Callable[[str], None] = lambda note: None,
+) -> Tda:
+    """Find thresholds.
+
+    Args:
+        texts: calibration text, token ids long `[B, T]`.
+        cett: the target, where there is no budget.
+        budget: find the largest CETT within it by bisection instead, measured on `budget_texts`, whose first halves
+            are the prompts.
+        on_step: told what was done.
+
+    Raises:
+        ValueError: a budget without texts, or one that not even the smallest CETT tried keeps.
+    """
+    curves = measure_curves(decoder, texts)
+    on_step(f"measured CETT on {texts.numel():,} tokens")
+    about: dict[str, Any] = {"num_tokens": texts.numel()}
+    if budget is None:
+        return Tda(curves.thresholds(cett), cett, options, base, about)
+    if budget_texts is None:
+        raise ValueError("a budget needs texts to measure it on: give budget_texts")
+    half = budget_texts.shape[1] // 2
+    dense = measure_quality(decoder, budget_texts, half, None)
+    low, high, tried, best = 0.0, 1.0, [], None
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high) / 2
+        candidate = Tda(curves.thresholds(middle), middle, options)
+        found = measure_quality(decoder, budget_texts, half, candidate)
+        holds = budget.holds(found, dense)
+        tried.append(_tried(middle, found, dense))
+        on_step(f"CETT {middle:.4f}: density {tried[-1]['density']:.3f}, {'within' if holds else 'over'} the budget")
+        if holds:
+            low, best = middle, candidate
+        else:
+            high = middle
+    if best is None:
+        raise ValueError(f"no CETT from {high} on keeps the budget {vars(budget)}; tried {tried}")
+    about |= {"budget": vars(budget), "budget_tokens": dense.losses.numel(), "tried": tried}
+    return Tda(best.thresholds, best.cett, options, base, about)
+
+
+def _tried(cett: float, found: Quality, dense: Quality) -> dict[str, float]:
+    increase = found.perplexity / dense.perplexity - 1
+    if not math.isfinite(increase):
+        raise ValueError(f"perplexity is not finite at CETT {cett}: the model or the text is unusable")
+    density = sum(found.density) / len(found.density)
+    return {"cett": cett, "density": density, "perplexity_increase": increase, "agreement": found.agreement(dense)}
+
+
+def cut(ids: list[int], length: int, most: int) -> Tensor:
+    """Token ids in texts of one length, long `[at most `most`, length]`, evenly spread over the whole.
+
+    Raises:
+        ValueError: fewer tokens than one text.
+    """
+    whole = len(ids) // length
+    if whole == 0:
+        raise ValueError(f"{len(ids)} tokens of text, expected at least {length}: give a longer text")
+    count = min(whole, most)
+    return torch.tensor([ids[(i * whole // count) * length :][:length] for i in range(count)])
