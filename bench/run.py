@@ -99,6 +99,7 @@ def run(engine: Engine, questions: Sequence[Question], settings: Settings, progr
         "device": describe_device(engine.decoder.device),
         "threads": torch.get_num_threads(),
         "deterministic": engine.deterministic,
+        "verify": engine.verify,
         "versions": versions(),
     }
     early_exit = judged(engine, found, arms, questions, engine.tokenizer, sampling)

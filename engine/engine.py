@@ -312,14 +312,14 @@ class Engine:
         return LosslessReport(False, speculative, plain, first, margin)
 
     def memory(self, batch: int = 1, context: int | None = None) -> str:
-        """Sizes of the KV cache and of the heads' memories for a batch of a context, in words and factors."""
+        """Sizes of the KV cache, of the heads' memories and of kept neurons for a batch of a context, in words and
+        factors."""
         config = self.decoder.config
         wanted = config.max_context if context is None else context
         cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
         memories = self.memory_plans(self.policy, batch, wanted)
-        return "; ".join(
-            [cache.arithmetic(), *(f"memory of the head at {e}: {plan.arithmetic()}" for e, plan in memories.items())]
-        )
+        parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
+        return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch)])
 
     def memory_plans(self, policy: DraftPolicy, batch: int, context: int) -> dict[int, MemoryPlan]:
         """Sizes of the memories that a policy needs, by exit layer of the stateful heads that it asks."""

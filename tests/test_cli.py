@@ -391,3 +391,41 @@ def test_calibrate_writes_a_set_with_pictures(
     assert again.exit_code == 0 and f"Stored in {out}" in again.stdout.replace("\n", "")
     missing = run("calibrate", *common, heads=str(tmp_path / "nowhere"))
     assert missing.exit_code == 2 and "no head set at" in missing.stderr
+
+
+def test_thresholds_are_found_and_used(run: Run, engine: Engine, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "tda"
+    text.write_text("a stone skips over the water and the rain falls on the stones. " * 60)
+    done = run("calibrate", "--sparsity", "tda", "--text", str(text), "--out", str(out), "--density", "0.5", "--json")
+    found = strict_json(done.stdout)
+    assert done.exit_code == 0 and found["folder"] == str(out) and len(found["thresholds"]) == 4
+    where = ["--verify", "tda", "--sparsity", str(out)]
+    prompt = "the rain falls on the stones and a stone skips over the water " * 3
+    answers = [
+        strict_json(run("generate", prompt, "--max-new-tokens", "12", "--json", *where, *more).stdout)
+        for more in ([], ["--no-speculation"], ["--always-speculate"])
+    ]
+    assert {answer["verify"] for answer in answers} == {"tda"}
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
+    done = run("bench", "--limit", "1", "--max-new-tokens", "6", "--repeats", "1", "--arms", "always", "--json", *where)
+    assert done.exit_code == 0 and strict_json(done.stdout)["verify"] == "tda"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["calibrate"], "--prompts is missing"),
+        (["calibrate", "--sparsity", "teal"], "expected 'tda'"),
+        (["calibrate", "--sparsity", "tda"], "reads --text and writes --out"),
+        (["calibrate", "--prompts", "p.jsonl", "--cett", "0.1"], "need --sparsity tda"),
+        (
+            ["calibrate", "--sparsity", "tda", "--text", "t", "--out", "o", "--cett", "0.1", "--density", "0.5"],
+            "at most one",
+        ),
+        (["generate", "x", "--verify", "tda"], "needs thresholds"),
+        (["bench", "--profile", "--verify", "tda"], "--profile"),
+    ],
+)
+def test_sparsity_that_makes_no_sense_is_refused(run: Run, args: list[str], words: str) -> None:
+    done = run(*args)
+    assert done.exit_code == 2 and words in done.stderr

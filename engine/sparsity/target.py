@@ -88,6 +88,17 @@ class SparseTarget:
         at = self.next_refresh(row.work.sequence)
         return row if at is None else replace(row, max_depth=min(row.max_depth, at - 1 - row.work.base))
 
+    def arithmetic(self, batch: int) -> str:
+        """The most that kept neurons take, in words and factors: every sequence has copies of the weights it reads."""
+        config, itemsize = self.decoder.config, self.decoder.dtype.itemsize
+        layers = config.num_layers - self.selection.options.first_dense
+        matrices = 3 if config.gated_mlp else 2
+        size = batch * layers * matrices * config.hidden_size * config.intermediate_size * itemsize
+        return (
+            f"kept neurons at most {batch} sequences x {layers} layers x {matrices} x {config.hidden_size} x "
+            f"{config.intermediate_size} x {itemsize} bytes = {size / 2**20:.1f} MiB"
+        )
+
     def density(self, sequence: int) -> list[float]:
         """Kept share of each layer's neurons in a sequence that was read."""
         size, kept = self.decoder.config.intermediate_size, self.kept(self._watches[sequence])

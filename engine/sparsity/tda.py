@@ -4,7 +4,8 @@ Offline, each layer's threshold is the largest at which dropping, token by token
 output by no more than a target on calibration text: CETT(eps) = mean over tokens of ||sum of the dropped neurons'
 outputs|| / ||MLP(x)||. Online, a sequence keeps the neurons whose output norm's root mean square over the prompt's
 tokens is above the threshold; a mean, so that a prompt's length does not change the density. The papers' exact formulas
-are not public; these are this project's.
+are not public; these are this project's. Thresholds that keep the same share of every layer on the calibration text are
+the other way to spread a budget over the layers; docs/sparsity.md has both measured.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save as serialise_safetensors
@@ -28,6 +29,7 @@ from .neurons import dense_weight, down_norms
 from .quality import Quality, measure_quality
 from .selection import MaskOptions
 
+Allocation = Literal["cett", "density"]
 FORMAT_VERSION = 1
 CONFIG, THRESHOLDS = "config.json", "thresholds.safetensors"
 LEVELS = 32  # quantiles of neuron output norms at which CETT is measured
@@ -41,14 +43,15 @@ class Tda:
 
     Args:
         thresholds: of neuron output norms, one a layer, fp32 `[L]`.
-        cett: the target they were found for.
+        cett, density: the target they were found for, one of them: of every layer's CETT, or of its kept share.
         options: when neurons are skipped.
         base: the model, or None where it has no name (then it cannot be saved).
         calibration: how they were found, for people: JSON types.
     """
 
     thresholds: Tensor
-    cett: float
+    cett: float | None = None
+    density: float | None = None
     options: MaskOptions = MaskOptions()
     base: BaseIdentity | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -57,8 +60,11 @@ class Tda:
     def __post_init__(self) -> None:
         if self.thresholds.ndim != 1 or not bool((self.thresholds >= 0).all()):
             raise ValueError(f"thresholds are {self.thresholds}, expected one number of at least 0 for each layer")
-        if not 0 < self.cett < 1:
-            raise ValueError(f"cett is {self.cett}, expected a number between 0 and 1")
+        if (self.cett is None) == (self.density is None):
+            raise ValueError(f"cett is {self.cett} and density is {self.density}: expected one of them")
+        for name, value in (("cett", self.cett), ("density", self.density)):
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} is {value}, expected a number between 0 and 1")
 
     @property
     def num_layers(self) -> int | None:
@@ -87,6 +93,7 @@ class Tda:
             "method": self.name,
             "num_layers": len(self.thresholds),
             "cett": self.cett,
+            "density": self.density,
             "options": asdict(self.options),
             "calibration": dict(self.calibration),
         }
@@ -137,15 +144,18 @@ class Tda:
 class CettCurves:
     """An `mlp` of `Decoder.encode` that measures CETT of each layer at quantiles of its neurons' output norms.
 
+    Args:
+        num_texts: of one length, in the pass.
+
     Attributes:
         curves: by layer, thresholds and CETT there, `[LEVELS + 1]` each, from (0, 0) on.
-        strengths: by layer, the neurons' root mean square output norms `[F]`, for a fixed pruning.
+        strengths: by layer, root mean square output norms over each text's tokens, `[B, F]`.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, num_texts: int) -> None:
         self.curves: list[tuple[Tensor, Tensor]] = []
         self.strengths: list[Tensor] = []
-        self._decoder, self._norms = decoder, down_norms(decoder)
+        self._decoder, self._norms, self._num_texts = decoder, down_norms(decoder), num_texts
 
     def __call__(self, layer: int, normed: Tensor) -> Tensor:
         own, decoder = self._decoder.layers[layer], self._decoder
@@ -162,12 +172,21 @@ class CettCurves:
         ]
         zero = thresholds.new_zeros(1)
         self.curves.append((torch.cat([zero, thresholds]), torch.cat([zero, torch.stack(values)])))
-        self.strengths.append(norms.square().mean(0).sqrt())
+        self.strengths.append(norms.view(self._num_texts, -1, norms.shape[-1]).square().mean(1).sqrt())
         return out
 
     def thresholds(self, cett: float) -> Tensor:
         """`[L]`: of each layer the largest threshold with CETT <= `cett`, on straight lines between the levels."""
         return torch.tensor([_largest(eps, values, cett) for eps, values in self.curves])
+
+    def thresholds_for_density(self, density: float) -> Tensor:
+        """`[L]`: of each layer the threshold that `density` of its neurons exceed, over all calibration texts."""
+        dropped = [strengths.flatten().sort().values for strengths in self.strengths]
+        return torch.stack([ordered[round((1 - density) * (len(ordered) - 1))] for ordered in dropped])
+
+    def fixed_strengths(self) -> Tensor:
+        """`[L, F]`, over all texts: what a fixed pruning ranks by."""
+        return torch.stack([strengths.square().mean(0).sqrt() for strengths in self.strengths])
 
 
 def _largest(thresholds: Tensor, values: Tensor, target: float) -> float:
@@ -208,7 +227,7 @@ class Budget:
 @torch.inference_mode()
 def measure_curves(decoder: Decoder, texts: Tensor) -> CettCurves:
     """CETT of every layer on calibration texts, long `[B, T]`, all in one pass."""
-    found = CettCurves(decoder)
+    found = CettCurves(decoder, len(texts))
     decoder.encode(texts, [decoder.config.num_layers], found)
     return found
 
@@ -217,9 +236,11 @@ def calibrate_tda(
     decoder: Decoder,
     texts: Tensor,
     *,
-    cett: float = DEFAULT_CETT,
+    cett: float | None = None,
+    density: float | None = None,
     budget: Budget | None = None,
     budget_texts: Tensor | None = None,
+    allocation: Allocation = "cett",
     options: MaskOptions = MaskOptions(),  # noqa: B008 (frozen)
     base: BaseIdentity | None = None,
     on_step: Callable[[str], None] = lambda note: None,
@@ -228,19 +249,27 @@ def calibrate_tda(
 
     Args:
         texts: calibration text, token ids long `[B, T]`.
-        cett: the target, where there is no budget.
-        budget: find the largest CETT within it by bisection instead, measured on `budget_texts`, whose first halves
-            are the prompts.
+        cett, density: the target, where there is no budget; CETT `DEFAULT_CETT` where none is given.
+        budget: find the largest CETT (the least density) within it by bisection instead, measured on `budget_texts`,
+            whose first halves are the prompts.
+        allocation: what is the same in all layers under a budget.
         on_step: told what was done.
 
     Raises:
-        ValueError: a budget without texts, or one that not even the smallest CETT tried keeps.
+        ValueError: several targets, a budget without texts, or one that not even the smallest CETT tried keeps.
     """
+    if sum(target is not None for target in (cett, density, budget)) > 1:
+        raise ValueError(f"cett is {cett}, density is {density}, budget is {budget}: expected one of them")
+    if allocation not in get_args(Allocation):
+        raise ValueError(f"allocation is {allocation!r}, expected one of {get_args(Allocation)}")
     curves = measure_curves(decoder, texts)
     on_step(f"measured CETT on {texts.numel():,} tokens")
     about: dict[str, Any] = {"num_tokens": texts.numel()}
+    if density is not None:
+        return Tda(curves.thresholds_for_density(density), None, density, options, base, about)
     if budget is None:
-        return Tda(curves.thresholds(cett), cett, options, base, about)
+        cett = DEFAULT_CETT if cett is None else cett
+        return Tda(curves.thresholds(cett), cett, None, options, base, about)
     if budget_texts is None:
         raise ValueError("a budget needs texts to measure it on: give budget_texts")
     half = budget_texts.shape[1] // 2
@@ -248,27 +277,39 @@ def calibrate_tda(
     low, high, tried, best = 0.0, 1.0, [], None
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        candidate = Tda(curves.thresholds(middle), middle, options)
+        if allocation == "cett":
+            candidate = Tda(curves.thresholds(middle), middle, None, options)
+        else:
+            candidate = Tda(curves.thresholds_for_density(1 - middle), None, 1 - middle, options)
         found = measure_quality(decoder, budget_texts, half, candidate)
         holds = budget.holds(found, dense)
-        tried.append(_tried(middle, found, dense))
-        on_step(f"CETT {middle:.4f}: density {tried[-1]['density']:.3f}, {'within' if holds else 'over'} the budget")
+        tried.append(_tried(candidate, found, dense))
+        on_step(f"{_shown(tried[-1])}, {'within' if holds else 'over'} the budget")
         if holds:
             low, best = middle, candidate
         else:
             high = middle
     if best is None:
-        raise ValueError(f"no CETT from {high} on keeps the budget {vars(budget)}; tried {tried}")
+        raise ValueError(f"nothing that was tried keeps the budget {vars(budget)}: {'; '.join(map(_shown, tried))}")
     about |= {"budget": vars(budget), "budget_tokens": dense.losses.numel(), "tried": tried}
-    return Tda(best.thresholds, best.cett, options, base, about)
+    return replace(best, base=base, calibration=about)
 
 
-def _tried(cett: float, found: Quality, dense: Quality) -> dict[str, float]:
+def _tried(tda: Tda, found: Quality, dense: Quality) -> dict[str, float | None]:
     increase = found.perplexity / dense.perplexity - 1
     if not math.isfinite(increase):
-        raise ValueError(f"perplexity is not finite at CETT {cett}: the model or the text is unusable")
-    density = sum(found.density) / len(found.density)
-    return {"cett": cett, "density": density, "perplexity_increase": increase, "agreement": found.agreement(dense)}
+        raise ValueError(f"perplexity is {found.perplexity} and {dense.perplexity}: the model or the text is unusable")
+    return {
+        "cett": tda.cett,
+        "target_density": tda.density,
+        "density": sum(found.density) / len(found.density),
+        "perplexity_increase": increase,
+        "agreement": found.agreement(dense),
+    }
+
+
+def _shown(tried: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in tried.items() if value is not None)
 
 
 def cut(ids: list[int], length: int, most: int) -> Tensor:

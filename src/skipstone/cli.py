@@ -47,6 +47,10 @@ Heads = Annotated[
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
 Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, or flash (flash-attn, a GPU, bf16 or fp16).")]
+Verify = Annotated[
+    str, typer.Option(help="The target model: dense, or tda: each sequence skips neurons by its prompt (lossy, CPU).")
+]
+Sparsity = Annotated[Path | None, typer.Option(help="Of --verify tda: a folder of calibrate --sparsity tda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="0 is off.")]
@@ -156,6 +160,8 @@ def generate(
     dtype: Dtype = "bf16",
     device: Device = None,
     prefill: Prefill = "sdpa",
+    verify: Verify = "dense",
+    sparsity: Sparsity = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -189,7 +195,7 @@ def generate(
         raise ValueError("--system needs --chat: only a chat template has a place for it")
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
-    engine = _load(model, heads, dtype, device, prefill, exit_layer)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     messages = [{"role": "system", "content": system}] if system is not None else []
     given: Any = text
@@ -212,6 +218,8 @@ def chat(
     dtype: Dtype = "bf16",
     device: Device = None,
     prefill: Prefill = "sdpa",
+    verify: Verify = "dense",
+    sparsity: Sparsity = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -237,7 +245,7 @@ def chat(
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
     sampling = _sampling(locals())
-    engine = _load(model, heads, dtype, device, prefill, exit_layer)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     start = [{"role": "system", "content": system}] if system is not None else []
     messages, failed = list(start), False
@@ -333,7 +341,9 @@ def doctor(
 
 @command
 def calibrate(
-    prompts: Annotated[Path, typer.Option(help="JSON lines with 'prompt' or Spec-Bench's 'turns', .gz too.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Of heads: JSON lines with 'prompt' or Spec-Bench's 'turns', .gz too.")
+    ] = None,
     model: Model = DEFAULT_MODEL,
     heads: Annotated[str, typer.Option(help="A head set's folder, or 'default' (the shipped set).")] = "default",
     out: Annotated[
@@ -348,11 +358,48 @@ def calibrate(
     ] = None,
     accuracy: Annotated[float, typer.Option(help="Gates while measuring, 0.60 to 0.99.")] = 0.75,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts decoded side by side.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="tda: find thresholds for --verify tda instead, on --text, into --out.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Of --sparsity: a plain text file, wikitext-2 for one.")] = None,
+    cett: Annotated[
+        float | None,
+        typer.Option(help="Of --sparsity: relative change of an MLP's output that dropping may make; 0.2."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Of --sparsity: kept share of neurons, in every layer.")] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Of --sparsity: find the target within this budget, 0.03 for 3 %.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Of --sparsity: likewise, share of greedy tokens that stay the whole model's.")
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="Of a budget: what is the same in all layers, cett or density.")
+    ] = "cett",
+    first_dense: Annotated[int, typer.Option(help="Of --sparsity: layers at the bottom that keep all neurons.")] = 1,
+    min_tokens: Annotated[int, typer.Option(help="Of --sparsity: shorter prompts stay dense.")] = 16,
+    refresh: Annotated[int, typer.Option(help="Of --sparsity: tokens after which masks are read again; 0: never.")] = 0,
     dtype: Dtype = "bf16",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure exit heads on drafted prefixes of held-out prompts and store the gates that follow."""
+    """Measure exit heads on drafted prefixes of held-out prompts and store the gates that follow; or, with --sparsity,
+    the thresholds below which neurons are skipped."""
+    if sparsity is not None:
+        if sparsity != "tda":
+            raise ValueError(f"--sparsity is {sparsity!r}, expected 'tda'")
+        if text is None or out is None or prompts is not None:
+            raise ValueError("--sparsity tda reads --text and writes --out; --prompts is of heads")
+        targets = {
+            "cett": cett, "density": density, "perplexity": max_perplexity_increase, "agreement": min_agreement,
+        }  # fmt: skip
+        masks = {"first_dense": first_dense, "min_tokens": min_tokens, "refresh": refresh}
+        _calibrate_tda(model, text, out, targets, allocation, masks, dtype, device, as_json)
+        return
+    if prompts is None:
+        raise ValueError("--prompts is missing: held-out prompts to calibrate heads on (or give --sparsity tda)")
+    if any(given is not None for given in (text, cett, density, max_perplexity_increase, min_agreement)):
+        raise ValueError("--text, --cett, --density and budgets need --sparsity tda")
     from .bench.tables import print_calibration
     from .train.plots import plot_calibration, require_matplotlib
     from .train.recalibrate import Settings, recalibrate
@@ -373,6 +420,40 @@ def calibrate(
         print_json(summary)
     else:
         print_calibration(summary)
+
+
+def _calibrate_tda(
+    model: str,
+    text: Path,
+    out: Path,
+    targets: dict[str, float | None],
+    allocation: str,
+    masks: dict[str, int],
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"targets {given} were given, expected at most one of --cett, --density and the two budgets")
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device is {device!r}: thresholds are found on the CPU for now")
+    from .engine.sparsity.recipe import Recipe, follow
+    from .engine.sparsity.selection import MaskOptions
+    from .engine.sparsity.tda import Budget
+
+    budget = Budget(**given) if given.keys() & {"perplexity", "agreement"} else None
+    recipe = Recipe(
+        model, text, out, cett=given.get("cett"), density=given.get("density"), budget=budget,
+        allocation=allocation, options=MaskOptions(**masks),  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = follow(recipe, _dtype(dtype), note)
+    if as_json:
+        print_json(found)
+        return
+    target = f"CETT {found['cett']:.4f}" if found["cett"] is not None else f"density {found['density']:.4f}"
+    print(f"{found['folder']}: thresholds of {len(found['thresholds'])} layers, {target}")
+    print(f"use: skipstone generate --verify tda --sparsity {shlex.quote(str(out))} ...")
 
 
 @app.command(
@@ -422,6 +503,8 @@ def bench(
     dtype: Dtype = "bf16",
     device: Device = None,
     prefill: Prefill = "sdpa",
+    verify: Verify = "dense",
+    sparsity: Sparsity = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -435,11 +518,13 @@ def bench(
 
         torch.set_num_threads(threads)
     if profile:
+        if verify != "dense":
+            raise ValueError(f"--profile times the whole model's steps, and --verify is {verify!r}: leave one out")
         _profile(_load(model, heads, dtype, device, prefill), context, out, as_json)
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
-    engine = _load(model, heads, dtype, device, prefill)
+    engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
 
@@ -484,14 +569,25 @@ def _profile(engine: Engine, context: int, out: Path | None, as_json: bool) -> N
         print_profile(found)
 
 
-def _load(model: str, heads: str, dtype: str, device: str | None, prefill: str, bare_exit: int | None = None) -> Engine:
+def _load(
+    model: str,
+    heads: str,
+    dtype: str,
+    device: str | None,
+    prefill: str,
+    bare_exit: int | None = None,
+    verify: str = "dense",
+    sparsity: Path | None = None,
+) -> Engine:
     """The engine; says on stderr why it will not speculate, if so."""
     from .engine.load import load
 
     if heads == "bare" and bare_exit is None:
         raise ValueError("--heads bare needs --exit: which layer's hidden state to read")
     wanted = None if heads in ("none", "bare") else heads
-    engine = load(model, heads=wanted, dtype=_dtype(dtype), device=device, prefill=prefill)
+    engine = load(
+        model, heads=wanted, dtype=_dtype(dtype), device=device, prefill=prefill, verify=verify, sparsity=sparsity
+    )
     if heads == "bare" and bare_exit is not None:
         from .bench.arms import with_bare_heads
 
@@ -658,6 +754,7 @@ def _answer(engine: Engine, out: Generation, drafting: dict[str, Any], interrupt
         "schema_version": 1,
         "model": engine.model_id,
         "mode": out.mode,
+        "verify": out.verify,
         "text": out.text,
         "token_ids": out.token_ids,
         "prompt_ids": out.prompt_ids,

@@ -46,7 +46,7 @@ def sparse(monkeypatch):
         if selection is None:
             with torch.inference_mode():
                 curves = measure_curves(decoder, torch.tensor([given[1][:20], given[0][:20]]))
-            selection = Tda(curves.thresholds(0.3), 0.3, options)
+            selection = Tda(curves.thresholds(0.3), cett=0.3, options=options)
         engine.sparse = SparseTarget(decoder, selection)
         return given
 
@@ -243,7 +243,7 @@ def test_a_refresh_that_depends_on_rounds_is_caught(bug, engine_of, planned, spa
 
 def test_keeping_the_next_strongest():
     """Rounded up, ties to the lowest neuron, at least one step, at most all; neurons that were NaN are kept."""
-    tda = Tda(torch.tensor([2.0]), 0.2, MaskOptions(round_to=4))
+    tda = Tda(torch.tensor([2.0]), cett=0.2, options=MaskOptions(round_to=4))
     norms = torch.ones(10)
     strengths = torch.tensor([3.0, 1, 1, 0, 0, 9, 1, 0, 0, torch.nan])
     assert keep(tda, 0, strengths.square(), 1, norms).tolist() == [0, 1, 5, 9]

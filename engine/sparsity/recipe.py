@@ -1,0 +1,86 @@
+"""From a text file to a folder of thresholds: what `skipstone calibrate --sparsity tda` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..load import identity
+from ..model import Decoder
+from ..pretrained import load_pretrained
+from .selection import MaskOptions
+from .tda import Allocation, Budget, Tda, calibrate_tda, cut
+
+TEXT_LENGTH = 256  # tokens of a calibration text; under a budget the first half of a text is its prompt
+CALIBRATION_TEXTS, BUDGET_TEXTS = 8, 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to calibrate.
+
+    Args:
+        model: as `skipstone.load` takes it.
+        text: a plain text file; thresholds are found on its first half, a budget is measured on its second.
+        out: the folder to write; must not exist.
+        cett, density, budget: the target, at most one; see `calibrate_tda`.
+        allocation: what is the same in all layers under a budget.
+        options: when neurons are skipped.
+    """
+
+    model: str
+    text: Path
+    out: Path
+    cett: float | None = None
+    density: float | None = None
+    budget: Budget | None = None
+    allocation: Allocation = "cett"
+    options: MaskOptions = field(default_factory=MaskOptions)
+
+
+def follow(recipe: Recipe, dtype: torch.dtype, on_step: Callable[[str], None] = lambda note: None) -> dict[str, Any]:
+    """Calibrate and write the folder.
+
+    Returns:
+        What was found, in JSON types.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: the text is too short or the target cannot be kept.
+    """
+    if recipe.out.exists():
+        raise FileExistsError(f"{recipe.out} exists; choose another folder")
+    text = recipe.text.read_text(encoding="utf-8")
+    pretrained = load_pretrained(recipe.model, dtype)
+    decoder = Decoder(pretrained.config, pretrained.weights, dtype)
+    ids = pretrained.tokenizer.encode(text)
+    half = len(ids) // 2
+    found = calibrate_tda(
+        decoder,
+        cut(ids[:half], TEXT_LENGTH, CALIBRATION_TEXTS),
+        cett=recipe.cett,
+        density=recipe.density,
+        budget=recipe.budget,
+        budget_texts=None if recipe.budget is None else cut(ids[half:], TEXT_LENGTH, BUDGET_TEXTS),
+        allocation=recipe.allocation,
+        options=recipe.options,
+        base=identity(pretrained),
+        on_step=on_step,
+    )
+    found.save(recipe.out)
+    return {"folder": str(recipe.out), "model": recipe.model, **summary(found)}
+
+
+def summary(tda: Tda) -> dict[str, Any]:
+    """Thresholds in JSON types."""
+    return {
+        "cett": tda.cett,
+        "density": tda.density,
+        "options": vars(tda.options),
+        "thresholds": [float(threshold) for threshold in tda.thresholds],
+        "calibration": dict(tda.calibration),
+    }
