@@ -18,6 +18,7 @@ from ..draft import DraftRow
 from ..model import Decoder
 from ..tree import MAX_NODES
 from .neurons import ReducedMlp, down_norms
+from .rows import least_rows
 from .selection import Selection, keep
 
 
@@ -46,7 +47,7 @@ class SparseTarget:
 
     Args:
         deterministic: measure how many rows each shape of a reduced projection needs beside a row for equal bits
-            (`PackedLinear.find_least_rows`), once a shape.
+            (`rows.least_rows`), once a shape.
 
     Raises:
         ValueError: more dense layers than the model has, or a model on a GPU.
@@ -114,13 +115,7 @@ class SparseTarget:
     def _least_rows(self, projection: PackedLinear) -> int:
         shape = projection.out_features, projection.in_features
         if shape not in self._least:
-            if not projection.find_least_rows(MAX_NODES):
-                raise RuntimeError(
-                    f"rows of a projection {shape[1]} -> {shape[0]} differ in their bits by their place on this "
-                    "machine: skipping neurons would not be lossless. Load with verify='dense', or with "
-                    "deterministic=False and accept near-ties"
-                )
-            self._least[shape] = projection.least_rows
+            self._least[shape] = least_rows(projection, MAX_NODES)
         return self._least[shape]
 
 

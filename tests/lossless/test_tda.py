@@ -17,7 +17,6 @@ from skipstone.engine.sparsity.neurons import ReducedMlp
 from skipstone.engine.sparsity.selection import Griffin, MaskOptions, keep
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda, measure_curves
-from skipstone.kernels import linear
 
 LENGTHS = (23, 61, 3)  # the third is shorter than a mask's least prompt
 NEW = 14
@@ -36,11 +35,10 @@ def prompts(vocab_size, lengths=LENGTHS):
 
 
 @pytest.fixture
-def sparse(monkeypatch):
+def sparse():
     """`sparse(engine, options)` -> prompts, whose masks differ; the engine skips by TDA from then on."""
 
     def build(engine, options=ONCE, selection=None):
-        monkeypatch.setattr(linear, "OUTPUTS_COMPARED", 20_000)  # many shapes, all of them tiny
         decoder = engine.decoder
         given = prompts(decoder.config.vocab_size)
         if selection is None:
