@@ -55,6 +55,7 @@ sizes = [sum(getattr(layers[i], name).weight.numel() for name in MATRICES) for i
 layers[0]
 kept = [sum(p.to_local().numel() for p in part.parameters()) for part in layers._parts[1:]]
 assert all(abs(own * 2 - size) <= size // 10 for own, size in zip(kept, sizes[1:], strict=True)), (kept, sizes)
+torch.distributed.destroy_process_group()  # gloo's threads must end before the interpreter does, or they abort it
 """
 
 
