@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,6 +334,23 @@ def planned() -> Callable[..., PlannedHeads]:
 
 
 _STATEFUL = {"recurrent": (0, {"taps": (2, 4)}), "block": (2, {})}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Triton's interpreter asserts after every integer operation that it did not overflow, a third of an engine test's
+    time: only `tests/kernels` pays for it, whose shapes reach further."""
+    from skipstone.kernels import tile
+
+    if tile.triton is None or "kernels" in request.path.parts:
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    kept = builder.options
+    builder.options = dataclasses.replace(kept, sanitize_overflow=False)
+    yield
+    builder.options = kept
 
 
 @functools.cache
