@@ -138,11 +138,12 @@ def bare_heads(config: ModelConfig, exits: Sequence[int]) -> HeadSet:
 
 
 def with_bare_heads(engine: Engine, exits: Sequence[int]) -> Engine:
-    """A second engine over the same weights whose heads are bare exits."""
+    """A second engine over the same weights, and the same target model, whose heads are bare exits."""
     heads = bare_heads(engine.decoder.config, exits)
     return Engine(
         engine.decoder, engine.tokenizer, heads, deterministic=engine.deterministic, model_id=engine.model_id,
         prefill="sdpa" if engine.flash is None else "flash",
+        sparsity=engine.teal if engine.sparse is None else engine.sparse.selection, draft=engine.teal_draft,
     )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ def run(engine: Engine, questions: Sequence[Question], settings: Settings, progr
         "threads": torch.get_num_threads(),
         "deterministic": engine.deterministic,
         "verify": engine.verify,
+        "draft": engine.draft,
         "versions": versions(),
     }
     early_exit = judged(engine, found, arms, questions, engine.tokenizer, sampling)

@@ -33,6 +33,7 @@ from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
 from .sparsity.target import SparseTarget
+from .sparsity.teal import TealLevel
 from .statistics import Statistics, StatisticsRecorder
 from .stopping import Emission, FinishReason, StopChecker
 from .tokenizer import Tokenizer
@@ -61,7 +62,8 @@ class Generation:
         prompt_ids: the prompt as the model saw it.
         error: why, when finish_reason is "error".
         mode: "lossless", or "early_exit", whose text need not be the full model's.
-        verify: the target model that `mode` speaks of: "dense", or the name of what skips its neurons ("tda").
+        verify: the target model that `mode` speaks of: "dense", or the name of what skips its neurons ("tda") or drops
+            its rows' inputs ("teal 0.5").
     """
 
     text: str
@@ -116,11 +118,14 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn.
-        sparsity: skips neurons of each sequence by its prompt: the target model of plain and speculative decoding is
-            then that one. None: the whole model.
+        sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
+            prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
+        draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
+            output does not change. None: drafts run the target's own layers, and verification goes on from there.
 
     Raises:
-        ValueError: flash-attn or sparsity was asked for and does not take this model here; the message says what to do.
+        ValueError: flash-attn, sparsity or draft was asked for and does not take this model, or these heads, here; the
+            message says what to do.
 
     Attributes:
         warning: why the engine does not speculate, if it does not.
@@ -140,7 +145,8 @@ class Engine:
         model_id: str = "",
         fused: bool | None = None,
         prefill: str = "sdpa",
-        sparsity: Selection | None = None,
+        sparsity: Selection | TealLevel | None = None,
+        draft: TealLevel | None = None,
     ) -> None:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
@@ -162,7 +168,10 @@ class Engine:
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
                 )
                 heads.attach(projection)
-            self.sparse = None if sparsity is None else SparseTarget(decoder, sparsity, deterministic)
+            self.sparse: SparseTarget | None = None
+            if sparsity is not None and not isinstance(sparsity, TealLevel):
+                self.sparse = SparseTarget(decoder, sparsity, deterministic)
+            self.drop_inputs(sparsity if isinstance(sparsity, TealLevel) else None, draft)
         self.policy = PLAIN
         if heads is not None and self.warning is None:
             self.policy = _default_policy(heads, self.fused is not None)
@@ -194,8 +203,49 @@ class Engine:
 
     @property
     def verify(self) -> str:
-        """The target model: "dense", or what skips its neurons."""
+        """The target model: "dense", or what skips its neurons or drops inputs ("tda", "teal 0.5")."""
+        if self.teal is not None:
+            return self.teal.name
         return "dense" if self.sparse is None else self.sparse.selection.name
+
+    @property
+    def target(self) -> Decoder:
+        """The model that runs every row behind a prompt."""
+        return self._teal_target or self.decoder
+
+    @property
+    def draft(self) -> str:
+        """What runs the layers before an exit: the target, "dense" for one, or "teal 0.5"."""
+        return self.verify if self.teal_draft is None else self.teal_draft.name
+
+    def drop_inputs(self, verify: TealLevel | None = None, draft: TealLevel | None = None) -> None:
+        """Set which rows drop small inputs from now on: all (`verify`), those that draft (`draft`), or none.
+
+        Raises:
+            ValueError: both, a model on a GPU, thresholds of another model, or heads whose drafts run no layers.
+            NotDeterministic: a row's sums over its kept channels depend on other rows on this machine.
+        """
+        decoder = self.decoder
+        if (verify or draft) is not None and decoder.device.type != "cpu":
+            raise ValueError(
+                f"inputs are dropped on the CPU only, and the model is on {decoder.device}: the kernels for it are not "
+                "part of a step yet. Load with device='cpu', or without 'teal'"
+            )
+        if verify is not None and self.sparse is not None:
+            raise ValueError(f"the target model is {self.verify!r} already: load with verify='teal' instead")
+        if verify is not None and draft is not None:
+            raise ValueError("verify='teal' drafts by its own thresholds already: leave draft='teal' out")
+        deepest = 0 if self.heads is None else max(self.heads.exits)
+        if draft is not None and self.heads is not None and deepest == 0:
+            raise ValueError(
+                "draft='teal' thins out the layers before an exit, and these heads draft from their own state (exit 0)"
+                ": load with heads='adapter', or with a set of heads at exits above 0"
+            )
+        target = None if verify is None else verify.decoder(decoder, skip=True)
+        if target is not None and self.deterministic:
+            target.check_rows()
+        drafter = None if draft is None else draft.decoder(decoder, num_layers=deepest, skip=True)
+        self.teal, self.teal_draft, self._teal_target, self._teal_drafter = verify, draft, target, drafter
 
     def generate(
         self,
@@ -319,6 +369,8 @@ class Engine:
         cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
         memories = self.memory_plans(self.policy, batch, wanted)
         parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
+        thinned = self._teal_target or self._teal_drafter
+        parts += [] if thinned is None else [thinned.arithmetic()]
         return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch)])
 
     def memory_plans(self, policy: DraftPolicy, batch: int, context: int) -> dict[int, MemoryPlan]:
@@ -369,7 +421,7 @@ class Engine:
             for request in requests:
                 request.statistics.record_fallback("out of memory")
         on = Machinery(
-            self.decoder,
+            self.target,
             cache,
             self.tiles,
             {} if self.heads is None else self.heads.heads,
@@ -378,10 +430,13 @@ class Engine:
             memories,
             self.flash,
             self.sparse,
+            self.decoder,
+            self._teal_drafter if any(chosen.exits) else None,
         )
         unfinished = [request for request in requests if not request.checker.finished]
         params = [request.sampler.params for request in unfinished]
-        if self.fused is None or self.observer is not None or not params or not all(map(samples_on_device, params)):
+        waits = self.observer is not None or on.drafter is not None or self.teal is not None
+        if self.fused is None or waits or not params or not all(map(samples_on_device, params)):
             return decode(on, unfinished, chosen, pace)
         while True:
             try:
@@ -440,6 +495,11 @@ class Engine:
             raise ValueError(
                 f"speculation is {speculation!r} in mode 'early_exit', which drafts and verifies nothing: leave it out"
             )
+        if self.teal_draft is not None:
+            raise ValueError(
+                "mode 'early_exit' verifies nothing, so there are no drafts for draft='teal' to thin out: load with "
+                "verify='teal', or without it"
+            )
         if policy is None:
             policy = calibrated_exits(self.heads, DEFAULT_ACCURACY if accuracy is None else accuracy)
         elif accuracy is not None:
@@ -453,8 +513,9 @@ class Engine:
                 "refresh=0, or decode in mode 'lossless'"
             )
         on = Machinery(
-            self.decoder, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse
-        )
+            self.target, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse,
+            reader=self.decoder,
+        )  # fmt: skip
         for request in requests:
             request.mode = "early_exit"
         return write(on, [request for request in requests if not request.checker.finished], policy)

@@ -74,6 +74,12 @@ class Working:
                 self.kept[0][first:last] = self.hidden[first:last]
             self.reached += [0] * (last - first)
 
+    def start_over(self, decoder: Decoder) -> None:
+        """Forget what layers made of the nodes: they stand at their embeddings again, and their keys and values will be
+        written anew before anything reads them."""
+        self.reached.clear()
+        self.embed_new(decoder)
+
 
 def advance(
     decoder: Decoder, cache: KVCache, work: Sequence[tuple[Working, Sequence[int]]], stop: int, tiles: RowTiles
@@ -158,10 +164,11 @@ def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[_Span]) -> Mlp |
     def mlp(layer: int, normed: Tensor) -> Tensor:
         if not any(layer in mlps for mlps in own):
             return decoder.mlp(layer, normed)
+        # All rows of the tile, also where only some need it: a decoder's projections may know rows by their place.
+        whole = normed if all(layer in mlps for mlps in own) else decoder.mlp(layer, normed)
         outs = []
         for span, mlps in zip(spans, own, strict=True):
-            rows = normed[span.rows]
-            outs.append(mlps[layer](rows) if layer in mlps else decoder.mlp(layer, rows))
+            outs.append(mlps[layer](normed[span.rows]) if layer in mlps else whole[span.rows])
         if len(normed) > spans[-1].rows.stop:
             outs.append(outs[-1][-1:].expand(len(normed) - spans[-1].rows.stop, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -15,6 +15,7 @@ from .engine import Engine
 from .model import Decoder
 from .pretrained import Pretrained, load_pretrained
 from .sparsity.tda import Tda
+from .sparsity.teal import Teal
 
 
 def load(
@@ -26,6 +27,9 @@ def load(
     deterministic: bool = True,
     verify: str = "dense",
     sparsity: str | os.PathLike[str] | Tda | None = None,
+    draft: str = "dense",
+    teal: str | os.PathLike[str] | Teal | None = None,
+    teal_level: float | None = None,
     prefill: str = "sdpa",
     revision: str | None = None,
     allow_base_mismatch: bool = False,
@@ -40,9 +44,14 @@ def load(
         dtype: of weights and matmuls: torch.bfloat16, float16 or float32.
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
-        verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt
-            (lossy against the whole model, lossless against its own plain decoding; on the CPU).
+        verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt; "teal"
+            drops every row's small inputs behind the prompt (both lossy against the whole model, lossless against their
+            own plain decoding; on the CPU).
         sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds.
+        draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on
+            from there; "teal" drops small inputs, and verification runs these layers again, so the output stays (CPU).
+        teal: of verify="teal" and draft="teal": a folder of `skipstone calibrate --sparsity teal`, or thresholds.
+        teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), or "flash" (flash-attn 2, 3 or 4, where it is
             installed, on a GPU and in half precision).
         revision: of a hub id.
@@ -53,12 +62,19 @@ def load(
     Raises:
         FileNotFoundError, ValueError: the model or the heads cannot be used; the message says what to do.
     """
-    if verify not in ("dense", "tda"):
-        raise ValueError(f"verify is {verify!r}, expected 'dense' or 'tda'")
+    if verify not in ("dense", "tda", "teal"):
+        raise ValueError(f"verify is {verify!r}, expected 'dense', 'tda' or 'teal'")
+    if draft not in ("dense", "teal"):
+        raise ValueError(f"draft is {draft!r}, expected 'dense' or 'teal'")
+    if ("teal" in (verify, draft)) != (teal is not None) or (teal is None and teal_level is not None):
+        raise ValueError(
+            f"verify is {verify!r}, draft is {draft!r}, teal is {teal!r}, teal_level is {teal_level}: 'teal' needs "
+            "thresholds (a folder that `skipstone calibrate --sparsity teal` wrote), and nothing else takes them"
+        )
     if (verify == "tda") != (sparsity is not None):
         raise ValueError(
             f"verify is {verify!r} and sparsity is {sparsity!r}: 'tda' needs thresholds (a folder that "
-            "`skipstone calibrate --sparsity tda` wrote), and 'dense' takes none"
+            "`skipstone calibrate --sparsity tda` wrote), and the others take none (teal=... is of 'teal')"
         )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
@@ -87,16 +103,24 @@ def load(
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
     tda = sparsity
     if tda is not None and not isinstance(tda, Tda):
-        if not Path(os.fspath(tda)).is_dir():
-            raise ArtefactError(
-                f"no thresholds at {os.fspath(tda)}: expected a folder that `skipstone calibrate --sparsity tda` wrote"
-            )
-        tda = Tda.load(os.fspath(tda), identity(pretrained), allow_base_mismatch)
+        tda = Tda.load(_folder(tda, "tda"), identity(pretrained), allow_base_mismatch)
+    if teal is not None and not isinstance(teal, Teal):
+        teal = Teal.load(_folder(teal, "teal"), identity(pretrained), allow_base_mismatch)
+    level = None if teal is None else teal.at(teal_level)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
     return Engine(
         decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id,
-        prefill=prefill, sparsity=tda,
+        prefill=prefill, sparsity=level if verify == "teal" else tda, draft=level if draft == "teal" else None,
     )  # fmt: skip
+
+
+def _folder(path: str | os.PathLike[str], method: str) -> str:
+    folder = os.fspath(path)
+    if not Path(folder).is_dir():
+        raise ArtefactError(
+            f"no thresholds at {folder}: expected a folder that `skipstone calibrate --sparsity {method}` wrote"
+        )
+    return folder
 
 
 def identity(pretrained: Pretrained) -> BaseIdentity:

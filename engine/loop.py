@@ -87,6 +87,8 @@ class Machinery:
     memories: Mapping[int, HeadMemory] = field(default_factory=dict)
     flash: FlashAttention | None = None  # reads prompts; None: torch's attention
     sparse: SparseTarget | None = None  # gives each sequence its own MLPs; None: the model is the target
+    reader: Decoder | None = None  # reads prompts; None: `decoder`, the target
+    drafter: Decoder | None = None  # runs the layers before an exit, and verification runs them again; None: `decoder`
 
     @property
     def kept_layers(self) -> list[int]:
@@ -179,13 +181,13 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
 def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tensor]], None] | None) -> None:
     """Read a request's tokens, all but the pending one, through the whole model, and give the sequence the MLPs that
     follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
-    sequence, ids = request.sequence, request.history.token_ids[:-1]
+    sequence, ids, reader = request.sequence, request.history.token_ids[:-1], on.reader or on.decoder
     layers = () if take is None else on.kept_layers
     if on.sparse is None:
-        prefill(on.decoder, on.cache, sequence, ids, layers, take, on.flash)
+        prefill(reader, on.cache, sequence, ids, layers, take, on.flash)
         return
     watch = on.sparse.watch(sequence, again=take is None)
-    prefill(on.decoder, on.cache, sequence, ids, layers, take, on.flash, watch.num_rows, watch)
+    prefill(reader, on.cache, sequence, ids, layers, take, on.flash, watch.num_rows, watch)
     on.cache.mlps[sequence] = on.sparse.mlps(watch)
 
 
@@ -200,7 +202,12 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
         if policy.beam:
             refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
         else:
-            refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+            drafter = on.drafter or on.decoder
+            refused = draft(drafter, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+        if on.drafter is not None:  # another model's rows: verification must not go on from them (design rule 5)
+            for request, work in zip(requests, works, strict=True):
+                request.statistics.num_row_layers += sum(work.reached)
+                work.start_over(on.decoder)
     logits = verify(on, works)
     if on.observer is not None:
         on.observer(on, works, logits)

@@ -171,20 +171,24 @@ class Decoder:
             exit layer -> `[B, T, D]` fp32.
         """
         batch, length = ids.shape
-        positions = torch.arange(length, device=ids.device).repeat(batch)
-
-        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.to(self.dtype).view(batch, length, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
-            config = self.config
-            window, cap = config.windows[index], config.attention_softcap
-            out = full_attention(q, k, v, config.attention_scale, window=window, softcap=cap)
-            return out.transpose(1, 2).reshape(batch * length, -1, config.head_dim)
-
+        positions, attend = self.whole_texts(batch, length)
         hidden, done, states = self.embed(ids.reshape(-1)), 0, {}
         for stop in sorted(set(at)):
             hidden, done = self.run_layers(hidden, done, stop, positions, attend, mlp=mlp), stop
             states[stop] = hidden.view(batch, length, -1)
         return states
+
+    def whole_texts(self, batch: int, length: int) -> tuple[Tensor, Attend]:
+        """Positions and causal attention of `batch` texts of `length` tokens each, as `run_layers` takes them."""
+        positions, config = torch.arange(length, device=self.device).repeat(batch), self.config
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.to(self.dtype).view(batch, length, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+            window, cap = config.windows[index], config.attention_softcap
+            out = full_attention(q, k, v, config.attention_scale, window=window, softcap=cap)
+            return out.transpose(1, 2).reshape(batch * length, -1, config.head_dim)
+
+        return positions, attend
 
     def rotary(self, positions: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         """cos and signed sin of each row, `[N, 1, rotary_dim]` fp32 for each distinct rope of the model.

@@ -411,13 +411,33 @@ def test_thresholds_are_found_and_used(run: Run, engine: Engine, tmp_path: Path)
     assert done.exit_code == 0 and strict_json(done.stdout)["verify"] == "tda"
 
 
+def test_inputs_are_dropped(run: Run, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "teal"
+    text.write_text("a stone skips over the water and the rain falls on the stones. " * 60)
+    where = ["--text", str(text), "--out", str(out), "--min-agreement", "0.01", "--allocation", "uniform"]
+    done = run("calibrate", "--sparsity", "teal", "--json", *where)
+    found = strict_json(done.stdout)
+    assert done.exit_code == 0 and found["folder"] == str(out) and found["default"] == 0.65
+    use = ["generate", "the rain falls on the stones", "--max-new-tokens", "12", "--json"]
+    plain = strict_json(run(*use, "--no-speculation").stdout)
+    drafted = strict_json(run(*use, "--always-speculate", "--draft", "teal", "--teal", str(out)).stdout)
+    assert (drafted["verify"], drafted["draft"]) == ("dense", "teal 0.65")
+    assert drafted["token_ids"] == plain["token_ids"] and drafted["stats"]["num_drafted"] > 0
+    where = ["--verify", "teal", "--teal", str(out), "--teal-level", "0.5"]
+    answers = [strict_json(run(*use, *where, more).stdout) for more in ("--no-speculation", "--always-speculate")]
+    assert answers[0]["verify"] == "teal 0.5" and answers[0]["token_ids"] == answers[1]["token_ids"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["calibrate"], "--prompts is missing"),
-        (["calibrate", "--sparsity", "teal"], "expected 'tda'"),
+        (["calibrate", "--sparsity", "cats"], "expected 'tda' or 'teal'"),
+        (["calibrate", "--sparsity", "teal"], "--sparsity teal reads --text and writes --out"),
+        (["calibrate", "--sparsity", "teal", "--text", "t", "--out", "o", "--cett", "0.1"], "at most one budget"),
+        (["generate", "x", "--draft", "teal"], "'teal' needs thresholds"),
         (["calibrate", "--sparsity", "tda"], "reads --text and writes --out"),
-        (["calibrate", "--prompts", "p.jsonl", "--cett", "0.1"], "need --sparsity tda"),
+        (["calibrate", "--prompts", "p.jsonl", "--cett", "0.1"], "need --sparsity"),
         (
             ["calibrate", "--sparsity", "tda", "--text", "t", "--out", "o", "--cett", "0.1", "--density", "0.5"],
             "at most one",

@@ -10,7 +10,6 @@ the other way to spread a budget over the layers; docs/sparsity.md has both meas
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,20 +17,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save as serialise_safetensors
 from torch import Tensor
 
-from ...heads.artefact import ArtefactError, parse_tensors, read_folder, write_folder
+from ...heads.artefact import ArtefactError
 from ...heads.fingerprint import BaseIdentity
 from ...kernels.linear import PackedLinear
 from ..model import Decoder
+from .artefact import load_thresholds, save_thresholds
 from .neurons import dense_weight, down_norms
 from .quality import Quality, measure_quality
 from .selection import MaskOptions
 
 Allocation = Literal["cett", "density"]
-FORMAT_VERSION = 1
-CONFIG, THRESHOLDS = "config.json", "thresholds.safetensors"
 LEVELS = 32  # quantiles of neuron output norms at which CETT is measured
 DEFAULT_CETT = 0.2
 SEARCH_STEPS = 7  # bisections of CETT for a budget: to 1/128 of the range
@@ -84,11 +81,6 @@ class Tda:
             ValueError: the base is not named.
             FileExistsError: the folder exists and `overwrite` is False.
         """
-        folder = Path(folder)
-        if self.base is None:
-            raise ValueError("the thresholds name no base model: set `base` before saving")
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"{folder} exists; choose another folder")
         config = {
             "method": self.name,
             "num_layers": len(self.thresholds),
@@ -97,11 +89,7 @@ class Tda:
             "options": asdict(self.options),
             "calibration": dict(self.calibration),
         }
-        files = {
-            CONFIG: (json.dumps(config, indent=1, allow_nan=False) + "\n").encode(),
-            THRESHOLDS: serialise_safetensors({"thresholds": self.thresholds.float().contiguous()}),
-        }
-        write_folder(folder, files, {"format_version": FORMAT_VERSION, "base": vars(self.base)}, set(files))
+        save_thresholds(folder, self.base, config, {"thresholds": self.thresholds}, overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, base: BaseIdentity | None = None, allow_base_mismatch: bool = False) -> Tda:
@@ -114,31 +102,16 @@ class Tda:
         Raises:
             ArtefactError: damaged, incomplete, unexpected, not finite, another format version, or another base.
         """
-        folder = Path(folder)
-        manifest, files = read_folder(folder, {CONFIG, THRESHOLDS})
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ArtefactError(
-                f"{folder} has format version {manifest.get('format_version')!r}; this release reads {FORMAT_VERSION}"
-            )
-        tensors = parse_tensors(files[THRESHOLDS], str(folder / THRESHOLDS))
+        made_for, config, tensors = load_thresholds(folder, base, allow_base_mismatch)
         try:
-            made_for = BaseIdentity(**manifest["base"])
-            config = json.loads(files[CONFIG])
             method, num_layers = config.pop("method"), config.pop("num_layers")
             options = MaskOptions(**config.pop("options"))
             if method != "tda" or set(tensors) != {"thresholds"} or tensors["thresholds"].shape != (num_layers,):
                 shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
                 raise ValueError(f"expected method 'tda' and thresholds [{num_layers}], found {method!r} and {shapes}")
-            found = cls(tensors["thresholds"].float(), options=options, base=made_for, **config)
+            return cls(tensors["thresholds"].float(), options=options, base=made_for, **config)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder} does not hold TDA thresholds: {error}") from error
-        if base is not None and not allow_base_mismatch and made_for.fingerprint != base.fingerprint:
-            raise ArtefactError(
-                f"{folder} was calibrated on {made_for.model_id} (fingerprint {made_for.fingerprint[:12]}), the model "
-                f"is {base.model_id} ({base.fingerprint[:12]}): its weights differ. Calibrate for this model, or pass "
-                "allow_base_mismatch=True"
-            )
-        return found
 
 
 class CettCurves:

@@ -48,9 +48,23 @@ Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmul
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
 Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, or flash (flash-attn, a GPU, bf16 or fp16).")]
 Verify = Annotated[
-    str, typer.Option(help="The target model: dense, or tda: each sequence skips neurons by its prompt (lossy, CPU).")
+    str,
+    typer.Option(
+        help="The target model: dense; tda: each sequence skips neurons by its prompt; teal: each row drops small "
+        "inputs (both lossy, CPU)."
+    ),
 ]
 Sparsity = Annotated[Path | None, typer.Option(help="Of --verify tda: a folder of calibrate --sparsity tda.")]
+Draft = Annotated[
+    str,
+    typer.Option(help="What runs the layers before an exit: dense, or teal: they drop small inputs (lossless, CPU)."),
+]
+TealFolder = Annotated[
+    Path | None, typer.Option("--teal", help="Of --draft teal, --verify teal: a folder of calibrate --sparsity teal.")
+]
+TealLevel = Annotated[
+    float | None, typer.Option(help="Of --teal: share of the weights that are not read; the folder's default.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="0 is off.")]
@@ -162,6 +176,9 @@ def generate(
     prefill: Prefill = "sdpa",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
+    draft: Draft = "dense",
+    teal: TealFolder = None,
+    teal_level: TealLevel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -195,7 +212,7 @@ def generate(
         raise ValueError("--system needs --chat: only a chat template has a place for it")
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
-    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity, draft, teal, teal_level)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     messages = [{"role": "system", "content": system}] if system is not None else []
     given: Any = text
@@ -220,6 +237,9 @@ def chat(
     prefill: Prefill = "sdpa",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
+    draft: Draft = "dense",
+    teal: TealFolder = None,
+    teal_level: TealLevel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -245,7 +265,7 @@ def chat(
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
     sampling = _sampling(locals())
-    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity)
+    engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity, draft, teal, teal_level)
     drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
     start = [{"role": "system", "content": system}] if system is not None else []
     messages, failed = list(start), False
@@ -359,7 +379,11 @@ def calibrate(
     accuracy: Annotated[float, typer.Option(help="Gates while measuring, 0.60 to 0.99.")] = 0.75,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts decoded side by side.")] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="tda: find thresholds for --verify tda instead, on --text, into --out.")
+        str | None,
+        typer.Option(
+            help="tda: find thresholds for --verify tda instead, on --text, into --out; teal: for --draft teal and "
+            "--verify teal."
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Of --sparsity: a plain text file, wikitext-2 for one.")] = None,
     cett: Annotated[
@@ -374,8 +398,13 @@ def calibrate(
         float | None, typer.Option(help="Of --sparsity: likewise, share of greedy tokens that stay the whole model's.")
     ] = None,
     allocation: Annotated[
-        str, typer.Option(help="Of a budget: what is the same in all layers, cett or density.")
-    ] = "cett",
+        str | None,
+        typer.Option(
+            help="Of tda under a budget: what is the same in all layers, cett or density; of teal: how a level is "
+            "spread over a layer's projections, greedy or uniform. The first of each by default."
+        ),
+    ] = None,
+    dense_tokens: Annotated[int, typer.Option(help="Of teal: first tokens of a text that drop nothing.")] = 4,
     first_dense: Annotated[int, typer.Option(help="Of --sparsity: layers at the bottom that keep all neurons.")] = 1,
     min_tokens: Annotated[int, typer.Option(help="Of --sparsity: shorter prompts stay dense.")] = 16,
     refresh: Annotated[int, typer.Option(help="Of --sparsity: tokens after which masks are read again; 0: never.")] = 0,
@@ -386,20 +415,24 @@ def calibrate(
     """Measure exit heads on drafted prefixes of held-out prompts and store the gates that follow; or, with --sparsity,
     the thresholds below which neurons are skipped."""
     if sparsity is not None:
-        if sparsity != "tda":
-            raise ValueError(f"--sparsity is {sparsity!r}, expected 'tda'")
+        if sparsity not in ("tda", "teal"):
+            raise ValueError(f"--sparsity is {sparsity!r}, expected 'tda' or 'teal'")
         if text is None or out is None or prompts is not None:
-            raise ValueError("--sparsity tda reads --text and writes --out; --prompts is of heads")
+            raise ValueError(f"--sparsity {sparsity} reads --text and writes --out; --prompts is of heads")
         targets = {
             "cett": cett, "density": density, "perplexity": max_perplexity_increase, "agreement": min_agreement,
         }  # fmt: skip
+        if sparsity == "teal":
+            _calibrate_teal(model, text, out, targets, allocation, dense_tokens, dtype, device, as_json)
+            return
+        allocation = "cett" if allocation is None else allocation
         masks = {"first_dense": first_dense, "min_tokens": min_tokens, "refresh": refresh}
         _calibrate_tda(model, text, out, targets, allocation, masks, dtype, device, as_json)
         return
     if prompts is None:
-        raise ValueError("--prompts is missing: held-out prompts to calibrate heads on (or give --sparsity tda)")
+        raise ValueError("--prompts is missing: held-out prompts to calibrate heads on (or give --sparsity)")
     if any(given is not None for given in (text, cett, density, max_perplexity_increase, min_agreement)):
-        raise ValueError("--text, --cett, --density and budgets need --sparsity tda")
+        raise ValueError("--text, --cett, --density and budgets need --sparsity")
     from .bench.tables import print_calibration
     from .train.plots import plot_calibration, require_matplotlib
     from .train.recalibrate import Settings, recalibrate
@@ -456,6 +489,41 @@ def _calibrate_tda(
     print(f"use: skipstone generate --verify tda --sparsity {shlex.quote(str(out))} ...")
 
 
+def _calibrate_teal(
+    model: str,
+    text: Path,
+    out: Path,
+    targets: dict[str, float | None],
+    allocation: str | None,
+    dense_tokens: int,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1 or given.keys() & {"cett", "density"}:
+        raise ValueError(
+            f"targets {given} were given: --sparsity teal finds several levels, and takes at most one budget, for the "
+            "default among them"
+        )
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device is {device!r}: thresholds are found on the CPU for now")
+    from .engine.sparsity.tda import Budget
+    from .engine.sparsity.teal_recipe import TealRecipe, follow, summary
+
+    recipe = TealRecipe(
+        model, text, out, allocation=allocation or "greedy",  # type: ignore[arg-type]
+        dense_tokens=dense_tokens, budget=Budget(**given) if given else None,
+    )  # fmt: skip
+    found = follow(recipe, _dtype(dtype), note)
+    if as_json:
+        print_json({"folder": str(out), "model": model, **summary(found)})
+        return
+    print(f"{out}: thresholds at levels {', '.join(f'{level:g}' for level in found.levels)}, {found.allocation}")
+    level = "" if found.default is not None else " --teal-level 0.4"
+    print(f"use: skipstone generate --draft teal --heads adapter --teal {shlex.quote(str(out))}{level} ...")
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -505,6 +573,9 @@ def bench(
     prefill: Prefill = "sdpa",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
+    draft: Draft = "dense",
+    teal: TealFolder = None,
+    teal_level: TealLevel = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -524,7 +595,7 @@ def bench(
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
-    engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity)
+    engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity, draft, teal, teal_level)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
 
@@ -578,6 +649,9 @@ def _load(
     bare_exit: int | None = None,
     verify: str = "dense",
     sparsity: Path | None = None,
+    draft: str = "dense",
+    teal: Path | None = None,
+    teal_level: float | None = None,
 ) -> Engine:
     """The engine; says on stderr why it will not speculate, if so."""
     from .engine.load import load
@@ -586,8 +660,9 @@ def _load(
         raise ValueError("--heads bare needs --exit: which layer's hidden state to read")
     wanted = None if heads in ("none", "bare") else heads
     engine = load(
-        model, heads=wanted, dtype=_dtype(dtype), device=device, prefill=prefill, verify=verify, sparsity=sparsity
-    )
+        model, heads=wanted, dtype=_dtype(dtype), device=device, prefill=prefill, verify=verify, sparsity=sparsity,
+        draft=draft, teal=teal, teal_level=teal_level,
+    )  # fmt: skip
     if heads == "bare" and bare_exit is not None:
         from .bench.arms import with_bare_heads
 
@@ -755,6 +830,7 @@ def _answer(engine: Engine, out: Generation, drafting: dict[str, Any], interrupt
         "model": engine.model_id,
         "mode": out.mode,
         "verify": out.verify,
+        "draft": engine.draft,
         "text": out.text,
         "token_ids": out.token_ids,
         "prompt_ids": out.prompt_ids,

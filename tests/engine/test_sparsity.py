@@ -227,8 +227,8 @@ def test_load_refuses_half_a_request(tiny_folder, thresholds_folder, tmp_path):
     for given in ({"verify": "tda"}, {"sparsity": thresholds_folder}):
         with pytest.raises(ValueError, match="'tda' needs thresholds"):
             load(tiny_folder, **given, **options)
-    with pytest.raises(ValueError, match="expected 'dense' or 'tda'"):
-        load(tiny_folder, verify="teal", **options)
+    with pytest.raises(ValueError, match="expected 'dense', 'tda' or 'teal'"):
+        load(tiny_folder, verify="sparse", **options)
     with pytest.raises(ArtefactError, match="no thresholds at"):
         load(tiny_folder, verify="tda", sparsity=tmp_path / "none", **options)
 

@@ -1,0 +1,221 @@
+"""What dropping small inputs costs, whether it drafts well, and what it saves on a CPU: one JSON document.
+
+    python -m skipstone.bench.teal --teal FOLDER --text wikitext2_valid.txt --out bench/results/teal_smollm2_cpu.json
+
+FOLDER holds greedily allocated thresholds (`skipstone calibrate --sparsity teal`); uniform ones are found beside them,
+on the same text's first half. Windows of the second half are measured: a prompt, read densely, and its continuation,
+whose loss counts; all settings on the same windows, intervals are bootstraps over windows.
+
+Drafts: the shipped adapters, asked as they are calibrated and at one exit, with layers that drop nothing and with
+layers that do; every answer is compared with plain decoding's. Counts do not depend on the machine's load.
+
+Times: one product, and plain decoding, in CPU time of one thread (other work on the machine shares caches and memory
+with it), settings taking turns, first quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.engine import Engine
+from ..engine.gate import DraftPolicy, calibrated, fixed_exit
+from ..engine.load import load
+from ..engine.sparsity.quality import measure_quality
+from ..engine.sparsity.tda import cut
+from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
+from ..engine.sparsity.thresholded import TealDecoder
+from ..kernels.channel_linear import channel_linear
+from ..kernels.linear import PackedLinear
+from .environment import describe_device, versions
+from .questions import built_in, choose, read_questions
+from .sparsity import Windows, compare, note
+
+COLD_BYTES = 96 << 20  # of copies of a weight that take turns, so that each is read from memory
+SHAPES = {  # inputs, outputs
+    "SmolLM2-135M up (gate and up)": (576, 3072),
+    "SmolLM2-135M down": (1536, 576),
+    "Qwen2.5-1.5B up (gate and up)": (1536, 17920),
+    "Qwen2.5-1.5B down": (8960, 1536),
+    "4096 x 4096": (4096, 4096),
+}
+
+
+def quality(engine: Engine, teals: dict[str, Teal], windows: Windows) -> list[Any]:
+    """Loss by allocation and level."""
+    decoder = engine.decoder
+    dense = measure_quality(decoder, windows.texts, windows.prompt_len, None)
+    rows = [{"allocation": None, "level": 0.0, **compare(dense, dense)}]
+    for name, teal in teals.items():
+        for level in teal.levels:
+            note(f"  {name} {level:g}")
+            sparse = TealDecoder(decoder, teal.at(level).thresholds, dense_tokens=windows.prompt_len - 1)
+            found = measure_quality(sparse, windows.texts, windows.prompt_len, None)
+            rows.append({"allocation": name, "level": level, **compare(found, dense)})
+    for row in rows:
+        del row["density"], row["density_by_layer"]
+    return rows
+
+
+def drafts(engine: Engine, prompts: Sequence[list[int]], levels: Sequence[TealLevel | None], tokens: int) -> list[Any]:
+    """Acceptance by policy and level, and tokens that differ from plain decoding's."""
+    assert engine.heads is not None and engine.heads.calibration is not None
+    deepest = max(engine.heads.exits)
+    policies: dict[str, DraftPolicy] = {
+        "calibrated": calibrated(engine.heads.calibration),
+        f"exit {deepest}, 4 tokens": fixed_exit(deepest, 4),
+    }
+    options: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
+    plain = [engine.generate(prompt, speculation=False, **options).token_ids for prompt in prompts]
+    rows = []
+    for name, policy in policies.items():
+        for level in levels:
+            engine.drop_inputs(draft=level)
+            note(f"  {name}, {engine.draft}")
+            outs = [engine.generate(prompt, policy=policy, **options) for prompt in prompts]
+            drafted, accepted, verified, committed, layers = (
+                sum(getattr(out.stats, f"num_{what}") for out in outs)
+                for what in ("drafted", "accepted", "verifications", "committed", "row_layers")
+            )
+            rows.append(
+                {
+                    "policy": name,
+                    "draft": engine.draft,
+                    "num_drafted": drafted,
+                    "num_accepted": accepted,
+                    "acceptance_rate": accepted / drafted if drafted else None,
+                    "tokens_per_verification": committed / verified,
+                    "row_layers_per_token": layers / committed,
+                    "num_tokens": committed,
+                    "differing_tokens": sum(
+                        a != b
+                        for out, own in zip(outs, plain, strict=True)
+                        for a, b in zip(out.token_ids, own, strict=True)
+                    ),
+                }
+            )
+    engine.drop_inputs()
+    return rows
+
+
+def quartile_us(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """First quartile of each run's CPU time in us, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.thread_time()
+            run()
+            times[name].append(time.thread_time() - start)
+    return {name: round(1e6 * sorted(own)[len(own) // 4], 1) for name, own in times.items()}
+
+
+def _in_turn(weights: Sequence[Any], use: Callable[..., Any]) -> Callable[[], Any]:
+    """`use` with the next of the weights at each call."""
+    following = itertools.cycle(weights)
+    return lambda: use(next(following))
+
+
+def products(levels: Sequence[float], dtype: torch.dtype, repeats: int) -> list[Any]:
+    """One row through one projection: packed and dense, and by kept channels, in us."""
+    rows = []
+    for name, (inputs, outputs) in SHAPES.items():
+        copies = max(2, -(-COLD_BYTES // (inputs * outputs * dtype.itemsize)))
+        weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(min(copies, 32))]
+        packed, by_channel = [PackedLinear(w) for w in weights], [w.T.contiguous() for w in weights]
+        x = torch.randn(1, inputs).to(dtype)
+        runs: dict[str, Callable[[], Any]] = {"dense": _in_turn(packed, lambda weight, x=x: weight(x))}
+        for level in levels:
+            limit = x.float().abs().quantile(level) if level else torch.tensor(-1.0)
+            runs[f"{level:g}"] = _in_turn(
+                by_channel, lambda weight, x=x, limit=limit: channel_linear(x, weight, x.float().abs() > limit)
+            )
+        us = quartile_us(runs, repeats)
+        rows.append({"shape": name, "inputs": inputs, "outputs": outputs, "us": us})
+    return rows
+
+
+def decoding(engine: Engine, prompt: list[int], levels: Sequence[TealLevel | None], repeats: int) -> dict[str, float]:
+    """Plain decoding, ms of CPU time a token (its first quartile over runs of 24 tokens)."""
+    times: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for level in levels:
+            engine.drop_inputs(verify=level)
+            with engine.stream(prompt, speculation=False, max_new_tokens=25, ignore_eos=True) as stream:
+                next(stream)
+                start = time.thread_time()
+                count = sum(1 for _ in stream)
+                times.setdefault(engine.verify, []).append(1e3 * (time.thread_time() - start) / count)
+    engine.drop_inputs()
+    return {name: round(sorted(own)[len(own) // 4], 2) for name, own in times.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m skipstone.bench.teal", description=__doc__.splitlines()[0])
+    parser.add_argument("--teal", type=Path, required=True, help="a folder of calibrate --sparsity teal")
+    parser.add_argument("--text", type=Path, required=True, help="plain text, wikitext-2 for one")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--prompt-len", type=int, default=256)
+    parser.add_argument("--length", type=int, default=384, help="of a window: prompt and continuation")
+    parser.add_argument("--prompts", type=Path, help="questions, JSON lines; the built-in set by default")
+    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--draft-levels", type=float, nargs="*", default=[0.25, 0.4, 0.5])
+    parser.add_argument("--repeats", type=int, default=40, help="of a product; a tenth of it of decoding")
+    options = parser.parse_args(arguments)
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    start = time.perf_counter()
+    engine = load(options.model, heads="adapter", device="cpu", progress=False)
+    greedy, text, tokenizer = Teal.load(options.teal), options.text.read_text(encoding="utf-8"), engine.tokenizer
+    if tokenizer is None:
+        parser.error(f"--model {options.model} has no tokenizer")
+    ids = tokenizer.encode(text)
+    front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    windows = Windows(cut(back, options.length, options.windows), options.prompt_len)
+    uniform = calibrate_teal(engine.decoder, cut(front, 256, 32), levels=greedy.levels, allocation="uniform")
+    asked = built_in() if options.prompts is None else read_questions(options.prompts)
+    chosen = choose(asked, limit=options.questions)
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": question.turns[0]}]) for question in chosen]
+    levels = [None, *(greedy.at(level) for level in options.draft_levels)]
+    document: dict[str, Any] = {
+        "command": shlex.join(
+            ["python", "-m", "skipstone.bench.teal", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "model": options.model,
+        "dtype": str(engine.decoder.dtype).removeprefix("torch."),
+        "device": describe_device(engine.decoder.device),
+        "versions": versions(),
+        "text": {"name": options.text.name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(ids)},
+        "windows": len(windows.texts),
+        "prompt_len": options.prompt_len,
+        "scored_tokens": len(windows.texts) * (options.length - options.prompt_len),
+        "questions": len(prompts),
+    }
+    note("quality")
+    document["quality"] = quality(engine, {"greedy": greedy, "uniform": uniform}, windows)
+    note("drafts")
+    document["drafts"] = drafts(engine, prompts, levels, options.max_new_tokens)
+    torch.set_num_threads(1)
+    note("times")
+    with torch.inference_mode():
+        document["product_us"] = products([0.0, *greedy.levels], engine.decoder.dtype, options.repeats)
+    document["decode_ms_per_token"] = decoding(engine, prompts[0], levels, max(1, options.repeats // 10))
+    document["wall_s"] = round(time.perf_counter() - start, 1)
+    options.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    note(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
