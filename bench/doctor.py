@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `status` is "ok", "failed" or "skipped"."""
+    """One finding. `status` is "ok", "failed", "skipped", or "warning" (exact, but slow)."""
 
     name: str
     status: str
@@ -42,6 +44,8 @@ def examine(engine: Engine, model: str, transformers_too: bool = True) -> Iterat
     yield self_test(engine)
     yield fused_kernels(engine)
     yield Check("prefill attention", "ok", engine.prefill)
+    if engine.decoder.device.type == "cpu":
+        yield threads(lambda: _decode(engine))
     yield from lossless_checks(engine)
     if not transformers_too:
         yield Check("against transformers", "skipped", "not asked for")
@@ -73,6 +77,38 @@ def fused_kernels(engine: Engine) -> Check:
     launch = "on" if has_dependent_launch(device) else "off"
     detail = "a row has the same bits alone, in 16 rows, in a tree and beside another sequence"
     return Check(name, "ok", f"{triton}: {detail}; programmatic dependent launch {launch}")
+
+
+def threads(step: Callable[[], object], repeats: int = 3) -> Check:
+    """Whether torch's threads help: on a host whose cores are taken by others every product waits for its slowest
+    thread, and decoding can be ten times slower than with one.
+
+    Args:
+        step: a piece of decoding; the median of `repeats` of it is taken, with all threads and with one in turn.
+    """
+    name, count = "threads", torch.get_num_threads()
+    if count == 1:
+        return Check(name, "ok", "1")
+    took: dict[int, list[float]] = {count: [], 1: []}
+    step()
+    try:
+        for _ in range(repeats):
+            for number, times in took.items():
+                torch.set_num_threads(number)
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(count)
+    gain = statistics.median(took[1]) / statistics.median(took[count])
+    detail = f"{count}, {gain:.2g}x as fast as one"
+    if gain < 1:
+        return Check(name, "warning", f"{detail}: the cores are busy; set OMP_NUM_THREADS=1 until other programs end")
+    return Check(name, "ok", detail)
+
+
+def _decode(engine: Engine) -> None:
+    engine.generate(_ids(engine, PROMPTS[0]), speculation=False, max_new_tokens=NUM_TOKENS, ignore_eos=True)
 
 
 def lossless_checks(engine: Engine) -> Iterator[Check]:
