@@ -20,9 +20,8 @@ import hashlib
 import itertools
 import json
 import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ from ..kernels.channel_linear import channel_linear
 from ..kernels.linear import PackedLinear
 from .environment import describe_device, versions
 from .questions import built_in, choose, read_questions
-from .sparsity import Windows, compare, note
+from .sparsity import Windows, _shown_arguments, compare, note
 
+PARTS = ("quality", "drafts", "times")
 COLD_BYTES = 96 << 20  # of copies of a weight that take turns, so that each is read from memory
 SHAPES = {  # inputs, outputs
     "SmolLM2-135M up (gate and up)": (576, 3072),
@@ -119,10 +119,8 @@ def quartile_us(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: round(1e6 * sorted(own)[len(own) // 4], 1) for name, own in times.items()}
 
 
-def _in_turn(weights: Sequence[Any], use: Callable[..., Any]) -> Callable[[], Any]:
-    """`use` with the next of the weights at each call."""
-    following = itertools.cycle(weights)
-    return lambda: use(next(following))
+def _next(weights: Iterator[Any], use: Callable[..., Any]) -> Callable[[], Any]:
+    return lambda: use(next(weights))
 
 
 def products(levels: Sequence[float], dtype: torch.dtype, repeats: int) -> list[Any]:
@@ -133,11 +131,13 @@ def products(levels: Sequence[float], dtype: torch.dtype, repeats: int) -> list[
         weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(min(copies, 32))]
         packed, by_channel = [PackedLinear(w) for w in weights], [w.T.contiguous() for w in weights]
         x = torch.randn(1, inputs).to(dtype)
-        runs: dict[str, Callable[[], Any]] = {"dense": _in_turn(packed, lambda weight, x=x: weight(x))}
+        # All runs take from one ring, or one would find in the caches what the one before it has read.
+        of_packed, of_channels = itertools.cycle(packed), itertools.cycle(by_channel)
+        runs: dict[str, Callable[[], Any]] = {"dense": _next(of_packed, lambda weight, x=x: weight(x))}
         for level in levels:
             limit = x.float().abs().quantile(level) if level else torch.tensor(-1.0)
-            runs[f"{level:g}"] = _in_turn(
-                by_channel, lambda weight, x=x, limit=limit: channel_linear(x, weight, x.float().abs() > limit)
+            runs[f"{level:g}"] = _next(
+                of_channels, lambda weight, x=x, limit=limit: channel_linear(x, weight, x.float().abs() > limit)
             )
         us = quartile_us(runs, repeats)
         rows.append({"shape": name, "inputs": inputs, "outputs": outputs, "us": us})
@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teal", type=Path, required=True, help="a folder of calibrate --sparsity teal")
     parser.add_argument("--text", type=Path, required=True, help="plain text, wikitext-2 for one")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--prompt-len", type=int, default=256)
@@ -190,9 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [tokenizer.encode_chat([{"role": "user", "content": question.turns[0]}]) for question in chosen]
     levels = [None, *(greedy.at(level) for level in options.draft_levels)]
     document: dict[str, Any] = {
-        "command": shlex.join(
-            ["python", "-m", "skipstone.bench.teal", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": shlex.join(["python", "-m", "skipstone.bench.teal", *_shown_arguments(arguments)]),
         "model": options.model,
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
         "device": describe_device(engine.decoder.device),
@@ -203,15 +202,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scored_tokens": len(windows.texts) * (options.length - options.prompt_len),
         "questions": len(prompts),
     }
-    note("quality")
-    document["quality"] = quality(engine, {"greedy": greedy, "uniform": uniform}, windows)
-    note("drafts")
-    document["drafts"] = drafts(engine, prompts, levels, options.max_new_tokens)
-    torch.set_num_threads(1)
-    note("times")
-    with torch.inference_mode():
-        document["product_us"] = products([0.0, *greedy.levels], engine.decoder.dtype, options.repeats)
-    document["decode_ms_per_token"] = decoding(engine, prompts[0], levels, max(1, options.repeats // 10))
+    if "quality" in options.parts:
+        note("quality")
+        document["quality"] = quality(engine, {"greedy": greedy, "uniform": uniform}, windows)
+    if "drafts" in options.parts:
+        note("drafts")
+        document["drafts"] = drafts(engine, prompts, levels, options.max_new_tokens)
+    if "times" in options.parts:
+        note("times")
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            document["product_us"] = products([0.0, *greedy.levels], engine.decoder.dtype, options.repeats)
+        document["decode_ms_per_token"] = decoding(engine, prompts[0], levels, max(1, options.repeats // 10))
     document["wall_s"] = round(time.perf_counter() - start, 1)
     options.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     note(f"wrote {options.out}")

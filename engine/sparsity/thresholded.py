@@ -163,7 +163,9 @@ class Thresholded:
         """`[N, K]` -> `[N, M]` of the same dtype."""
         strengths, dense, outs = x.float().abs(), self._decoder.dense, []
         for i, limit in enumerate(self._limits):
-            keep = strengths > limit if dense is None else (strengths > limit) | dense
+            keep = (strengths <= limit).logical_not_()  # NaN stays, so that it shows
+            if dense is not None:
+                keep |= dense
             if self._weights:
                 outs.append(channel_linear(x, self._weights[i], keep, self._sums))
             else:
