@@ -19,9 +19,11 @@ from ..kernels.attention import (
     RowKeys,
     decode_attention,
     full_attention,
+    fused_attention,
     gathered_attention,
     read_views,
     visible_keys,
+    without_plans,
 )
 from ..kernels.flash import FlashAttention
 from .cache import KVCache
@@ -267,9 +269,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: fl
     repeat = q.shape[1] // k.shape[0]
     q = q.transpose(0, 1).unsqueeze(0).to(k.dtype)
     if softcap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k.unsqueeze(0), v.unsqueeze(0), attn_mask=visible, scale=scale, enable_gqa=repeat > 1
-        )
+        with without_plans(q.device):
+            out = fused_attention(q, k.unsqueeze(0), v.unsqueeze(0), visible, scale)
     else:
         scores = (q * scale) @ k.repeat_interleave(repeat, 0).transpose(1, 2)
         scores = (softcap * torch.tanh(scores.float() / softcap)).masked_fill(~visible, float("-inf"))
@@ -333,7 +334,8 @@ def prefill(
         attend = _Chunk(decoder, cache, sequence, start, len(chunk), flash).attend
         hidden = decoder.embed(chunk)
         taps = dict.fromkeys(layers, hidden)
-        decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps, mlp)
+        with without_plans(decoder.device):
+            decoder.run_layers(hidden, 0, config.num_layers, positions, attend, taps, mlp)
         if take is not None:
             take(taps)
     cache.lens[sequence] = len(ids)

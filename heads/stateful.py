@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.attention import fused_attention, without_plans
 from ..kernels.chain_attention import chain_attention, chain_attention_reference
 from .base import ExitHead, HeadSpec, Projection, register_head, rms_normalise
 
@@ -407,13 +408,9 @@ class _Reach:
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """`q [n, H, d]` over `keys, values [KV, S, d]` as `mask [n, S]` says (None: all) -> `[n, H, d]` fp32."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0).to(keys.dtype),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
-        enable_gqa=q.shape[1] != keys.shape[0],
-    )
+    q = q.transpose(0, 1).unsqueeze(0).to(keys.dtype)
+    with without_plans(q.device):
+        out = fused_attention(q, keys.unsqueeze(0), values.unsqueeze(0), mask)
     return out[0].transpose(0, 1).float()
 
 

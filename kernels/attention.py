@@ -18,11 +18,15 @@ positions' places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -232,13 +236,26 @@ def full_attention(
     if visible is None:
         visible = visible_keys(first, num_rows, num_keys, window, q.device)
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return fused_attention(q, k, v, visible, scale)
     repeat = q.shape[1] // k.shape[1]
     scores = (q * scale) @ k.repeat_interleave(repeat, 1).transpose(2, 3)
     scores = (softcap * torch.tanh(scores.float() / softcap)).masked_fill(~visible, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None = None) -> Tensor:
+    """torch's attention of q `[B, H, T, d]` over k, v `[B, KV, S, d]` under a bool mask `[T, S]` (None: all)."""
+    repeat = q.shape[1] // k.shape[1]
+    if q.is_cuda and repeat > 1 and visible is not None:  # not every fused kernel takes a mask and groups of heads
+        k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeat > 1)
+
+
+def without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """torch's attention without cuDNN's, which torch prefers on Hopper and which builds a plan for every shape that it
+    has not met: 70 ms at each new prompt length, measured (docs/log.md). A setting of the whole process, put back
+    afterwards."""
+    return sdpa_kernel(PLANLESS) if device.type == "cuda" else nullcontext()
 
 
 def visible_keys(first: int, num_rows: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -7,8 +7,11 @@ unseen values are zero, as `KVCache.clear_open` leaves them.
 
 import pytest
 import torch
+from skipstone.engine import forward
 from skipstone.engine.forward import row_keys
+from skipstone.engine.gate import fixed_exit
 from skipstone.engine.tree import DraftTree
+from skipstone.heads import stateful as stateful_module
 from skipstone.kernels.attention import (
     GATHER_CHUNK,
     decode_attention,
@@ -16,6 +19,7 @@ from skipstone.kernels.attention import (
     full_attention,
     gathered_attention,
     read_views,
+    without_plans,
 )
 
 TOLERANCE = 2e-5  # fp32 products of up to 130 keys with scores of a few units, against fp64
@@ -127,3 +131,23 @@ def test_full_attention_matches_reference(first, window, softcap):
         q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), slots, 0.35, softcap
     )
     assert (out[0].transpose(0, 1) - expected).abs().max() < TOLERANCE
+
+
+def test_no_plan_of_cudnn_is_built_for_a_prompt(engine_of, stateful, monkeypatch):
+    """Prompts and heads' memories meet new shapes all the time. Seen to fail: with the head's attention left out."""
+    asked, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **options):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **options)
+
+    on_gpu = torch.device("cuda")
+    for module in (forward, stateful_module):
+        monkeypatch.setattr(module, "without_plans", lambda _: without_plans(on_gpu))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    engine = engine_of()
+    stateful(engine, "recurrent")
+    engine.generate(list(range(5, 24)), policy=fixed_exit(0, 2), max_new_tokens=3)
+    assert len(asked) > engine.decoder.config.num_layers and not any(asked)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before is True
