@@ -92,9 +92,11 @@ def plan_cache(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, or None where the system does not say."""
+    """Bytes free on a device, with those that torch's allocator holds and nobody uses; None where the system does not
+    say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

@@ -47,8 +47,8 @@ class _Layer:
     down: Tensor
 
 
-class _HeadWeights:
-    """A recurrent head's parameters in the model's dtype, norms in fp32."""
+class HeadWeights:
+    """A recurrent head's parameters in the model's dtype, norms in fp32, and its rotary tables."""
 
     def __init__(self, head: RecurrentHead, positions: int) -> None:
         weight = head.attached().head_weight
@@ -91,7 +91,7 @@ class _HeadWeights:
 class _Pass:
     """Buffers of one pass of the head over R rows."""
 
-    def __init__(self, weights: _HeadWeights, num_rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, weights: HeadWeights, num_rows: int, capacity: int, device: torch.device) -> None:
         shape, dtype = weights.shape, weights.join.dtype
         width, wide, ff = shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size
 
@@ -142,6 +142,8 @@ class RecurrentDraft:
         seeds: int64 `[B]`.
         options: fp32, the temperature first.
         pdl: programmatic dependent launch (Hopper and newer).
+        reach: tokens that a sequence may hold; None: as many as the memory.
+        weights: of other drafts on this memory, to be shared; None makes them.
 
     Raises:
         ValueError: a head at another exit, or a memory too small for the batch or the shape.
@@ -160,6 +162,9 @@ class RecurrentDraft:
         seeds: Tensor,
         options: Tensor,
         pdl: bool = False,
+        *,
+        reach: int | None = None,
+        weights: HeadWeights | None = None,
     ) -> None:
         if head.spec.exit_layer != 0 or memory.head is not head:
             raise ValueError(
@@ -178,8 +183,9 @@ class RecurrentDraft:
         self.trees, self.sequences, self._seeds, self._options = trees, sequences, seeds, options
         self._decoder, self._cache, self._projection = decoder, memory.cache, head.attached()
         device, width = decoder.device, head.hidden_size
-        capacity = memory.cache.k.shape[3]
-        self._weights = _HeadWeights(head, capacity)
+        slots = memory.cache.k.shape[3]
+        capacity = slots if reach is None else reach + MAX_NODES
+        self.weights = HeadWeights(head, slots) if weights is None else weights
         # the model's final norm before its LM head's rows of the draft vocabulary
         self._speaker = NormedLinear.of(decoder._final_norm, self._projection.head_weight, None)
         self._draft_ids = None if draft_ids is None else draft_ids.to(device, torch.int32)
@@ -196,13 +202,13 @@ class RecurrentDraft:
         self._last_row = torch.zeros(batch, dtype=torch.int32, device=device)
         self._states = torch.zeros(num_rows, len(self.taps) * width, dtype=decoder.dtype, device=device)
         self._contexts = torch.zeros(num_rows, width, device=device)
-        self._absorbing = _Pass(self._weights, num_rows, capacity, device)
+        self._absorbing = _Pass(self.weights, num_rows, capacity, device)
 
         self._root = Rows.empty(-(-batch // 16) * 16, device)
         head_weight = self._projection.head_weight
         self._root_speech = _Speech(len(self._root), shape.branch, head_weight)
         self.pool = Pool.empty(batch, shape, device)
-        self._growing = _Pass(self._weights, len(self.pool.rows), capacity, device)
+        self._growing = _Pass(self.weights, len(self.pool.rows), capacity, device)
         self._speech = _Speech(len(self.pool.rows), shape.branch, head_weight)
 
     def draws_on(self, memory: HeadMemory) -> bool:
@@ -232,7 +238,7 @@ class RecurrentDraft:
 
         Before `draft`, no more than 16 may wait, so that the last one is the pending token's.
         """
-        rows, weights, pdl = self._taken, self._weights, self.pdl
+        rows, weights, pdl = self._taken, self.weights, self.pdl
         absorb_rows(
             self.sequences.active, self.sequences.base, self.lengths, self._waiting, MAX_NODES, rows, self._taken_ids,
             self._last_row, self._root, pdl=pdl,
@@ -257,7 +263,7 @@ class RecurrentDraft:
         for step in range(1, self.shape.max_depth):
             self._run(self._growing, pool.rows, pool.tokens_of_rows, pool.parents_of_rows, self._outputs)
             leave_rows(
-                self._growing.hidden, self._weights.gain, self._speaker.norm, pool.rows, None, self._outputs, speech.x,
+                self._growing.hidden, self.weights.gain, self._speaker.norm, pool.rows, None, self._outputs, speech.x,
                 speech.stats, pdl=pdl,
             )  # fmt: skip
             self._speak(speech, pool.rows)
@@ -278,7 +284,7 @@ class RecurrentDraft:
 
     def _run(self, on: _Pass, rows: Rows, ids: Tensor, places: Tensor, contexts: Tensor) -> None:
         """Entries of the rows; `on.hidden` holds their outputs then."""
-        weights, shape, pdl = self._weights, self._weights.shape, self.pdl
+        weights, shape, pdl = self.weights, self.weights.shape, self.pdl
         stats, attn_stats, mlp_stats = on.stats
         layers = weights.layers
         enter_rows(

@@ -194,7 +194,7 @@ def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
     kept = tokens[:-1] if failed else tokens
     before = len(request.checker.token_ids)
     released = request.checker.push(kept)
-    if failed:
+    if failed and not request.checker.finished:  # a stop string before it is the host's to see
         position = len(request.history) + len(kept)
         request.error = (
             f"no token can be drawn at position {position}: the model's logits hold NaN or +inf, or every token is "

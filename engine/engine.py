@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +19,7 @@ from ..kernels.flash import FlashAttention, find_flash
 from ..kernels.grow_tree import Shape
 from ..kernels.linear import PackedLinear
 from ..kernels.noise import derive_seed
-from .cache import ContextTooLong, KVCache, plan_cache
+from .cache import CachePlan, ContextTooLong, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
 from .device_loop import decode_on_device, kinds_of, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
@@ -37,13 +39,18 @@ from .sparsity.teal import TealLevel
 from .statistics import Statistics, StatisticsRecorder
 from .stopping import Emission, FinishReason, StopChecker
 from .tokenizer import Tokenizer
+from .tree import MAX_NODES
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
 Prefill = Literal["sdpa", "flash"]
+Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
-CONTEXT_STEP = 512  # a cache is allocated in steps, so that prompts of similar length share one
+CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 2048, ... positions
+ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
+WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
+MOST_ROUNDS = 16  # shapes of captured rounds that are kept
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ class Engine:
         self.model_id, self.deterministic = model_id, deterministic
         self.warning: str | None = None
         self.observer: Observer | None = None
-        with torch.inference_mode():
+        with torch.inference_mode(), self.here():
             self.tiles = self._find_tiles()
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
             self.fused = self._fuse(wanted)
@@ -178,7 +185,7 @@ class Engine:
         self._cache: KVCache | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}
-        self._paces: dict[int, Pace] = {}
+        self._paces: dict[Way, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -328,12 +335,43 @@ class Engine:
             raise ValueError("stream takes one prompt; generate takes lists")
         self._claim()
         try:
-            request = self._requests(prompts, None, ignore_eos, sampling)[0]
-            rounds = self._decode([request], mode, accuracy, speculation, policy)
+            with self.here():
+                request = self._requests(prompts, None, ignore_eos, sampling)[0]
+                rounds = self._decode([request], mode, accuracy, speculation, policy)
         except BaseException:
             self._release()
             raise
         return Stream(self, request, rounds)
+
+    def warm_up(self, batch: int = 1, **sampling: Any) -> float:
+        """Do now what the first requests would wait for: compile kernels, make the cache, and capture rounds of every
+        reach that the cache has room for, plain ones and those of the default policy.
+
+        Args:
+            batch: outputs at once of the requests to come.
+            **sampling: options like theirs, as for `generate`: filters and penalties run kernels of their own.
+
+        Returns:
+            Seconds that it took.
+        """
+        start = time.perf_counter()
+        tokens = min(WARM_PROMPT, self.decoder.config.max_context - 2 * MAX_NODES)
+        options = {**sampling, "max_new_tokens": MAX_NODES, "ignore_eos": True}
+        policies = [PLAIN, self.policy] if self.policy.exits else [PLAIN]
+        for policy in policies:
+            self.generate([[1] * tokens] * batch, policy=policy, **options)
+        with self._claimed():
+            requests = self._requests([[1]] * batch, None, True, sampling)
+            params, cache = requests[0].sampler.params, self._cache
+            if self.fused is None or self.teal is not None or cache is None or not samples_on_device(params):
+                return time.perf_counter() - start
+            for policy in policies:
+                reach = 0
+                while reach < cache.plan.context:
+                    reach = min(reach_of(reach + 1), cache.plan.context)
+                    self._memories_for(policy, cache)
+                    self._rounds_for(self.fused, cache, batch, policy, needs_processing(params), reach)
+        return time.perf_counter() - start
 
     def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
         """Decode one prompt speculatively and plainly with the same seed, and compare token by token.
@@ -381,8 +419,9 @@ class Engine:
         return {e: plan_memory(head, batch, context, scratch, device) for e, head in asked.items()}
 
     def pace(self, batch: int = 1) -> Pace | None:
-        """What is known of plain steps and of whether drafting pays, for batches of one size; None before the first."""
-        return self._paces.get(batch)
+        """What is known of plain steps and of whether drafting pays, for batches of one size without penalties, filters
+        or log-probabilities; None before the first."""
+        return self._paces.get((batch, self.fused is not None, False))
 
     def _decode(
         self,
@@ -408,9 +447,16 @@ class Engine:
         missing = [] if self.heads is None else sorted(set(chosen.exits) - set(self.heads.exits))
         if missing:
             raise ValueError(f"no heads at exits {missing}; this head set has {self.heads.exits if self.heads else ()}")
+        unfinished = [request for request in requests if not request.checker.finished]
+        params = [request.sampler.params for request in unfinished]
+        drafter = self._teal_drafter if any(chosen.exits) else None
+        waits = self.observer is not None or drafter is not None or self.teal is not None
+        fused = self.fused if params and not waits and all(map(samples_on_device, params)) else None
+        processed = any(map(needs_processing, params))
         pace = None
         if speculation is True and policy is None:
-            pace = self._paces.setdefault(len(requests), Pace())
+            slower = processed or any(one.logprobs is not None for one in params)
+            pace = self._paces.setdefault((len(requests), fused is not None, slower), Pace())
         cache = self._cache_for(requests)
         try:
             memories = self._memories_for(chosen, cache)
@@ -431,16 +477,13 @@ class Engine:
             self.flash,
             self.sparse,
             self.decoder,
-            self._teal_drafter if any(chosen.exits) else None,
+            drafter,
         )
-        unfinished = [request for request in requests if not request.checker.finished]
-        params = [request.sampler.params for request in unfinished]
-        waits = self.observer is not None or on.drafter is not None or self.teal is not None
-        if self.fused is None or waits or not params or not all(map(samples_on_device, params)):
+        if fused is None:
             return decode(on, unfinished, chosen, pace)
         while True:
             try:
-                rounds = self._rounds_for(self.fused, cache, len(requests), chosen, needs_processing(params[0]))
+                rounds = self._rounds_for(fused, cache, len(requests), chosen, processed, _longest(requests))
                 return decode_on_device(on, rounds, unfinished, chosen, pace)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -463,27 +506,38 @@ class Engine:
         return shape, width, tuple(sorted(taps))
 
     def _rounds_for(
-        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool
+        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int
     ) -> Rounds:
-        """Rounds of this shape on this cache, made and captured once."""
+        """Rounds of this shape on this cache for sequences of up to `context` tokens, made and captured once."""
         heads = {} if self.heads is None else self.heads.heads
         head = heads.get(0)
         shape, width, taps = self.round_shape(policy)
-        key = batch, processed, shape, width, taps
-        found = self._rounds.get(key)
-        stale = found is not None and found.draft is not None and not found.draft.draws_on(self._memories[0])
-        if found is None or found.cache is not cache or stale:
-            self._rounds = {k: rounds for k, rounds in self._rounds.items() if rounds.cache is cache}
+        reach = min(reach_of(context), cache.plan.context)
+        key = batch, processed, shape, width, taps, reach
+        memory = self._memories.get(0)
+
+        def current(own: Rounds) -> bool:  # captured rounds read and write where their cache and memory lay
+            drafts = own.draft is None or (memory is not None and own.draft.draws_on(memory))
+            return own.cache is cache and own.weights is weights and drafts
+
+        self._rounds = {k: own for k, own in self._rounds.items() if current(own)}
+        found = self._rounds.pop(key, None)
+        if found is None:
             draft_ids = None if self.heads is None else self.heads.draft_ids
+            known = next((own.draft.weights for own in self._rounds.values() if own.draft is not None), None)
 
             def draft(*state: Any) -> RecurrentDraft:
-                assert isinstance(head, RecurrentHead) and shape is not None
-                return RecurrentDraft(head, self._memories[0], self.decoder, draft_ids, shape, batch, *state)
+                assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
+                place = head, memory, self.decoder, draft_ids, shape, batch
+                return RecurrentDraft(*place, *state, reach=reach, weights=known)
 
-            found = self._rounds[key] = Rounds(
+            found = Rounds(
                 weights, cache, batch, processed=processed, width=width, taps=taps,
-                draft=None if shape is None else draft, exit_layer=0,
+                draft=None if shape is None else draft, exit_layer=0, reach=reach,
             )  # fmt: skip
+        self._rounds[key] = found  # the last one used is the last one
+        while len(self._rounds) > MOST_ROUNDS:
+            del self._rounds[next(iter(self._rounds))]
         with torch.inference_mode():
             found.prepare(kinds_of(found, policy))
         return found
@@ -522,18 +576,34 @@ class Engine:
 
     def _cache_for(self, requests: list[Request]) -> KVCache:
         """A cache with room for every request; the last one again where it is large enough."""
-        config = self.decoder.config
-        context = max(len(r.history) + r.checker.num_remaining for r in requests)
+        context, batch = _longest(requests), len(requests)
         cache = self._cache
-        if cache is None or cache.plan.batch < len(requests) or cache.plan.context < context:
+        if cache is None or cache.plan.batch < batch or cache.plan.context < context:
             self._cache = cache = None  # its memory is free again before the next one is planned
             self._rounds = {}
-            rounded = min(config.max_context, -(-context // CONTEXT_STEP) * CONTEXT_STEP)
-            plan = plan_cache(config, len(requests), rounded, self.decoder.device, self.decoder.dtype)
-            self._cache = cache = KVCache(plan, self.decoder.device)
+            plan = self._plan_cache(batch, context)
+            try:
+                self._cache = cache = KVCache(plan, self.decoder.device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise MemoryError(f"out of memory for a cache: {plan.arithmetic()}") from error
         for sequence in range(cache.plan.batch):
             cache.restart(sequence)
         return cache
+
+    def _plan_cache(self, batch: int, context: int) -> CachePlan:
+        """On a GPU with room to spare: making a cache anew throws captured rounds away."""
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        size = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+        wider, spare = reach_of(context), spare_memory(device)
+        while spare:
+            size = min(wider, config.max_context)
+            wider = reach_of(size + 1)
+            next_one = plan_cache(config, batch, min(wider, config.max_context), device, dtype, check_free=False)
+            if size == config.max_context or next_one.num_bytes > spare:
+                break
+        return plan_cache(config, batch, min(size, config.max_context), device, dtype)
 
     def _memories_for(self, policy: DraftPolicy, cache: KVCache) -> dict[int, HeadMemory]:
         """An empty memory of each stateful head that the policy asks, as large as the cache; the last ones again where
@@ -541,7 +611,7 @@ class Engine:
         batch, found = cache.plan.batch, {}
         for exit_layer, plan in self.memory_plans(policy, batch, cache.plan.context).items():
             memory = self._memories.pop(exit_layer, None)
-            if memory is None or memory.plan != plan:
+            if memory is None or not memory.plan.holds(plan):
                 memory = None  # free again before the next one is made
                 self._rounds = {key: own for key, own in self._rounds.items() if own.draft is None}
                 memory = HeadMemory(plan, self.decoder.device)
@@ -652,19 +722,19 @@ class Engine:
         self._owner = None
         self._lock.release()
 
-    def _claimed(self) -> _Claim:
-        return _Claim(self)
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        self._claim()
+        try:
+            with self.here():
+                yield
+        finally:
+            self._release()
 
-
-class _Claim:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._engine._claim()
-
-    def __exit__(self, *_: object) -> None:
-        self._engine._release()
+    def here(self) -> AbstractContextManager[Any]:
+        """The engine's GPU as the current one: kernels and graphs run on the current one wherever their tensors are."""
+        device = self.decoder.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Stream:
@@ -684,7 +754,8 @@ class Stream:
             if not self._open:
                 raise StopIteration
             try:
-                released = next(self._rounds, None)
+                with self._engine.here():
+                    released = next(self._rounds, None)
             except BaseException as error:
                 self._end("error" if isinstance(error, Exception) else "cancelled")
                 raise
@@ -720,6 +791,25 @@ class Stream:
             self.result = self._engine._finished(self._request)
         finally:
             self._engine._release()
+
+
+def reach_of(context: int) -> int:
+    """Tokens that rounds for a sequence of `context` tokens reach: 512, 1024, 2048, ... positions less a tree's."""
+    positions = CONTEXT_STEP
+    while positions - MAX_NODES < context:
+        positions *= 2
+    return positions - MAX_NODES
+
+
+def spare_memory(device: torch.device) -> float:
+    """Bytes that a cache may take beyond what its first request needs; 0 where nothing is gained by it."""
+    free = free_memory(device) if device.type == "cuda" else None
+    return 0.0 if free is None else ROOM_SHARE * free
+
+
+def _longest(requests: Sequence[Request]) -> int:
+    """Tokens of the longest request, when all its budget is written."""
+    return max(len(request.history) + request.checker.num_remaining for request in requests)
 
 
 def _default_policy(heads: HeadSet, fused: bool) -> DraftPolicy:

@@ -130,6 +130,7 @@ class FusedStep:
         weights: of the model.
         cache: the KV cache that rows read and write.
         num_rows: R, a multiple of 16.
+        reach: tokens that a sequence may hold; None: as many as the cache.
         pdl: programmatic dependent launch (Hopper and newer).
 
     Attributes:
@@ -138,7 +139,9 @@ class FusedStep:
         x, stats: what the deferred norm after the last layer run needs, the LM head's after all layers.
     """
 
-    def __init__(self, weights: FusedWeights, cache: KVCache, num_rows: int, *, pdl: bool = False) -> None:
+    def __init__(
+        self, weights: FusedWeights, cache: KVCache, num_rows: int, *, reach: int | None = None, pdl: bool = False
+    ) -> None:
         self.weights, self.cache, self.num_rows, self.pdl = weights, cache, num_rows, pdl
         config, shape, device, dtype = weights.config, weights.shape, cache.device, weights.decoder.dtype
         width, wide = config.hidden_size, config.num_heads * config.head_dim
@@ -159,7 +162,8 @@ class FusedStep:
         self._raw = torch.zeros(num_rows, width, device=device) if config.post_norms else None
         block = max(16, 1 << (width - 1).bit_length() >> 3)
         self._stats_post = torch.zeros(num_rows, 2, -(-width // block), device=device) if config.post_norms else None
-        self._scratch = AttentionScratch(num_rows, cache.plan.num_slots, shape, device)
+        positions = cache.plan.num_slots if reach is None else reach + tile.BLOCK_ROWS
+        self._scratch = AttentionScratch(num_rows, positions, shape, device)
         most = max(most_parts(width, k, dtype) for k in (wide, config.intermediate_size))
         self._parts = Parts(num_rows, width, most, device)
 

@@ -126,6 +126,8 @@ class Rounds:
         taps: layers whose residual streams are kept for heads that read them.
         draft: drafts on the device; None verifies trees that the host gives.
         exit_layer: of the drafting head, for the records.
+        reach: tokens that a sequence may hold in these rounds; None: as many as the cache. Attention launches programs
+            for all of it, so short requests run in rounds of a short reach.
         pdl: programmatic dependent launch; None where the GPU has it.
     """
 
@@ -140,9 +142,11 @@ class Rounds:
         taps: Sequence[int] = (),
         draft: Callable[[Trees, Sequences, Tensor, Tensor, bool], RecurrentDraft] | None = None,
         exit_layer: int = 0,
+        reach: int | None = None,
         pdl: bool | None = None,
     ) -> None:
         self.weights, self.cache, self.width, self.exit_layer = weights, cache, width, exit_layer
+        self.reach = cache.plan.context if reach is None else reach
         device, config = cache.device, weights.config
         on_gpu = device.type == "cuda"
         self.pdl = has_dependent_launch(device) if pdl is None else pdl
@@ -173,7 +177,7 @@ class Rounds:
         head = weights.head.weight
         for rows_each in {1, width}:
             rows = -(-batch * rows_each // 16) * 16
-            self.steps[rows_each] = FusedStep(weights, cache, rows, pdl=self.pdl)
+            self.steps[rows_each] = FusedStep(weights, cache, rows, reach=self.reach, pdl=self.pdl)
             self.taps[rows_each] = {layer: torch.zeros(rows, config.hidden_size, device=device) for layer in taps}
             self._targets[rows_each] = whole(rows)
             if processed:
@@ -181,7 +185,7 @@ class Rounds:
             else:
                 tiles = num_tiles(vocab, head.dtype)
                 self._outputs[rows_each] = torch.zeros(rows, tiles, device=device), whole(rows, tiles)
-        self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
         self._slot = 0
@@ -189,16 +193,22 @@ class Rounds:
 
     def prepare(self, kinds: Sequence[Kind]) -> None:
         """Capture rounds; before `begin`, because a captured round must find no sequence active."""
-        if self.cache.device.type != "cuda":
+        missing = [kind for kind in kinds if kind not in self._graphs]
+        if not missing:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
-        for kind in kinds:
-            if kind not in self._graphs:
-                self._graphs[kind] = self._capture(kind)
+        for kind in missing:
+            self._graphs[kind] = self._capture(kind)
 
     def begin(self, starts: Sequence[Start]) -> None:
-        """Take over sequences whose prompts are in the cache; all others are idle."""
+        """Take over sequences whose prompts are in the cache; all others are idle.
+
+        Raises:
+            ValueError: a sequence that may grow beyond these rounds' reach.
+        """
+        if (longest := max(start.end for start in starts)) > self.reach:
+            raise ValueError(f"a sequence may grow to {longest} tokens, these rounds reach {self.reach}")
         count = self.batch
         active, base, end, min_end, pending = ([0] * count for _ in range(5))
         seeds = [0] * count
@@ -268,10 +278,11 @@ class Rounds:
 
     def replay(self, kind: Kind) -> None:
         """Enqueue a round that `prepare` has made, without its record."""
-        if self.cache.device.type != "cuda":
+        graph = self._graphs[kind] if self.cache.device.type == "cuda" else None
+        if graph is None:
             self._body(kind)
-            return
-        self._graphs[kind].replay()
+        else:
+            graph.replay()
 
     def give(self, trees: Mapping[int, DraftTree]) -> None:
         """The trees that a "given" round verifies, by sequence; others stay out."""
@@ -282,7 +293,9 @@ class Rounds:
         self.sequences.active[sequence : sequence + 1].zero_()
         self.trees.count[sequence : sequence + 1].zero_()
 
-    def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
+    def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
+        if self.cache.device.type != "cuda":
+            return None
         stream, current = torch.cuda.Stream(self.cache.device), torch.cuda.current_stream(self.cache.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):  # compiles what is not compiled yet; nobody is active, so nothing is written

@@ -11,7 +11,7 @@ one left is never read (design rule 4). Nothing here is read by verification (ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class MemoryPlan:
         slots = (self.context + self.scratch) * self.slot_bytes
         states = (1 + WAITING) * len(self.layers) + self.scratch
         return self.batch * (slots + 4 * self.head.hidden_size * states)
+
+    def holds(self, other: MemoryPlan) -> bool:
+        """Whether a memory of this size serves where the other one is asked for."""
+        return replace(self, scratch=other.scratch) == other and self.scratch >= other.scratch
 
     def arithmetic(self) -> str:
         """The size in words and factors, for reports and errors."""

@@ -282,7 +282,7 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
     output as far as it goes."""
     before = len(request.checker.token_ids)
     released = request.checker.push(block.tokens)
-    if block.error is not None:
+    if block.error is not None and not request.checker.finished:  # what stopped before did not fail
         request.error = block.error
         released += request.checker.finish("error")
     path = [0, *block.acceptance.nodes]

@@ -71,7 +71,7 @@ def accept_reference(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["width", "num_stops"])
     def _accept_kernel(  # type: ignore[no-untyped-def]
         targets, tree_tokens, tree_parents, tree_depths, tree_paths, tree_count, tree_entropies,
         active_of, base_of, end_of, min_end_of, stop_ids, record, path_nodes, num_path,

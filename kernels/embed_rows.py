@@ -50,7 +50,7 @@ def embed_rows_reference(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_sequences"])
     def _lay_rows_kernel(  # type: ignore[no-untyped-def]
         tokens, depths, paths, count, base, num_sequences,
         live_of, sequence_of, position_of, slot_of, base_of, path_of, ids,

@@ -60,12 +60,12 @@ def tree_attention_reference(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_splits"])  # one kernel for caches of all sizes
     def _tree_attention_kernel(  # type: ignore[no-untyped-def]
         q, k_cache, v_cache, out, part_acc, part_max, part_sum, arrived,
         live_of, sequence_of, position_of, base_of, path_of,
-        cache_sequence, cache_head, cache_slot, scale, softcap, window,
-        NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
+        cache_sequence, cache_head, cache_slot, scale, softcap, window, num_splits,
+        NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr, SPLIT_LEN: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
@@ -124,7 +124,7 @@ if triton is not None:
         if num_parts == 1:
             tl.store(out + q_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=of_head)
         else:
-            own = (row * NUM_KV + kv_head) * NUM_SPLITS
+            own = (row * NUM_KV + kv_head) * num_splits
             at = (own + tl.program_id(2)).to(tl.int64)
             tl.store(part_max + at * BLOCK_G + g, largest)
             tl.store(part_sum + at * BLOCK_G + g, denominator)
@@ -224,7 +224,7 @@ def tree_attention(
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
-        NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim, NUM_SPLITS=scratch.num_splits,
+        scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
         BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl, **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_rounds_are_profiled(monkeypatch, capsys):
     decoder = Decoder(config, random_weights(config, torch.float32, "cpu"))
     weights, cache = (
         FusedWeights(decoder),
-        KVCache(plan_cache(config, 1, 200, decoder.device, decoder.dtype), decoder.device),
+        KVCache(plan_cache(config, 1, 270, decoder.device, decoder.dtype), decoder.device),
     )
     rounds = Rounds(weights, cache, 1)
     rounds._graphs["plain"] = None

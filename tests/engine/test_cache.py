@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipstone.engine.cache import CachePlan, ContextTooLong, KVCache, plan_cache, runs
+from skipstone.engine.cache import CachePlan, ContextTooLong, KVCache, free_memory, plan_cache, runs
 from skipstone.engine.forward import prefill
 from skipstone.engine.gate import Gate, every, fixed_exit
 from skipstone.engine.tree import MAX_NODES
@@ -182,3 +182,11 @@ def test_budget_that_ends_with_the_context(engine_of, planned):
 
 def test_plans_are_data(cache):
     assert dataclasses.replace(cache.plan, batch=4).num_bytes == 2 * cache.plan.num_bytes
+
+
+def test_what_torch_holds_and_nobody_uses_is_free(monkeypatch):
+    """Otherwise a second cache would be refused for want of the memory that the first one gave back to torch."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert free_memory(torch.device("cuda")) == 1400

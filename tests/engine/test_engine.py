@@ -5,14 +5,17 @@ in a stale slot; statistics that count tokens past the end.
 """
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
-from skipstone.engine import loop
+from skipstone.engine import device_loop, loop
 from skipstone.engine.cache import ContextTooLong
 from skipstone.engine.forward import advance
 from skipstone.engine.gate import ALWAYS, Gate, every, fixed_exit
-from skipstone.engine.tree import MAX_NODES
+from skipstone.engine.graphs import Record
+from skipstone.engine.sampling import TargetSampler
+from skipstone.engine.tree import MAX_NODES, Acceptance, DraftTree
 
 PROMPT = [5, 17, 3, 99, 42]
 OTHERS = [[7, 8, 9], list(range(20, 40)), [100]]
@@ -361,3 +364,68 @@ def test_inputs_that_would_be_misread_are_refused(engine_of):
         engine.generate([1, 2], bad_words="abc")
     ids = engine.generate([1, 2], max_new_tokens=4).token_ids
     assert engine.generate(torch.tensor([1, 2]), max_new_tokens=4).token_ids == ids
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["waiting", "on the device"])
+def test_what_stopped_before_a_fault_did_not_fail(fused, engine_of, planned, monkeypatch):
+    """A stop string in an accepted token ends the output; that no token can be drawn behind it is nobody's concern."""
+    engine = engine_of()
+    plain = planned(engine, "right").learn(PROMPT, max_new_tokens=4)
+    request = engine._requests([PROMPT], None, False, {"max_new_tokens": 9, "stop_ids": [plain.token_ids[0]]})[0]
+    on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
+    tree = DraftTree(PROMPT[-1])
+    tree.add(0, plain.token_ids[0], exit_layer=2)
+    if fused:
+        device_loop._commit(on, request, Record(3, (plain.token_ids[0], -1), (1,), tree))
+    else:
+        acceptance = Acceptance((1,), (plain.token_ids[0],), TargetSampler.FAILED)
+        loop._commit(on, request, loop.Block(tree, acceptance, (), 0, error="no token can be drawn"))
+    assert request.checker.finish_reason == "stop" and request.error is None
+
+
+def test_everything_runs_with_the_engines_own_gpu_as_the_current_one(engine, monkeypatch):
+    """Kernels run on the current device: with a model on another one they would read addresses that are not theirs."""
+    inside, depth = [], [0]
+
+    @contextmanager
+    def here(self):
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    original = loop.play_round
+
+    def watched(*args):
+        inside.append(depth[0])
+        return original(*args)
+
+    monkeypatch.setattr(type(engine), "here", here)
+    monkeypatch.setattr(loop, "play_round", watched)
+    engine.generate(PROMPT, max_new_tokens=3)
+    with engine.stream(PROMPT, max_new_tokens=3) as stream:
+        for _ in stream:
+            assert depth[0] == 0, "between tokens the caller's own device is the current one"
+    assert len(inside) == 6 and all(inside)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu(engine_of):
+    """The same tokens as on the first, with captured rounds."""
+    outs = []
+    for device in ("cuda:0", "cuda:1"):
+        engine = engine_of(dtype=torch.bfloat16, device=device)
+        engine.fused = engine._fuse(True)
+        assert engine.fused is not None
+        outs.append(engine.generate(PROMPT, max_new_tokens=24).token_ids)
+    assert outs[0] == outs[1] and torch.cuda.current_device() == 0
+
+
+def test_paces_of_steps_that_cost_otherwise_are_kept_apart(engine, planned):
+    """A waiting step with log-probabilities is no measure of one without."""
+    planned(engine, "right").learn(PROMPT, max_new_tokens=4)
+    engine.policy = fixed_exit(2, 3)
+    for options in ({}, {"logprobs": 1}, {"repetition_penalty": 1.2}):
+        engine.generate(PROMPT, max_new_tokens=4, **options)
+    assert set(engine._paces) == {(1, False, False), (1, False, True)}
+    assert engine.pace() is engine._paces[1, False, False]

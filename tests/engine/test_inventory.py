@@ -34,7 +34,7 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
     engine._memories_for(engine.policy, cache)
     items_at = {i.what: i for i in memory_items(engine, batch, cache.plan.context) if "device rounds" in i.what}
     assert items.keys() == items_at.keys() and len(items) == 3
-    rounds = engine._rounds_for(engine.fused, cache, batch, engine.policy, False)
+    rounds = engine._rounds_for(engine.fused, cache, batch, engine.policy, False, cache.plan.context)
     assert sorted(rounds.steps) == [1, MAX_NODES]
     stores = {}
     for rows_each, step in rounds.steps.items():
@@ -49,7 +49,7 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
     assert draft is not None
     large = (draft._root_speech.logits, draft._speech.logits, draft._ring)
     assert items_at["drafts of device rounds"].num_bytes == sum(t.nbytes for t in large)
-    weights, head = draft._weights, heads.heads[0]
+    weights, head = draft.weights, heads.heads[0]
     copies = [weights.fuse, weights.join, *(t for la in weights.layers for t in (la.qkv, la.o, la.up, la.down))]
     item = items_at["the recurrent head's matrices for device rounds"]
     assert item.second_copy and item.num_bytes == sum(t.nbytes for t in copies)

@@ -1,0 +1,167 @@
+"""No kernel is compiled and no round captured in the middle of a request, once the engine is warm.
+
+What Triton would compile is read off each launch by its own rules (`compiled_for`); kernels do not run, so every token
+is 0, which is enough for the host's side. On a GPU the same counts are of real compilations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine import engine as engine_module
+from skipstone.engine.engine import MOST_ROUNDS, reach_of
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import best_first
+from skipstone.engine.graphs import Rounds
+from skipstone.kernels import tile
+
+pytestmark = pytest.mark.skipif(
+    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs TRITON_INTERPRET=1: launches are watched in Triton's interpreter",
+)
+CONTEXT = 3000
+
+
+def compiled_for(function: Any, args: tuple, options: dict[str, Any]) -> tuple:
+    """What of a launch makes Triton compile: constants, types, integers that are 1 or multiples of 16, alignment."""
+    named, key = dict(zip(function.arg_names, args, strict=False)) | options, []
+    for name, value in sorted(named.items()):
+        annotation = str(function.fn.__annotations__.get(name, ""))
+        if "constexpr" in annotation or value is None or name not in function.arg_names:
+            kind: Any = value
+        elif isinstance(value, torch.Tensor):
+            kind = value.dtype, value.data_ptr() % 16 == 0
+        elif isinstance(value, int) and name not in (function.kwargs.get("do_not_specialize") or ()):
+            kind = value if value == 1 else value % 16 == 0, value.bit_length() > 31
+        else:
+            kind = type(value)
+        key.append((name, kind))
+    return (function.fn.__name__, *key)
+
+
+class Watch:
+    """Compilations and captures so far."""
+
+    def __init__(self) -> None:
+        self.compiled: set[tuple] = set()
+        self.captured: list[str] = []
+
+    def since(self, before: tuple[set, list]) -> tuple[set, list]:
+        """What was compiled, and captured, that had not been then."""
+        return self.compiled - before[0], self.captured[len(before[1]) :]
+
+    def now(self) -> tuple[set, list]:
+        return set(self.compiled), list(self.captured)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen, capture = Watch(), Rounds._capture
+
+    def launched(function: Any, grid: Any) -> Callable:
+        return lambda *args, **options: seen.compiled.add(compiled_for(function, args, options))
+
+    def captured(rounds: Rounds, kind: Any) -> Any:
+        seen.captured.append(kind)
+        rounds._body(kind)  # as a capture does
+        return capture(rounds, kind)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launched)
+    monkeypatch.setattr(Rounds, "_capture", captured)
+    monkeypatch.setattr(engine_module, "spare_memory", lambda device: 1e9)
+    return seen
+
+
+@pytest.fixture
+def engine(engine_of: Callable, stateful: Callable) -> Any:
+    engine = engine_of(max_context=CONTEXT)
+    stateful(engine, "recurrent")
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    engine.policy = best_first(4, 4, 4)
+    return engine
+
+
+def requests(engine: Any, batch: int = 1) -> None:
+    """Plain and drafted ones, short and long, in an order in which a cache that only just fits would grow."""
+    for length, budget in ((5, 3), (480, 40), (700, 5), (20, 1500), (CONTEXT - 9, 5), (5, 3), (17, 40)):
+        for speculation in (False, "always", True):
+            out = engine.generate(
+                [list(range(1, 2)) * length] * batch, speculation=speculation, max_new_tokens=budget, ignore_eos=True
+            )
+            assert len(out[0].token_ids) == budget
+
+
+def test_a_warm_engine_compiles_and_captures_nothing(engine: Any, watch: Watch) -> None:
+    """Seen to fail: the cache's splits as a constant of attention's kernel; a cache that grows request by request;
+    rounds of one reach only; a head's memory made anew for every request."""
+    assert engine.warm_up() > 0
+    warm = watch.now()
+    reaches = sorted({rounds.reach for rounds in engine._rounds.values()})
+    assert reaches == [reach_of(1), reach_of(600), reach_of(2000), CONTEXT]
+    assert len(warm[1]) == len(reaches) * (1 + 3), "plain rounds alone; plain, draft and absorb of those that draft"
+    names = [name for name, *_ in warm[0]]
+    assert names.count("_tree_attention_kernel") <= 2, "the model's and the head's, whatever the reach"
+    requests(engine)
+    assert watch.since(warm) == (set(), [])
+
+
+def test_another_batch_compiles_nothing_either(engine: Any, watch: Watch) -> None:
+    """Kernels are the same for every batch; rounds are captured for each."""
+    engine.warm_up()
+    warm = watch.now()
+    requests(engine, batch=3)
+    compiled, captured = watch.since(warm)
+    assert not compiled and captured
+
+
+def test_rounds_that_are_kept_are_bounded(engine: Any, watch: Watch) -> None:
+    """The longest unused ones go."""
+    engine.warm_up(batch=MOST_ROUNDS + 2)
+    for batch in range(1, MOST_ROUNDS + 3):
+        engine.generate([[1, 2]] * batch, speculation=False, max_new_tokens=2)
+        assert len(engine._rounds) <= MOST_ROUNDS
+    assert [rounds.batch for rounds in engine._rounds.values()] == list(range(3, MOST_ROUNDS + 3))
+
+
+def test_options_that_need_processing_have_rounds_of_their_own(engine: Any, watch: Watch) -> None:
+    options = {"temperature": 0.7, "top_p": 0.9}
+    engine.warm_up(**options)
+    warm = watch.now()
+    engine.generate([1, 2, 3], max_new_tokens=4, **options)
+    assert watch.since(warm) == (set(), [])
+
+
+def test_other_weights_are_other_rounds(engine: Any, watch: Watch) -> None:
+    engine.generate([1, 2, 3], max_new_tokens=4)
+    first = list(engine._rounds.values())
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    engine.generate([1, 2, 3], max_new_tokens=4)
+    assert first and not any(rounds in engine._rounds.values() for rounds in first)
+
+
+def test_a_larger_draft_keeps_the_memory_that_a_smaller_one_can_use(engine: Any, watch: Watch) -> None:
+    small = engine.policy
+    engine.generate([1, 2, 3], policy=best_first(6, 4, 6), max_new_tokens=4)
+    memory = engine._memories[0]
+    for policy in (small, best_first(6, 4, 6), small):
+        engine.generate([1, 2, 3], policy=policy, max_new_tokens=4)
+        assert engine._memories[0] is memory
+    assert watch.captured.count("draft") == 2
+
+
+def test_a_sequence_beyond_the_reach_is_refused(engine: Any, watch: Watch) -> None:
+    engine.generate([1, 2, 3], speculation=False, max_new_tokens=4)
+    rounds = next(iter(engine._rounds.values()))
+    from skipstone.engine.graphs import Start
+    from skipstone.engine.sampling import SamplingParams
+
+    with pytest.raises(ValueError, match="reach"):
+        rounds.begin([Start(0, [1, 2], 2, rounds.reach + 1, SamplingParams())])
