@@ -22,6 +22,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from ..engine.engine import Engine
 from ..engine.gate import DraftPolicy, calibrated, fixed_exit
 from ..engine.load import load
-from ..engine.sparsity.quality import measure_quality
+from ..engine.sparsity.quality import Quality, measure_quality
 from ..engine.sparsity.tda import cut
 from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
 from ..engine.sparsity.thresholded import TealDecoder
@@ -54,17 +55,21 @@ SHAPES = {  # inputs, outputs
 def quality(engine: Engine, teals: dict[str, Teal], windows: Windows) -> list[Any]:
     """Loss by allocation and level."""
     decoder = engine.decoder
-    dense = measure_quality(decoder, windows.texts, windows.prompt_len, None)
+    dense = _on_cpu(measure_quality(decoder, windows.texts, windows.prompt_len, None))
     rows = [{"allocation": None, "level": 0.0, **compare(dense, dense)}]
     for name, teal in teals.items():
         for level in teal.levels:
             note(f"  {name} {level:g}")
             sparse = TealDecoder(decoder, teal.at(level).thresholds, dense_tokens=windows.prompt_len - 1)
-            found = measure_quality(sparse, windows.texts, windows.prompt_len, None)
+            found = _on_cpu(measure_quality(sparse, windows.texts, windows.prompt_len, None))
             rows.append({"allocation": name, "level": level, **compare(found, dense)})
     for row in rows:
         del row["density"], row["density_by_layer"]
     return rows
+
+
+def _on_cpu(found: Quality) -> Quality:
+    return replace(found, losses=found.losses.cpu(), choices=found.choices.cpu())
 
 
 def drafts(engine: Engine, prompts: Sequence[list[int]], levels: Sequence[TealLevel | None], tokens: int) -> list[Any]:
@@ -174,18 +179,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--draft-levels", type=float, nargs="*", default=[0.25, 0.4, 0.5])
     parser.add_argument("--repeats", type=int, default=40, help="of a product; a tenth of it of decoding")
+    parser.add_argument("--device", default="cpu", help="of the quality; drafts and times are of the CPU")
     options = parser.parse_args(arguments)
+    if options.device != "cpu" and options.parts != ["quality"]:
+        parser.error(f"--device {options.device} measures quality alone: give --parts quality")
     if not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
     start = time.perf_counter()
-    engine = load(options.model, heads="adapter", device="cpu", progress=False)
+    needs_heads = "drafts" in options.parts
+    engine = load(options.model, heads="adapter" if needs_heads else None, device=options.device, progress=False)
     greedy, text, tokenizer = Teal.load(options.teal), options.text.read_text(encoding="utf-8"), engine.tokenizer
     if tokenizer is None:
         parser.error(f"--model {options.model} has no tokenizer")
     ids = tokenizer.encode(text)
     front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    windows = Windows(cut(back, options.length, options.windows), options.prompt_len)
-    uniform = calibrate_teal(engine.decoder, cut(front, 256, 32), levels=greedy.levels, allocation="uniform")
+    device = engine.decoder.device
+    windows = Windows(cut(back, options.length, options.windows).to(device), options.prompt_len)
+    texts = cut(front, 256, 32).to(device)
+    uniform = calibrate_teal(engine.decoder, texts, levels=greedy.levels, allocation="uniform")
     asked = built_in() if options.prompts is None else read_questions(options.prompts)
     chosen = choose(asked, limit=options.questions)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": question.turns[0]}]) for question in chosen]
@@ -194,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": shlex.join(["python", "-m", "skipstone.bench.teal", *_shown_arguments(arguments)]),
         "model": options.model,
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
-        "device": describe_device(engine.decoder.device),
+        "device": describe_device(device),
         "versions": versions(),
         "text": {"name": options.text.name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(ids)},
         "windows": len(windows.texts),

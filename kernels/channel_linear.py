@@ -5,7 +5,7 @@
 The weight is stored input-channel-major (`[K, M]`), so a channel's weights are contiguous and a dropped channel's are
 never read. torch's `embedding_bag` is this very sum: it reads each kept row once, multiplies, and adds in fp32, in
 rising order of k, one bag after the other, so that a row's bits do not depend on other rows. Gathering the rows first
-(`index_select`, then a product) writes and reads them a second time and never pays (docs/sparsity.md).
+(`index_select`, then a product) writes and reads them a second time (docs/sparsity.md).
 """
 
 from __future__ import annotations

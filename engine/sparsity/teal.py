@@ -195,7 +195,7 @@ class Histograms:
             bits = x[self._counted].float().abs().view(torch.int32) >> SHIFT
             if bool((bits >= NUM_BINS).any()):
                 raise ValueError(f"layer {index} reads Inf or NaN in {name}: the model or the text is unusable")
-            own.add_(torch.bincount(bits.flatten(), minlength=NUM_BINS).to(own.device))
+            own.add_(torch.bincount(bits.flatten(), minlength=NUM_BINS).cpu())
             return linear(x)
 
         return watch

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..load import identity
 from ..model import Decoder
@@ -29,6 +30,7 @@ class TealRecipe:
         text: a plain text file; thresholds are found on its first half, each level's loss is measured on its second.
         out: the folder to write; must not exist.
         levels, allocation, dense_tokens, budget: see `calibrate_teal`.
+        device: where the model runs.
     """
 
     model: str
@@ -38,6 +40,7 @@ class TealRecipe:
     allocation: Allocation = "greedy"
     dense_tokens: int = DENSE_TOKENS
     budget: Budget | None = None
+    device: str = "cpu"
 
 
 def follow(recipe: TealRecipe, dtype: torch.dtype, on_step: Callable[[str], None] = lambda note: None) -> Teal:
@@ -51,17 +54,21 @@ def follow(recipe: TealRecipe, dtype: torch.dtype, on_step: Callable[[str], None
         raise FileExistsError(f"{recipe.out} exists; choose another folder")
     text = recipe.text.read_text(encoding="utf-8")
     pretrained = load_pretrained(recipe.model, dtype)
-    decoder = Decoder(pretrained.config, pretrained.weights, dtype)
+    decoder = Decoder(pretrained.config, pretrained.weights, dtype, recipe.device)
+
+    def texts(part: list[int], length: int, most: int) -> Tensor:
+        return cut(part, length, most).to(decoder.device)
+
     ids = pretrained.tokenizer.encode(text)
     half = len(ids) // 2
     found = calibrate_teal(
         decoder,
-        cut(ids[:half], TEXT_LENGTH, QUANTILE_TEXTS),
+        texts(ids[:half], TEXT_LENGTH, QUANTILE_TEXTS),
         levels=recipe.levels,
         allocation=recipe.allocation,
-        error_texts=cut(ids[:half], ERROR_LENGTH, ERROR_TEXTS),
+        error_texts=texts(ids[:half], ERROR_LENGTH, ERROR_TEXTS),
         budget=recipe.budget,
-        budget_texts=cut(ids[half:], TEXT_LENGTH, BUDGET_TEXTS),
+        budget_texts=texts(ids[half:], TEXT_LENGTH, BUDGET_TEXTS),
         dense_tokens=recipe.dense_tokens,
         base=identity(pretrained),
         on_step=on_step,

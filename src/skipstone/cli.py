@@ -506,14 +506,12 @@ def _calibrate_teal(
             f"targets {given} were given: --sparsity teal finds several levels, and takes at most one budget, for the "
             "default among them"
         )
-    if device not in (None, "cpu"):
-        raise ValueError(f"--device is {device!r}: thresholds are found on the CPU for now")
     from .engine.sparsity.tda import Budget
     from .engine.sparsity.teal_recipe import TealRecipe, follow, summary
 
     recipe = TealRecipe(
         model, text, out, allocation=allocation or "greedy",  # type: ignore[arg-type]
-        dense_tokens=dense_tokens, budget=Budget(**given) if given else None,
+        dense_tokens=dense_tokens, budget=Budget(**given) if given else None, device=device or "cpu",
     )  # fmt: skip
     found = follow(recipe, _dtype(dtype), note)
     if as_json:

@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(
 # also in the interpreter, whose way back to bf16 truncates).
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SETTINGS = {"BN": 16, "BK": 32, "PARTS": 3, "num_warps": 4, "num_stages": 2}
-CASES = [((40,), 80, 3), ((32, 48, 64), 160, 1), ((32, 56), 100, 5), ((48, 96, 144), 33, 4)]
+CASES = [((40,), 80, 3), ((32, 48, 64), 160, 1), ((32, 56), 33, 4)]
 
 
 def drawn(*size: int, seed: int = 0) -> Tensor:
@@ -52,6 +52,8 @@ def poisoned(width: int, parts: int) -> Shares:
 @pytest.mark.parametrize(("ends", "k", "parts"), CASES)
 @pytest.mark.parametrize("sparse", [True, False])
 def test_sparse(sparse: bool, ends: tuple[int, ...], k: int, parts: int, dtype: torch.dtype) -> None:
+    if not sparse and dtype != torch.float32 and not ON_GPU:
+        pytest.skip("without a threshold the interpreter shows nothing more than in fp32")
     width, settings = ends[-1], SETTINGS | {"PARTS": parts}
     x, weight = drawn(k, seed=1).to(dtype), drawn(k, width, seed=2).to(dtype)
     bias = drawn(width, seed=3).to(dtype) if len(ends) > 1 else None
@@ -68,7 +70,7 @@ def test_sparse(sparse: bool, ends: tuple[int, ...], k: int, parts: int, dtype: 
 
 @needs_triton
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("ends", "k", "parts"), [((40,), 96, 2), ((32, 48, 64), 160, 1), ((32, 58), 64, 4)])
+@pytest.mark.parametrize(("ends", "k", "parts"), [((40,), 96, 2), ((32, 48, 58), 64, 4)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_quantised(sparse: bool, ends: tuple[int, ...], k: int, parts: int, bits: int) -> None:
     dtype = torch.float16

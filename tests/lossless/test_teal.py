@@ -1,7 +1,7 @@
 """Drafts that drop inputs change nothing; a target that drops inputs is a model of its own, plain and speculative.
 
-Regimes: every family in fp32, some in bf16; greedy and T = 0.8; chains and gated trees of planned heads, a block head
-with a memory; a batch of three against each prompt's solo plain run, everything committed compared bit for bit; a
+Regimes: every family in fp32, two in bf16; greedy and T = 0.8 in turn; chains and gated trees of planned heads, a block
+head with a memory; a batch of three against each prompt's solo plain run, everything committed compared bit for bit; a
 prompt shorter than the tokens that stay dense; drafts that drop inputs under a target that skips neurons.
 
 Planned heads look hidden states up. Under draft="teal" they know those of a pending token (its context is the
@@ -82,9 +82,8 @@ def accepted(engine, given, sampling):
 
 
 @pytest.mark.hazard(6, 23, 24)
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_thinned_out_drafts_change_nothing(family, sampling, engine_of, planned, thin):
-    engine = engine_of(family)
+def test_thinned_out_drafts_change_nothing(family, families, engine_of, planned, thin):
+    engine, sampling = engine_of(family), SAMPLED if families.index(family) % 2 else {}
     heads = planned(engine)
     given, level = thin(engine)
     expected = solo(engine, None, given, sampling)
@@ -95,7 +94,7 @@ def test_thinned_out_drafts_change_nothing(family, sampling, engine_of, planned,
     assert accepted(engine, given, sampling) >= 4, "the heads should be right now and then"
 
 
-@pytest.mark.parametrize("family", ["llama_linear", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama_linear", "gpt_neox"])
 def test_in_bfloat16(family, engine_of, planned, thin):
     engine = engine_of(family, torch.bfloat16)
     heads = planned(engine)
@@ -150,8 +149,9 @@ def test_layers_that_drafted_are_counted(engine_of, planned, thin):
 
 
 @pytest.mark.hazard(6, 23, 24)
-@pytest.mark.parametrize("family", ["llama_linear", "gemma2", "gpt_neox", "qwen3"])
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("family", "sampling"), [("llama_linear", {}), ("gemma2", SAMPLED), ("gpt_neox", {}), ("qwen3", SAMPLED)]
+)
 def test_the_thinned_out_model_speculates_as_it_decodes(family, sampling, engine_of, planned, thin):
     engine = engine_of(family)
     heads = planned(engine)
