@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Generation
 from ..engine.gate import DraftPolicy, calibrated, fixed_exit
 from ..engine.load import load
 from ..engine.sparsity.quality import Quality, measure_quality
@@ -73,7 +73,8 @@ def _on_cpu(found: Quality) -> Quality:
 
 
 def drafts(engine: Engine, prompts: Sequence[list[int]], levels: Sequence[TealLevel | None], tokens: int) -> list[Any]:
-    """Acceptance by policy and level, and tokens that differ from plain decoding's."""
+    """Acceptance by policy and level, tokens that differ from plain decoding's, and the calling thread's CPU time,
+    prompts included; arms take turns prompt by prompt."""
     assert engine.heads is not None and engine.heads.calibration is not None
     deepest = max(engine.heads.exits)
     policies: dict[str, DraftPolicy] = {
@@ -81,35 +82,39 @@ def drafts(engine: Engine, prompts: Sequence[list[int]], levels: Sequence[TealLe
         f"exit {deepest}, 4 tokens": fixed_exit(deepest, 4),
     }
     options: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
-    plain = [engine.generate(prompt, speculation=False, **options).token_ids for prompt in prompts]
-    rows = []
-    for name, policy in policies.items():
-        for level in levels:
+    arms: list[tuple[str, TealLevel | None, dict[str, Any]]] = [("plain", None, {"speculation": False})]
+    arms += [(name, level, {"policy": policy}) for name, policy in policies.items() for level in levels]
+    outs: dict[int, list[Generation]] = {}
+    seconds: dict[int, float] = {}
+    for number, prompt in enumerate(prompts):
+        note(f"  prompt {number + 1} of {len(prompts)}")
+        for arm, (_, level, how) in enumerate(arms):
             engine.drop_inputs(draft=level)
-            note(f"  {name}, {engine.draft}")
-            outs = [engine.generate(prompt, policy=policy, **options) for prompt in prompts]
-            drafted, accepted, verified, committed, layers = (
-                sum(getattr(out.stats, f"num_{what}") for out in outs)
-                for what in ("drafted", "accepted", "verifications", "committed", "row_layers")
-            )
-            rows.append(
-                {
-                    "policy": name,
-                    "draft": engine.draft,
-                    "num_drafted": drafted,
-                    "num_accepted": accepted,
-                    "acceptance_rate": accepted / drafted if drafted else None,
-                    "tokens_per_verification": committed / verified,
-                    "row_layers_per_token": layers / committed,
-                    "num_tokens": committed,
-                    "differing_tokens": sum(
-                        a != b
-                        for out, own in zip(outs, plain, strict=True)
-                        for a, b in zip(out.token_ids, own, strict=True)
-                    ),
-                }
-            )
+            start = time.thread_time()
+            outs.setdefault(arm, []).append(engine.generate(prompt, **how, **options))
+            seconds[arm] = seconds.get(arm, 0.0) + time.thread_time() - start
     engine.drop_inputs()
+    rows = []
+    for arm, (name, level, _) in enumerate(arms):
+        drafted, accepted, verified, committed, layers = (
+            sum(getattr(out.stats, f"num_{what}") for out in outs[arm])
+            for what in ("drafted", "accepted", "verifications", "committed", "row_layers")
+        )
+        pairs = [(out.token_ids, own.token_ids) for out, own in zip(outs[arm], outs[0], strict=True)]
+        rows.append(
+            {
+                "policy": name,
+                "draft": "dense" if level is None else level.name,
+                "num_drafted": drafted,
+                "num_accepted": accepted,
+                "acceptance_rate": accepted / drafted if drafted else None,
+                "tokens_per_verification": committed / verified,
+                "row_layers_per_token": layers / committed,
+                "num_tokens": committed,
+                "differing_tokens": sum(a != b for ids, own in pairs for a, b in zip(ids, own, strict=True)),
+                "cpu_ms_per_token": round(1e3 * seconds[arm] / committed, 2),
+            }
+        )
     return rows
 
 
@@ -216,12 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "quality" in options.parts:
         note("quality")
         document["quality"] = quality(engine, {"greedy": greedy, "uniform": uniform}, windows)
+    torch.set_num_threads(1)
     if "drafts" in options.parts:
         note("drafts")
         document["drafts"] = drafts(engine, prompts, levels, options.max_new_tokens)
     if "times" in options.parts:
         note("times")
-        torch.set_num_threads(1)
         with torch.inference_mode():
             document["product_us"] = products([0.0, *greedy.levels], engine.decoder.dtype, options.repeats)
         document["decode_ms_per_token"] = decoding(engine, prompts[0], levels, max(1, options.repeats // 10))

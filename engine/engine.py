@@ -178,7 +178,7 @@ class Engine:
             self.sparse: SparseTarget | None = None
             if sparsity is not None and not isinstance(sparsity, TealLevel):
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
-            self.drop_inputs(sparsity if isinstance(sparsity, TealLevel) else None, draft)
+            self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
         self.policy = PLAIN
         if heads is not None and self.warning is None:
             self.policy = _default_policy(heads, self.fused is not None)
@@ -231,7 +231,12 @@ class Engine:
         Raises:
             ValueError: both, a model on a GPU, thresholds of another model, or heads whose drafts run no layers.
             NotDeterministic: a row's sums over its kept channels depend on other rows on this machine.
+            RuntimeError: a stream of this engine is open in this thread.
         """
+        with self._claimed(), torch.inference_mode():
+            self._thin_out(verify, draft)
+
+    def _thin_out(self, verify: TealLevel | None, draft: TealLevel | None) -> None:
         decoder = self.decoder
         if (verify or draft) is not None and decoder.device.type != "cpu":
             raise ValueError(

@@ -33,6 +33,8 @@ def test_quality_by_level(engine, teal):
 def test_drafts_differ_in_acceptance_only(engine, teal):
     prompts = [engine.tokenizer.encode(text) for text in ("the rain falls", "a stone skips over the water")]
     rows = bench.drafts(engine, prompts, [None, teal.at(0.6)], 12)
+    plain = rows.pop(0)
+    assert (plain["policy"], plain["num_drafted"], plain["tokens_per_verification"]) == ("plain", 0, 1)
     assert [row["draft"] for row in rows] == ["dense", "teal 0.6"] * 2 and engine.draft == "dense"
     assert all(row["differing_tokens"] == 0 and row["num_tokens"] == 24 and row["num_drafted"] for row in rows)
     layers = engine.decoder.config.num_layers

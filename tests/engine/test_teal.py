@@ -6,6 +6,7 @@ of a projection taken by its outputs alone; a sink row thinned out.
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -249,6 +250,8 @@ def test_load_takes_a_folder_or_thresholds(tiny_folder, tiny_heads_folder, folde
     own = load(tiny_folder, heads=None, verify="teal", **options | {"teal": Teal.load(folder)})
     assert own.generate(prompt, max_new_tokens=8).token_ids == thinned.generate(prompt, max_new_tokens=8).token_ids
     assert Teal.load(folder).base == identity(load_pretrained(tiny_folder, torch.float32, progress=False))
+    with thinned.stream(prompt, max_new_tokens=2), pytest.raises(RuntimeError, match="open stream"):
+        thinned.drop_inputs()
     thinned.drop_inputs()
     assert thinned.verify == thinned.draft == "dense"
 
@@ -276,6 +279,6 @@ def test_what_cannot_be_thinned_out_is_refused(tiny_folder, tiny_heads_folder, f
         own.drop_inputs(draft=level)
     with pytest.raises(ValueError, match=r"thresholds are \[2, 7\], expected \[4, 7\]"):
         Engine(own.decoder, sparsity=Teal((0.5,), torch.ones(1, 2, 7), torch.ones(1, 2, 7)).at(0.5))
-    own.decoder.device = torch.device("cuda")
+    own.decoder.device, own.here = torch.device("cuda"), nullcontext
     with pytest.raises(ValueError, match="on the CPU only"):
         own.drop_inputs(verify=level)
