@@ -38,7 +38,22 @@ def best_first(
     Returns:
         Per row, how many nodes the gate refused.
     """
-    pools = [_Pool(row, policy) for row in rows]
+    pools = grow_pools(decoder, rows, memory, policy, draft_ids)
+    for pool in pools:
+        pool.hang()
+        pool.row.work.embed_new(decoder)
+    return [pool.num_refused for pool in pools]
+
+
+def grow_pools(
+    decoder: Decoder,
+    rows: Sequence[DraftRow],
+    memory: HeadMemory,
+    policy: DraftPolicy,
+    draft_ids: Tensor | None = None,
+) -> list[Pool]:
+    """Every row's candidates, from which `Pool.hang` takes the tree. Arguments as in `best_first`."""
+    pools = [Pool(row, policy) for row in rows]
     for step in range(policy.max_depth):
         level = [(pool, chosen) for pool in pools if (chosen := pool.next())]
         if not level:
@@ -59,13 +74,10 @@ def best_first(
             for one in chosen:
                 pool.expand(one, guesses, at)
                 at += 1
-    for pool in pools:
-        pool.hang()
-        pool.row.work.embed_new(decoder)
-    return [pool.num_refused for pool in pools]
+    return pools
 
 
-class _Pool:
+class Pool:
     """Candidates of one row, in lists by index; the root is the first. A parent comes before its children."""
 
     def __init__(self, row: DraftRow, policy: DraftPolicy) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .rehearsal import Rehearsal
+
 CALIBRATION_VERSION = 2
 LEVELS = tuple(round(0.60 + 0.01 * i, 2) for i in range(40))  # 0.60 .. 0.99
 JOINT_LEVELS = (0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 0.99)
@@ -148,6 +150,7 @@ class Calibration:
         num_off_path: of these, those whose prefix holds a draft that the full model rejects.
         joint: accuracy level (of `JOINT_LEVELS`) -> which exits were sure of how many tokens together, at the gates of
             that level.
+        rehearsal: what the planner plays policies on; None where it was not measured.
     """
 
     exits: Mapping[int, ExitCalibration]
@@ -155,6 +158,7 @@ class Calibration:
     num_drafted: int = 0
     num_off_path: int = 0
     joint: Mapping[float, tuple[Pattern, ...]] = field(default_factory=dict)
+    rehearsal: Rehearsal | None = None
 
     def gate(self, exit_layer: int, accuracy: float) -> tuple[float, float]:
         """Thresholds `(low, high)` in nats of an exit, at the next level not under `accuracy`.
@@ -198,7 +202,7 @@ class Calibration:
         return gates[_next_level(gates, accuracy)]
 
     def to_json(self) -> str:
-        document = {
+        document: dict[str, Any] = {
             "version": CALIBRATION_VERSION,
             "source": self.source,
             "entropy_unit": "nats",
@@ -210,6 +214,8 @@ class Calibration:
                 for level, patterns in sorted(self.joint.items())
             },
         }
+        if self.rehearsal is not None:
+            document["rehearsal"] = self.rehearsal.to_document()
         return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
@@ -232,7 +238,9 @@ class Calibration:
                 round(float(level), 2): tuple(Pattern(tuple(e), int(n), tuple(r)) for e, n, r in patterns)
                 for level, patterns in document["joint"].items()
             }
-            return cls(exits, document["source"], document["num_drafted"], document["num_off_path"], joint)
+            played = document.get("rehearsal")
+            rehearsal = None if played is None else Rehearsal.from_document(played)
+            return cls(exits, document["source"], document["num_drafted"], document["num_off_path"], joint, rehearsal)
         except (KeyError, TypeError) as error:
             raise ValueError(f"calibration.json is incomplete: {error!r}; calibrate again") from error
 

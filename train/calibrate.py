@@ -8,6 +8,7 @@ nodes too. So every position of the text is measured once, and beside it the wro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..engine.draft import entropy
 from ..engine.engine import Engine
-from ..engine.forward import Working, advance
+from ..engine.forward import Working
 from ..engine.gate import DraftPolicy, Gate, every
 from ..engine.loop import Machinery
 from ..engine.model import Decoder
@@ -24,7 +25,8 @@ from ..engine.tree import DraftTree
 from ..heads import Calibration, HeadSet, fit_calibration
 from ..heads.calibration import LEVELS
 from .data import SelfText
-from .measure import output_places, rank_of
+from .measure import head_logits, output_places, rank_of
+from .rehearse import rehearse
 
 NUM_PROMPTS, NEW_TOKENS = 128, 64
 DRAFT_LEVEL = 0.75  # drafts while measuring: low enough that wrong prefixes are plenty, as they are at any useful level
@@ -82,25 +84,6 @@ class Recorder:
             depth=prefix[chosen, 0],
             true_prefix=prefix[chosen, 1] == 1,
         )
-
-
-def head_logits(on: Machinery, works: Sequence[Working]) -> dict[int, Tensor]:
-    """Exit layer -> what its head says at every node of every tree, `[nodes, Vd]`.
-
-    Drafting took a node only as far as it had to, and verification keeps no state that heads without memory read, so
-    the nodes run once more; the keys that this writes are those that verification wrote.
-    """
-    again = [Working(w.sequence, w.base, w.tree, torch.zeros_like(w.hidden)) for w in works]
-    for work in again:
-        work.embed_new(on.decoder)
-    spoken = {}
-    for layer, head in sorted(on.heads.items()):
-        if layer in on.memories:
-            spoken[layer] = on.memories[layer].speak([(work, range(len(work.tree))) for work in works])
-            continue
-        advance(on.decoder, on.cache, [(work, range(len(work.tree))) for work in again], layer, on.tiles)
-        spoken[layer] = head(torch.cat([work.hidden[: len(work.tree)] for work in again]))
-    return spoken
 
 
 def _prefixes(tree: DraftTree, targets: Sequence[int], stop_ids: frozenset[int]) -> dict[int, bool]:
@@ -182,8 +165,11 @@ def measuring_engine(decoder: Decoder, heads: HeadSet) -> Engine:
 def calibrate(
     decoder: Decoder, heads: HeadSet, held_out: SelfText, stop_ids: Sequence[int], **options: Any
 ) -> Calibration:
-    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`; `options` are those of `record`."""
+    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`, and rehearse them on some; `options` are
+    those of `record`."""
     prompts = [
         held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in range(len(held_out)) if held_out.greedy[i]
     ]
-    return record(measuring_engine(decoder, heads), prompts[:NUM_PROMPTS], stop_ids=stop_ids, **options).fit()
+    engine = measuring_engine(decoder, heads)
+    found = record(engine, prompts[:NUM_PROMPTS], stop_ids=stop_ids, **options).fit()
+    return replace(found, rehearsal=rehearse(engine, prompts, stop_ids=stop_ids).rehearsal())

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..engine.config import ModelConfig
+from ..engine.forward import Working, advance
+from ..engine.loop import Machinery
 from ..engine.model import Decoder
 from ..heads import HeadSet, Projection, layer_options
 from ..kernels.linear import PackedLinear
@@ -36,6 +38,25 @@ def training_projection(decoder: Decoder) -> Projection:
 def inference_projection(decoder: Decoder) -> Projection:
     """The same as heads run in decoding: packed, in the model's dtype."""
     return Projection(decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear)
+
+
+def head_logits(on: Machinery, works: Sequence[Working]) -> dict[int, Tensor]:
+    """Exit layer -> what its head says at every node of every tree, `[nodes, Vd]`.
+
+    Drafting took a node only as far as it had to, and verification keeps no state that heads without memory read, so
+    the nodes run once more; the keys that this writes are those that verification wrote.
+    """
+    again = [Working(w.sequence, w.base, w.tree, torch.zeros_like(w.hidden)) for w in works]
+    for work in again:
+        work.embed_new(on.decoder)
+    spoken = {}
+    for layer, head in sorted(on.heads.items()):
+        if layer in on.memories:
+            spoken[layer] = on.memories[layer].speak([(work, range(len(work.tree))) for work in works])
+            continue
+        advance(on.decoder, on.cache, [(work, range(len(work.tree))) for work in again], layer, on.tiles)
+        spoken[layer] = head(torch.cat([work.hidden[: len(work.tree)] for work in again]))
+    return spoken
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..heads.calibration import CURVE_LEVEL
 from .calibrate import DRAFT_LEVEL, NEW_TOKENS, NUM_PROMPTS, measuring_engine, record
 from .data import encode_chat, is_held_out, read_prompts
 from .progress import bar
+from .rehearse import NUM_PROMPTS as REHEARSED
+from .rehearse import rehearse
 from .run import device_type, load_base
 
 SHOWN_LEVELS = (0.60, 0.75, 0.90, 0.95)
@@ -126,7 +128,12 @@ def recalibrate(settings: Settings) -> Recalibrated:
             engine, prompts, stop_ids=base.tokenizer.stop_ids, max_new_tokens=settings.max_new_tokens,
             accuracy=settings.accuracy, batch=settings.batch, on_tokens=shown.advance,
         )  # fmt: skip
-    calibration = found.fit()
+    with bar(settings.progress, "rehearsing", min(REHEARSED, len(prompts)) * settings.max_new_tokens) as shown:
+        rehearsed = rehearse(
+            engine, prompts, stop_ids=base.tokenizer.stop_ids, max_new_tokens=settings.max_new_tokens,
+            batch=settings.batch, on_tokens=shown.advance,
+        )  # fmt: skip
+    calibration = replace(found.fit(), rehearsal=rehearsed.rehearsal())
     target = _target(settings, folder)
     if target is not None:
         store_calibration(folder, calibration, target)

@@ -1,0 +1,212 @@
+"""What a drafting policy is expected to bring on this machine: arithmetic on measured costs and a rehearsal, no clock.
+
+Tokens per second of a policy are its mean committed tokens per round over its mean time per round (renewal-reward, exact
+for long texts; the speed-up of arXiv 2211.17192, theorem 3.8, with measured in place of independent acceptance). The
+rehearsal holds what the heads would have drafted at every position of plainly decoded texts; a policy is played on it
+round by round: draft as the gates allow, accept as far as right, go on behind the bonus token.
+
+One stand-in is not exact: behind its first wrong token a chain from trunk exits is taken to be as sure as the heads are
+at the text's own next positions. That touches its cost, never its accepted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..heads.rehearsal import Rehearsal
+from .gate import DraftPolicy
+from .tree import MAX_NODES
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What parts of a round take here, in ms, for one sequence; `costs.py` measures them.
+
+    By number of rows where a mapping says so; between measured numbers they are interpolated.
+
+    Attributes:
+        num_layers: of the model.
+        layer_ms: rows -> one layer of a verification whose tree is a chain.
+        output_ms: rows -> final norm, LM head and target tokens.
+        tree_ms: rows -> what a whole verification takes more for a tree that branches.
+        step_ms: what else a plain step takes: the host.
+        draft_layer_ms: one row through one layer while drafting.
+        ask_ms: exit layer -> one question to a trunk head, the reading of its answer included.
+        open_ms: a head at exit 0 that takes in what was verified, and its first answer.
+        grow_ms: rows -> one more answer of that head.
+        prefill_ms: one prompt token.
+        reuse: verification goes on from the layers that drafting has run.
+    """
+
+    num_layers: int
+    layer_ms: Mapping[int, float]
+    output_ms: Mapping[int, float]
+    tree_ms: Mapping[int, float] = field(default_factory=dict)
+    step_ms: float = 0.0
+    draft_layer_ms: float = 0.0
+    ask_ms: Mapping[int, float] = field(default_factory=dict)
+    open_ms: float = 0.0
+    grow_ms: Mapping[int, float] = field(default_factory=dict)
+    prefill_ms: float = 0.0
+    reuse: bool = True
+
+    @cached_property
+    def layer(self) -> np.ndarray:
+        """`layer_ms` for 0..16 rows; nothing costs nothing."""
+        return _by_rows(self.layer_ms)
+
+    @cached_property
+    def output(self) -> np.ndarray:
+        """`output_ms` for 0..16 rows."""
+        return _by_rows(self.output_ms)
+
+    @property
+    def plain_ms(self) -> float:
+        """A plain step."""
+        return float(self.num_layers * self.layer[1] + self.output[1] + self.step_ms)
+
+    def tree_verification(self, rows: float) -> float:
+        """A verification of a branching tree of so many rows (fractions are means), the host included."""
+        at = np.arange(MAX_NODES + 1)
+        extra = np.interp(rows, *_points(self.tree_ms)) if self.tree_ms else 0.0
+        chain = self.num_layers * np.interp(rows, at, self.layer) + np.interp(rows, at, self.output)
+        return float(chain + extra + self.step_ms)
+
+    def to_document(self) -> dict[str, Any]:
+        """In types that JSON holds (its keys are strings)."""
+        return {
+            name: {str(k): round(v, 6) for k, v in value.items()} if isinstance(value, Mapping) else value
+            for name, value in vars(self).items()
+            if name in self.__dataclass_fields__
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Costs:
+        return cls(**{k: {int(r): v for r, v in x.items()} if isinstance(x, dict) else x for k, x in document.items()})
+
+
+def _points(by_rows: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    rows = sorted(by_rows)
+    return rows, [by_rows[row] for row in rows]
+
+
+def _by_rows(by_rows: Mapping[int, float]) -> np.ndarray:
+    values = np.interp(np.arange(MAX_NODES + 1), *_points(by_rows))
+    values[0] = 0.0
+    return values
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of one policy, means over rounds: committed tokens (bonus included), drafted tokens, ms."""
+
+    tokens: float
+    drafted: float
+    ms: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.tokens / self.ms
+
+
+def expect(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+    """Play a policy.
+
+    Raises:
+        ValueError: a policy that the rehearsal says nothing about (exits or trees that were not rehearsed).
+    """
+    if not policy.exits or not policy.max_depth or not policy.max_nodes:
+        return Expected(1.0, 0.0, costs.plain_ms)
+    if policy.beam:
+        return _expect_tree(policy, rehearsal, costs)
+    if any(policy.gates[e].low != policy.gates[e].high for e in policy.exits) and policy.branch > 1:
+        raise ValueError("gates that branch are not played; expected chains (branch=1) or best-first trees")
+    if policy.exits == (0,):
+        return _expect_chain(policy, rehearsal, costs)
+    return _expect_trunk(policy, rehearsal, costs)
+
+
+def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+    counts = rehearsal.trees.get((policy.max_depth, policy.max_nodes))
+    if counts is None or (policy.beam, policy.branch) != (rehearsal.beam, rehearsal.branch):
+        raise ValueError(
+            f"trees of beam {policy.beam}, branch {policy.branch}, depth {policy.max_depth} and {policy.max_nodes} nodes "
+            f"were not rehearsed; known: beam {rehearsal.beam}, branch {rehearsal.branch}, {sorted(rehearsal.trees)}"
+        )
+    grow = float(np.interp(policy.beam, *_points(costs.grow_ms)))
+    draft = costs.open_ms + max(0.0, counts.steps - 1.0) * grow
+    return Expected(counts.tokens, counts.nodes, draft + costs.tree_verification(counts.nodes + 1.0))
+
+
+def _expect_chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+    if rehearsal.chain_entropy is None or rehearsal.chain_right is None:
+        raise ValueError("no chain of a head at exit 0 was rehearsed")
+    depth = min(policy.max_depth, policy.max_nodes, MAX_NODES - 1)
+    if depth > len(rehearsal.chain_entropy):
+        raise ValueError(f"chains of {depth} were not rehearsed; {len(rehearsal.chain_entropy)} is the longest")
+    limit = np.minimum(depth, rehearsal.left - 1)
+    sure = rehearsal.chain_entropy[:depth] < policy.gates[0].low
+    drafted = np.minimum(np.cumprod(sure, 0).sum(0), limit)
+    accepted = np.minimum(rehearsal.chain_right, drafted)
+    asked = drafted + (drafted < limit)
+    grow = costs.grow_ms[min(costs.grow_ms)]
+    ms = np.where(asked > 0, costs.open_ms + np.maximum(asked - 1, 0) * grow, 0.0)
+    ms = ms + costs.num_layers * costs.layer[drafted + 1] + costs.output[drafted + 1] + costs.step_ms
+    return _walk(rehearsal.lengths, accepted, drafted, ms)
+
+
+def _expect_trunk(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+    missing = sorted(set(policy.exits) - set(rehearsal.entropy))
+    if missing:
+        raise ValueError(f"exits {missing} were not rehearsed; known: {sorted(rehearsal.entropy)}")
+    exits = np.array(policy.exits)
+    open_here = np.stack([rehearsal.entropy[e] < policy.gates[e].low for e in policy.exits])
+    sure = open_here.any(0)
+    first = np.where(sure, open_here.argmax(0), len(exits) - 1)  # the last exit asked
+    right = sure & np.take_along_axis(np.stack([rehearsal.right[e] for e in policy.exits]), first[None], 0)[0]
+    asks = np.cumsum([costs.ask_ms[e] for e in policy.exits])[first]
+
+    limit = np.minimum(min(policy.max_depth, policy.max_nodes, MAX_NODES - 1), rehearsal.left - 1)
+    size = len(sure)
+    most = int(limit.max(initial=0))
+    drafted, accepted, ms = np.zeros(size, int), np.zeros(size, int), np.full(size, costs.step_ms)
+    reached = np.zeros((most + 1, size), int)
+    drafting, agreed = np.ones(size, bool), np.ones(size, bool)
+    for step in range(most):
+        at = np.minimum(np.arange(size) + step, size - 1)
+        asked = drafting & (step < limit)
+        reached[step] = np.where(asked, exits[first[at]], 0)
+        ms += np.where(asked, asks[at], 0.0)
+        drafting = asked & sure[at]
+        agreed &= drafting & right[at]
+        drafted += drafting
+        accepted += agreed
+    # a child that is asked at a deeper exit takes its ancestors there
+    reached = np.maximum.accumulate(reached[::-1])[::-1]
+    ms += costs.draft_layer_ms * reached.sum(0)
+    rows = drafted + 1
+    real = np.arange(most + 1)[:, None] < rows
+    marks = [0, *policy.exits, costs.num_layers]
+    for start, end in zip(marks, marks[1:], strict=False):
+        count = (real & (reached <= start)).sum(0) if costs.reuse else rows
+        ms += (end - start) * costs.layer[count]
+    ms += costs.output[rows]
+    return _walk(rehearsal.lengths, accepted, drafted, ms)
+
+
+def _walk(lengths: Sequence[int], accepted: np.ndarray, drafted: np.ndarray, ms: np.ndarray) -> Expected:
+    """Means over the rounds that decoding would come to, text by text."""
+    ends = set(np.cumsum(lengths).tolist())
+    jumps, visited, at, total = (accepted + 1).tolist(), [], 0, int(sum(lengths))
+    while at < total:
+        visited.append(at)
+        at += jumps[at]
+    if not ends.issubset({*(np.array(visited) + np.array(jumps)[visited]).tolist()}):
+        raise ValueError("a round crossed from one text into the next: accepted more than was left")
+    rounds = np.array(visited)
+    return Expected(total / len(rounds), float(drafted[rounds].mean()), float(ms[rounds].mean()))

@@ -1,0 +1,313 @@
+"""The planner: which way of drafting is the fastest here, if any.
+
+Costs measured on this machine (`costs.py`) and the heads' rehearsal give every policy its expected tokens per second
+(`expectation.py`); the best is taken, plain decoding among them. A plan is kept in the cache folder under a fingerprint
+of everything that it depends on, and `load` uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..heads.calibration import JOINT_LEVELS, Calibration
+from ..heads.head_set import HeadSet
+from .costs import SECONDS, measure_costs
+from .expectation import Costs, Expected, expect
+from .gate import PLAIN, DraftPolicy, Gate, best_first, calibrated, fixed_exit
+from .pretrained import cache_dir
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+PLAN_VERSION = 1
+LEAST_GAIN = (
+    1.02  # expected speed-up below which plain decoding is chosen: less is not worth the risk of a model's error
+)
+MOST_EXITS = 3  # asked in turn
+DEPTHS = (1, 2, 3, 4, 6, 8)
+STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
+NUM_ALTERNATIVES = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One policy and what is expected of it. `name` is a bench arm's where there is one."""
+
+    name: str
+    policy: DraftPolicy
+    expected: Expected
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.expected.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured and chosen.
+
+    Attributes:
+        chosen: `choices[0]`, or plain decoding where nothing is worth drafting.
+        choices: the best first, at most `NUM_ALTERNATIVES`, plain decoding always among them.
+        num_considered: policies that were compared.
+        seconds: that measuring and choosing took.
+    """
+
+    fingerprint: str
+    costs: Costs
+    chosen: Choice
+    choices: tuple[Choice, ...]
+    num_considered: int
+    seconds: float
+
+    @property
+    def plain(self) -> Choice:
+        return next(choice for choice in self.choices if not choice.policy.exits)
+
+    @property
+    def speedup(self) -> float:
+        """Expected, of the chosen policy against plain decoding."""
+        return self.chosen.tokens_per_second / self.plain.tokens_per_second
+
+
+def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -> Plan:
+    """Measure and choose; nothing is stored or changed.
+
+    Args:
+        engine: with calibrated heads.
+        costs: measured before; None measures for about `seconds`.
+
+    Raises:
+        ValueError: no heads, or heads that were not rehearsed.
+    """
+    start = time.perf_counter()
+    if engine.heads is None or engine.heads.calibration is None or engine.heads.calibration.rehearsal is None:
+        raise ValueError(
+            "these heads were not rehearsed, so nothing is known of what they would bring: run `skipstone calibrate` on "
+            "them"
+            if engine.heads is not None
+            else "this engine has no heads: there is nothing to plan"
+        )
+    costs = measure_costs(engine, seconds) if costs is None else costs
+    choices = rank(engine.heads.calibration, costs)
+    return Plan(fingerprint(engine), costs, choose(choices), _shown(choices), len(choices), time.perf_counter() - start)
+
+
+def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
+    """Every policy considered, the fastest first."""
+    rehearsal = calibration.rehearsal
+    if rehearsal is None:
+        raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
+    found = [Choice(name, policy, expect(policy, rehearsal, costs)) for name, policy in candidates(calibration)]
+    return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+
+def choose(choices: Sequence[Choice]) -> Choice:
+    """The fastest, or plain decoding where that is not clearly slower."""
+    plain = next(choice for choice in choices if not choice.policy.exits)
+    best = max(choices, key=lambda choice: choice.tokens_per_second)
+    return best if best.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second else plain
+
+
+def _shown(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    first = list(choices[:NUM_ALTERNATIVES])
+    return tuple(first if any(not c.policy.exits for c in first) else [*first[:-1], _plain(choices)])
+
+
+def _plain(choices: Sequence[Choice]) -> Choice:
+    return next(choice for choice in choices if not choice.policy.exits)
+
+
+def candidates(calibration: Calibration) -> Iterator[tuple[str, DraftPolicy]]:
+    """Everything that is compared: exits x thresholds x budgets, trees, plain decoding."""
+    rehearsal = calibration.rehearsal
+    assert rehearsal is not None
+    yield "plain", PLAIN
+    if rehearsal.chain_entropy is not None:
+        for depth, stop in itertools.product(DEPTHS, STOPS):
+            if depth <= len(rehearsal.chain_entropy):
+                name = f"fixed:0:{depth}" if stop == math.inf else f"chain:{depth}:{stop:g}"
+                yield name, DraftPolicy((0,), {0: Gate(stop, stop)}, max_depth=depth, branch=1)
+    for depth, nodes in sorted(rehearsal.trees):
+        name = f"tree:{rehearsal.beam}:{rehearsal.branch}:{depth}:{nodes}"
+        yield name, best_first(rehearsal.beam, rehearsal.branch, depth, nodes)
+    trunk = sorted(rehearsal.entropy)
+    for exit_layer, depth in itertools.product(trunk, DEPTHS):
+        yield f"fixed:{exit_layer}:{depth}", fixed_exit(exit_layer, depth)
+    for count in range(1, MOST_EXITS + 1):
+        for exits, level in itertools.product(itertools.combinations(trunk, count), JOINT_LEVELS):
+            policy = calibrated(calibration, exits, level)
+            if policy.exits != exits:
+                continue  # a closed gate: the same as without that exit
+            for depth in DEPTHS:
+                yield f"accuracy:{level:.2f}:{depth}:{'+'.join(map(str, exits))}", replace(policy, max_depth=depth)
+
+
+# ---- kept in the cache folder
+
+
+def fingerprint(engine: Engine, batch: int = 1) -> str:
+    """Hex digest of what a plan depends on: machine, versions, model, heads, settings."""
+    decoder, heads = engine.decoder, engine.heads
+    device = decoder.device
+    about = {
+        "version": PLAN_VERSION,
+        "machine": [platform.node(), platform.machine(), _processor(), len(_cores()), torch.get_num_threads()],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": [torch.__version__, _version("triton"), platform.python_version()],
+        "model": [engine.model_id, _digest(decoder.embedding.flatten()[:: max(1, decoder.embedding.numel() // 4096)])],
+        "layers": [decoder.config.num_layers, decoder.config.hidden_size, decoder.config.intermediate_size],
+        "dtype": str(decoder.dtype),
+        "heads": None if heads is None else heads_digest(heads),
+        "settings": [engine.deterministic, engine.fused is not None, engine.prefill, engine.verify],
+        "batch": batch,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def heads_digest(heads: HeadSet) -> str:
+    """Of a head set's weights and calibration."""
+    digest = hashlib.sha256()
+    for layer, head in heads.heads.items():
+        for name, parameter in head.named_parameters():
+            digest.update(f"{layer}.{name}".encode())
+            digest.update(_digest(parameter).encode())
+    digest.update(heads.calibration.to_json().encode() if heads.calibration is not None else b"")
+    return digest.hexdigest()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _cores() -> Sequence[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+def plan_path(digest: str) -> Path:
+    """Where a plan with this fingerprint is kept."""
+    return cache_dir() / "plans" / f"{digest[:32]}.json"
+
+
+def store_plan(made: Plan) -> Path:
+    """Keep a plan for later loads.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    path = plan_path(made.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(to_document(made), allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def cached_plan(engine: Engine) -> Plan | None:
+    """The plan of an engine like this one, if one was kept; a file that cannot be read counts as none."""
+    digest = fingerprint(engine)
+    try:
+        made = from_document(json.loads(plan_path(digest).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = () if engine.heads is None else engine.heads.exits
+    return made if made.fingerprint == digest and set(made.chosen.policy.exits) <= set(known) else None
+
+
+def to_document(made: Plan) -> dict[str, Any]:
+    """A plan in types that JSON holds; no infinity: a gate without threshold is null."""
+    return {
+        "version": PLAN_VERSION,
+        "fingerprint": made.fingerprint,
+        "seconds": made.seconds,
+        "num_considered": made.num_considered,
+        "costs": made.costs.to_document(),
+        "chosen": made.chosen.name,
+        "expected_speedup": made.speedup,
+        "choices": [
+            {
+                "name": choice.name,
+                "policy": _policy_to(choice.policy),
+                "tokens_per_verification": choice.expected.tokens,
+                "drafted": choice.expected.drafted,
+                "round_ms": choice.expected.ms,
+                "tokens_per_second": choice.tokens_per_second,
+            }
+            for choice in made.choices
+        ],
+    }
+
+
+def from_document(document: Mapping[str, Any]) -> Plan:
+    """Raises KeyError, TypeError or ValueError where it is not a plan of this version."""
+    if document["version"] != PLAN_VERSION:
+        raise ValueError(f"plan version is {document['version']!r}, expected {PLAN_VERSION}")
+    choices = tuple(
+        Choice(
+            c["name"], _policy_from(c["policy"]), Expected(c["tokens_per_verification"], c["drafted"], c["round_ms"])
+        )
+        for c in document["choices"]
+    )
+    chosen = next((choice for choice in choices if choice.name == document["chosen"]), None)
+    if chosen is None or all(choice.policy.exits for choice in choices):
+        raise ValueError("a plan without its choice, or without plain decoding")
+    return Plan(
+        document["fingerprint"], Costs.from_document(document["costs"]), chosen, choices,
+        int(document["num_considered"]), float(document["seconds"]),
+    )  # fmt: skip
+
+
+def _policy_to(policy: DraftPolicy) -> dict[str, Any]:
+    gates = {str(e): [_finite(g.low), _finite(g.high)] for e, g in policy.gates.items()}
+    sizes = {name: getattr(policy, name) for name in ("max_depth", "max_nodes", "branch", "beam")}
+    return {"exits": list(policy.exits), "gates": gates, **sizes}
+
+
+def _policy_from(document: Mapping[str, Any]) -> DraftPolicy:
+    gates = {
+        int(e): Gate(_threshold(low, -math.inf), _threshold(high, math.inf))
+        for e, (low, high) in document["gates"].items()
+    }
+    sizes = {name: int(document[name]) for name in ("max_depth", "max_nodes", "branch", "beam")}
+    return DraftPolicy(tuple(document["exits"]), gates, **sizes)
+
+
+def _finite(threshold: float) -> float | None:
+    return threshold if math.isfinite(threshold) else None
+
+
+def _threshold(value: float | None, infinite: float) -> float:
+    return infinite if value is None else float(value)
