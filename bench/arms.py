@@ -149,7 +149,7 @@ def with_bare_heads(engine: Engine, exits: Sequence[int]) -> Engine:
 
 def default_arms(engine: Engine) -> str:
     """The arms that make sense for an engine: with calibrated heads the default policy, else a bare exit."""
-    if engine.policy.exits:
+    if engine.policy.exits or engine.plan is not None:
         return "plain,default,always"
     return f"plain,bare:{max(1, 2 * engine.decoder.config.num_layers // 3)}:4"
 
@@ -213,7 +213,7 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if name == "plain":
         return EngineArm(name, engine, speculation=False)
     if name in ("default", "always"):
-        if not engine.policy.exits:
+        if not engine.policy.exits and engine.plan is None:
             raise ValueError(
                 f"arm {name!r} needs calibrated heads, and this engine has none ({engine.warning or 'no head set'}); "
                 "give --heads, or arms such as bare:12:4"

@@ -105,6 +105,48 @@ def print_calibration(found: Mapping[str, Any]) -> None:
         out.print(f"Stored in {found['folder']}.")
 
 
+def print_plan(document: Mapping[str, Any]) -> None:
+    """What `skipstone plan` chose, out of what, and what was measured of it."""
+    out, costs, choices = console(), document["costs"], document["choices"]
+    chosen = next(choice for choice in choices if choice["name"] == document["chosen"])
+    out.print(
+        f"{document['chosen']}: {chosen['tokens_per_second']:.1f} tokens/s expected, {document['expected_speedup']:.2f} "
+        f"of plain decoding ({document['num_considered']} policies compared, {document['seconds']:.1f} s)"
+    )
+    layers = "  ".join(f"{rows}: {costs['num_layers'] * ms:.2f}" for rows, ms in costs["layer_ms"].items())
+    asks = "  ".join(f"{exit_layer}: {ms:.2f}" for exit_layer, ms in costs["ask_ms"].items())
+    out.print(f"ms of all layers by rows: {layers}; the rest of a plain step: {costs['step_ms']:.2f}")
+    out.print(
+        f"ms of a head's answer by exit: {asks or '-'}; at exit 0: {costs['open_ms']:.2f}, then {costs['grow_ms']}"
+    )
+    table = _table("Best first", "policy", ">tokens/s", ">tokens per verification", ">drafted", ">ms a round")
+    for choice in choices:
+        numbers = (choice[key] for key in ("tokens_per_second", "tokens_per_verification", "drafted", "round_ms"))
+        table.add_row(choice["name"], *(f"{number:.2f}" for number in numbers))
+    out.print(table)
+    if document["kept"] is not None:
+        out.print(f"kept in {document['kept']}")
+    check = document["check"]
+    if check is None:
+        return
+    table = _table(
+        f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats",
+        "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured", ">speed-up", "range",
+    )  # fmt: skip
+    for row in check["arms"]:
+        low, high = row["speedup_range"] or (1.0, 1.0)
+        table.add_row(
+            row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
+            f"{row['error']:+.0%}", f"{row['expected_tokens_per_verification']:.2f}",
+            f"{row['measured_tokens_per_verification']:.2f}", f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        f"the chosen policy has {check['chosen_share']:.1%} of the best one's speed; {len(check['different'])} of "
+        f"{check['num_compared']} answers differ from plain decoding's"
+    )
+
+
 def print_bench(document: Mapping[str, Any]) -> None:
     """Overall first, with what drafting did; then speed and acceptance by task; then what was compared."""
     out, summary = console(), document["summary"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,12 +45,14 @@ def measure_costs(engine: Engine, seconds: float = SECONDS) -> Costs:
         engine: with heads; free, and busy until this returns.
 
     Raises:
-        ValueError: no heads, or neurons are skipped (their cost depends on the prompt).
+        ValueError: no heads, or neurons or inputs are skipped.
     """
     if engine.heads is None:
         raise ValueError("this engine has no heads: there is nothing to plan; load with heads=...")
-    if engine.sparse is not None:
-        raise ValueError(f"plans are for the whole model, this engine verifies with {engine.verify!r}")
+    if engine.verify != "dense" or engine.draft != "dense":
+        raise ValueError(
+            f"plans are for the whole model: this engine verifies with {engine.verify!r}, drafts with {engine.draft!r}"
+        )
     if engine.fused is not None:
         return _fused_costs(engine, seconds)
     with torch.inference_mode():
@@ -149,17 +152,17 @@ class _Probes:
         probes: dict[str, Probe] = {}
         hidden = torch.randn(MAX_NODES, self.engine.decoder.config.hidden_size).to(self.engine.decoder.device)
         for rows in ROWS:
-            probes[f"rows:{rows}"] = lambda rows=rows: self._verify(chain(rows))
-            probes[f"output:{rows}"] = lambda rows=rows: self._output(hidden[:rows])
+            probes[f"rows:{rows}"] = partial(self._verify, chain(rows))
+            probes[f"output:{rows}"] = partial(self._output, hidden[:rows])
         for rows in TREE_ROWS:
-            probes[f"tree:{rows}"] = lambda rows=rows: self._verify(branching(rows))
+            probes[f"tree:{rows}"] = partial(self._verify, branching(rows))
         for exit_layer in self.engine.heads.exits:
             if exit_layer:
-                probes[f"ask:{exit_layer}"] = lambda e=exit_layer: self._draft(fixed_exit(e, 1))
+                probes[f"ask:{exit_layer}"] = partial(self._draft, fixed_exit(exit_layer, 1))
         if 0 in self.memories:
             for steps in (1, STEPS):
-                probes[f"chain:{steps}"] = lambda n=steps: self._draft(fixed_exit(0, n))
-                probes[f"best:{steps}"] = lambda n=steps: self._draft(best_first(BEAM, BRANCH, n))
+                probes[f"chain:{steps}"] = partial(self._draft, fixed_exit(0, steps))
+                probes[f"best:{steps}"] = partial(self._draft, best_first(BEAM, BRANCH, steps))
         probes["plain"] = self._plain
         probes["prefill"] = lambda: self._prefill_ms
         return probes
@@ -241,8 +244,9 @@ def _fused_costs(engine: Engine, seconds: float) -> Costs:
     prefill: list[float] = []
 
     def round_of(policy: DraftPolicy | None) -> float:
-        speculation = False if policy is None else "always"
-        out = engine.generate(prompt, speculation=speculation, policy=policy, max_new_tokens=64, ignore_eos=True)
+        out = engine.generate(
+            prompt, speculation=False if policy is None else "always", policy=policy, max_new_tokens=64, ignore_eos=True
+        )
         prefill.append(out.stats.prefill_ms)
         return float(out.stats.decode_ms / out.stats.num_verifications)
 
@@ -253,7 +257,7 @@ def _fused_costs(engine: Engine, seconds: float) -> Costs:
         shapes |= {f"best:{n}": best_first(BEAM, BRANCH, n) for n in (2, STEPS)}
     for policy in shapes.values():
         round_of(policy)  # captures its graphs
-    probes: dict[str, Probe] = {name: lambda policy=policy: round_of(policy) for name, policy in shapes.items()}
+    probes: dict[str, Probe] = {name: partial(round_of, policy) for name, policy in shapes.items()}
     return fused_costs_of(take_turns(probes, seconds), engine.decoder.config.num_layers, min(prefill) / len(prompt))
 
 

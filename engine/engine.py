@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -40,6 +40,9 @@ from .statistics import Statistics, StatisticsRecorder
 from .stopping import Emission, FinishReason, StopChecker
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
+
+if TYPE_CHECKING:
+    from .planner import Plan
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
@@ -140,6 +143,8 @@ class Engine:
         fused_refused: whether that is because rows of the fused kernels disagreed in the start-up self-test.
         flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
+        policy: how it drafts where it is not told.
+        plan: where `policy` comes from, if it was planned (`engine/planner.py`).
     """
 
     def __init__(
@@ -182,6 +187,7 @@ class Engine:
         self.policy = PLAIN
         if heads is not None and self.warning is None:
             self.policy = _default_policy(heads, self.fused is not None)
+        self.plan: Plan | None = None
         self._cache: KVCache | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}

@@ -1,9 +1,9 @@
 """What a drafting policy is expected to bring on this machine: arithmetic on measured costs and a rehearsal, no clock.
 
-Tokens per second of a policy are its mean committed tokens per round over its mean time per round (renewal-reward, exact
-for long texts; the speed-up of arXiv 2211.17192, theorem 3.8, with measured in place of independent acceptance). The
-rehearsal holds what the heads would have drafted at every position of plainly decoded texts; a policy is played on it
-round by round: draft as the gates allow, accept as far as right, go on behind the bonus token.
+Tokens per second of a policy are its mean committed tokens per round over its mean time per round (renewal-reward,
+exact for long texts; the speed-up of arXiv 2211.17192, theorem 3.8, with measured in place of independent acceptance).
+The rehearsal holds what the heads would have drafted at every position of plainly decoded texts; a policy is played on
+it round by round: draft as the gates allow, accept as far as right, go on behind the bonus token.
 
 One stand-in is not exact: behind its first wrong token a chain from trunk exits is taken to be as sure as the heads are
 at the text's own next positions. That touches its cost, never its accepted tokens.
@@ -87,7 +87,10 @@ class Costs:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Costs:
-        return cls(**{k: {int(r): v for r, v in x.items()} if isinstance(x, dict) else x for k, x in document.items()})
+        values: dict[str, Any] = {
+            k: {int(r): v for r, v in x.items()} if isinstance(x, dict) else x for k, x in document.items()
+        }
+        return cls(**values)
 
 
 def _points(by_rows: Mapping[int, float]) -> tuple[list[int], list[float]]:
@@ -135,8 +138,9 @@ def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Exp
     counts = rehearsal.trees.get((policy.max_depth, policy.max_nodes))
     if counts is None or (policy.beam, policy.branch) != (rehearsal.beam, rehearsal.branch):
         raise ValueError(
-            f"trees of beam {policy.beam}, branch {policy.branch}, depth {policy.max_depth} and {policy.max_nodes} nodes "
-            f"were not rehearsed; known: beam {rehearsal.beam}, branch {rehearsal.branch}, {sorted(rehearsal.trees)}"
+            f"trees of beam {policy.beam}, branch {policy.branch}, depth {policy.max_depth} and {policy.max_nodes} "
+            f"nodes were not rehearsed; known: beam {rehearsal.beam}, branch {rehearsal.branch}, "
+            f"{sorted(rehearsal.trees)}"
         )
     grow = float(np.interp(policy.beam, *_points(costs.grow_ms)))
     draft = costs.open_ms + max(0.0, counts.steps - 1.0) * grow
@@ -166,7 +170,7 @@ def _expect_trunk(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Ex
         raise ValueError(f"exits {missing} were not rehearsed; known: {sorted(rehearsal.entropy)}")
     exits = np.array(policy.exits)
     open_here = np.stack([rehearsal.entropy[e] < policy.gates[e].low for e in policy.exits])
-    sure = open_here.any(0)
+    sure = np.asarray(open_here.any(0))
     first = np.where(sure, open_here.argmax(0), len(exits) - 1)  # the last exit asked
     right = sure & np.take_along_axis(np.stack([rehearsal.right[e] for e in policy.exits]), first[None], 0)[0]
     asks = np.cumsum([costs.ask_ms[e] for e in policy.exits])[first]

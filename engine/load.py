@@ -13,6 +13,7 @@ from ..heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
 from ..heads.head_set import HeadSet
 from .engine import Engine
 from .model import Decoder
+from .planner import follow_plan
 from .pretrained import Pretrained, load_pretrained
 from .sparsity.tda import Tda
 from .sparsity.teal import Teal
@@ -31,6 +32,7 @@ def load(
     teal: str | os.PathLike[str] | Teal | None = None,
     teal_level: float | None = None,
     prefill: str = "sdpa",
+    plan: str = "cached",
     revision: str | None = None,
     allow_base_mismatch: bool = False,
     progress: bool = True,
@@ -54,6 +56,9 @@ def load(
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), or "flash" (flash-attn 2, 3 or 4, where it is
             installed, on a GPU and in half precision).
+        plan: how drafting is chosen: "cached" follows the plan that `skipstone plan` kept for this machine, model and
+            heads, if there is one, else the heads' calibration; "now" measures one (seconds) where none was kept, and
+            keeps it; "none" looks for none.
         revision: of a hub id.
         allow_base_mismatch: use heads and thresholds that were made for other weights of the same shape (a fine-tuned
             base).
@@ -62,6 +67,8 @@ def load(
     Raises:
         FileNotFoundError, ValueError: the model or the heads cannot be used; the message says what to do.
     """
+    if plan not in ("cached", "now", "none"):
+        raise ValueError(f"plan is {plan!r}, expected 'cached', 'now' or 'none'")
     if verify not in ("dense", "tda", "teal"):
         raise ValueError(f"verify is {verify!r}, expected 'dense', 'tda' or 'teal'")
     if draft not in ("dense", "teal"):
@@ -108,10 +115,13 @@ def load(
         teal = Teal.load(_folder(teal, "teal"), identity(pretrained), allow_base_mismatch)
     level = None if teal is None else teal.at(teal_level)
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, chosen)
-    return Engine(
+    engine = Engine(
         decoder, pretrained.tokenizer, head_set, deterministic=deterministic, model_id=pretrained.model_id,
         prefill=prefill, sparsity=level if verify == "teal" else tda, draft=level if draft == "teal" else None,
     )  # fmt: skip
+    if plan != "none":
+        follow_plan(engine, measure=plan == "now")
+    return engine
 
 
 def _folder(path: str | os.PathLike[str], method: str) -> str:

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 PLAN_VERSION = 1
-LEAST_GAIN = (
-    1.02  # expected speed-up below which plain decoding is chosen: less is not worth the risk of a model's error
-)
+LEAST_GAIN = 1.02  # expected speed-up below which plain decoding is chosen
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
@@ -93,12 +91,11 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
         ValueError: no heads, or heads that were not rehearsed.
     """
     start = time.perf_counter()
-    if engine.heads is None or engine.heads.calibration is None or engine.heads.calibration.rehearsal is None:
+    if engine.heads is None:
+        raise ValueError("this engine has no heads: there is nothing to plan; load with heads=...")
+    if engine.heads.calibration is None or engine.heads.calibration.rehearsal is None:
         raise ValueError(
-            "these heads were not rehearsed, so nothing is known of what they would bring: run `skipstone calibrate` on "
-            "them"
-            if engine.heads is not None
-            else "this engine has no heads: there is nothing to plan"
+            "these heads were not rehearsed, so nothing is known of their drafts: run `skipstone calibrate`"
         )
     costs = measure_costs(engine, seconds) if costs is None else costs
     choices = rank(engine.heads.calibration, costs)
@@ -171,7 +168,7 @@ def fingerprint(engine: Engine, batch: int = 1) -> str:
         "layers": [decoder.config.num_layers, decoder.config.hidden_size, decoder.config.intermediate_size],
         "dtype": str(decoder.dtype),
         "heads": None if heads is None else heads_digest(heads),
-        "settings": [engine.deterministic, engine.fused is not None, engine.prefill, engine.verify],
+        "settings": [engine.deterministic, engine.fused is not None, engine.prefill, engine.verify, engine.draft],
         "batch": batch,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -236,6 +233,23 @@ def store_plan(made: Plan) -> Path:
     return path
 
 
+def follow_plan(engine: Engine, measure: bool = False) -> Plan | None:
+    """Let an engine draft as its kept plan says; nothing changes where there is none, or where nothing can be planned.
+
+    Args:
+        measure: make a plan and keep it, where none was kept.
+    """
+    if engine.heads is None or engine.warning is not None or (engine.verify, engine.draft) != ("dense", "dense"):
+        return None
+    made = cached_plan(engine)
+    if made is None and measure:
+        made = plan(engine)
+        store_plan(made)
+    if made is not None:
+        engine.plan, engine.policy = made, made.chosen.policy
+    return made
+
+
 def cached_plan(engine: Engine) -> Plan | None:
     """The plan of an engine like this one, if one was kept; a file that cannot be read counts as none."""
     digest = fingerprint(engine)
@@ -248,7 +262,7 @@ def cached_plan(engine: Engine) -> Plan | None:
 
 
 def to_document(made: Plan) -> dict[str, Any]:
-    """A plan in types that JSON holds; no infinity: a gate without threshold is null."""
+    """A plan in types that JSON holds; infinite thresholds are strings."""
     return {
         "version": PLAN_VERSION,
         "fingerprint": made.fingerprint,
@@ -291,23 +305,16 @@ def from_document(document: Mapping[str, Any]) -> Plan:
 
 
 def _policy_to(policy: DraftPolicy) -> dict[str, Any]:
-    gates = {str(e): [_finite(g.low), _finite(g.high)] for e, g in policy.gates.items()}
+    gates = {str(e): [_stored(g.low), _stored(g.high)] for e, g in policy.gates.items()}
     sizes = {name: getattr(policy, name) for name in ("max_depth", "max_nodes", "branch", "beam")}
     return {"exits": list(policy.exits), "gates": gates, **sizes}
 
 
 def _policy_from(document: Mapping[str, Any]) -> DraftPolicy:
-    gates = {
-        int(e): Gate(_threshold(low, -math.inf), _threshold(high, math.inf))
-        for e, (low, high) in document["gates"].items()
-    }
+    gates = {int(e): Gate(float(low), float(high)) for e, (low, high) in document["gates"].items()}
     sizes = {name: int(document[name]) for name in ("max_depth", "max_nodes", "branch", "beam")}
     return DraftPolicy(tuple(document["exits"]), gates, **sizes)
 
 
-def _finite(threshold: float) -> float | None:
-    return threshold if math.isfinite(threshold) else None
-
-
-def _threshold(value: float | None, infinite: float) -> float:
-    return infinite if value is None else float(value)
+def _stored(threshold: float) -> float | str:
+    return threshold if math.isfinite(threshold) else str(threshold)

@@ -1,7 +1,7 @@
 """Rehearsing: held-out prompts decoded plainly while every head is asked what it would have drafted.
 
-Trunk exits are asked at every token. A head at exit 0 grows two things from every token: its greedy chain, and a pool of
-candidates wide enough to hold the best-first trees of every depth and budget; which of them are right shows when the
+Trunk exits are asked at every token. A head at exit 0 grows two things from every token: its greedy chain, and a pool
+of candidates wide enough to hold the best-first trees of every depth and budget; which of them are right shows when the
 text is there.
 """
 
@@ -64,15 +64,12 @@ class Rehearsed:
         """What is stored with the heads."""
         by_exit = {e: np.array(values, dtype=np.float32) for e, values in self.entropy.items()}
         right = {e: np.array(values, dtype=bool) for e, values in self.right.items()}
-        chains = (
-            (np.array(self.chain_entropy, dtype=np.float32).T, np.array(self.chain_right))
-            if self.chain_right
-            else (None, None)
-        )
+        nats = np.array(self.chain_entropy, dtype=np.float32).T if self.chain_right else None
+        count = np.array(self.chain_right) if self.chain_right else None
         if not self.pools:
-            return Rehearsal(tuple(self.lengths), by_exit, right, *chains)
+            return Rehearsal(tuple(self.lengths), by_exit, right, nats, count)
         trees = {(d, n): play_trees(self, d, n) for d in DEPTHS for n in BUDGETS if n > d}
-        return Rehearsal(tuple(self.lengths), by_exit, right, *chains, BEAM, BRANCH, trees)
+        return Rehearsal(tuple(self.lengths), by_exit, right, nats, count, BEAM, BRANCH, trees)
 
 
 def rehearse(
@@ -225,7 +222,8 @@ def play_trees(
 def _tree(pool: Candidates, score: Score, depth: int, nodes: int, beam: int, branch: int) -> tuple[list[int], int]:
     """The candidates that such a tree would hold, and in how many passes of the head they were found."""
     own = score(pool)
-    value, known, waiting, passes = {0: 0.0}, [], [0], 0
+    value, waiting, passes = {0: 0.0}, [0], 0
+    known: list[int] = []
     for _ in range(depth):
         least = heapq.nlargest(nodes, (value[one] for one in known))[-1] if len(known) >= nodes else -math.inf
         waiting = [one for one in waiting if value[one] > least and pool.depths[one] < depth]

@@ -522,6 +522,53 @@ def _calibrate_teal(
     print(f"use: skipstone generate --draft teal --heads adapter --teal {shlex.quote(str(out))}{level} ...")
 
 
+@command
+def plan(
+    model: Model = DEFAULT_MODEL,
+    heads: Heads = "default",
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    prefill: Prefill = "sdpa",
+    seconds: Annotated[float, typer.Option(min=0, help="To measure for; two rounds at least.")] = 5.0,
+    check: Annotated[
+        int, typer.Option(min=0, help="Answer so many questions with the best policies, and compare.")
+    ] = 0,
+    arms: Annotated[int, typer.Option(min=0, help="Of --check: policies beside plain and the chosen; 0 is all.")] = 3,
+    prompts: Annotated[Path | None, typer.Option(help="Of --check: questions; the built-in ones by default.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Of --check: every answer this often.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    no_keep: Annotated[bool, typer.Option("--no-keep", help="Do not keep the plan for later loads.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine and choose how to draft; later loads of the same model and heads follow the plan."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    engine = _load(model, heads, dtype, device, prefill)
+    from .bench.tables import print_plan
+    from .engine import planner
+
+    made = planner.plan(engine, seconds)
+    path = None if no_keep else planner.store_plan(made)
+    document = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
+    if check:
+        from .bench.plan_check import check as measured
+        from .bench.questions import built_in, choose, read_questions
+
+        questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
+        document["check"] = measured(
+            engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats
+        )
+    if as_json:
+        print_json(document)
+    else:
+        print_plan(document)
+    if document["check"] and document["check"]["different"]:
+        raise typer.Exit(FAILED)
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -1,0 +1,163 @@
+"""The planner: arithmetic of measured parts, what it chooses, and how a plan is kept.
+
+Planted bugs seen to fail here: the slowest policy chosen; a fingerprint blind to the heads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from skipstone.engine import planner
+from skipstone.engine.costs import STEPS, costs_of, fused_costs_of, measure_costs, take_turns
+from skipstone.engine.expectation import Costs
+from skipstone.engine.gate import PLAIN
+from skipstone.engine.load import load
+from skipstone.engine.planner import candidates, choose, fingerprint, follow_plan, plan, plan_path, rank, store_plan
+from skipstone.heads.fitting import fit_calibration
+from skipstone.heads.rehearsal import Rehearsal, TreeCounts
+
+COSTS = Costs(10, {1: 1.0, 16: 1.0}, {1: 0.5}, {}, 0.5, 1.0, {2: 0.2, 6: 0.2}, 0.5, {1: 0.5, 4: 0.5})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def engine(tiny_folder, tiny_heads_folder):
+    engine = load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)
+    engine.heads.calibration = calibration(0.9, 0.2, exits=(2, 3))
+    return engine
+
+
+def calibration(early, late, exits=(2, 6), num=400):
+    """Heads that are right so often, and sure where they are right."""
+    rng = np.random.default_rng(0)
+    right = {e: rng.random(num) < share for e, share in zip(exits, (early, late), strict=True)}
+    nats = {e: np.where(own, 0.3, 3.0).astype(np.float32) for e, own in right.items()}
+    fitted = fit_calibration(nats, {e: np.where(own, 0, 9) for e, own in right.items()})
+    return replace(fitted, rehearsal=Rehearsal((num // 2,) * 2, nats, right))
+
+
+def test_the_fastest_is_chosen():
+    """An early exit that is nearly always right; long drafts from it cost little."""
+    choices = rank(calibration(0.95, 0.1), COSTS)
+    best = choose(choices)
+    assert best.policy.exits == (2,) and best.policy.max_depth >= 4
+    assert best.tokens_per_second == max(choice.tokens_per_second for choice in choices)
+    assert len(choices) > 50 and len({choice.name for choice in choices}) == len(choices)
+
+
+@pytest.mark.parametrize("costs", [COSTS, replace(COSTS, ask_ms={2: 30.0, 6: 30.0})])
+def test_useless_heads_are_not_asked(costs):
+    assert choose(rank(calibration(0.0, 0.0), costs)).policy == PLAIN
+
+
+def test_good_heads_that_are_too_dear_are_not_asked():
+    dear = replace(COSTS, ask_ms={2: 40.0, 6: 40.0})
+    assert choose(rank(calibration(0.95, 0.95), dear)).policy == PLAIN
+
+
+def test_trees_where_rows_are_free_and_chains_where_they_are_not():
+    rehearsal = Rehearsal(
+        (100,), chain_entropy=np.ones((8, 100), np.float32), chain_right=np.array([2, 0, 1, 0, 0] * 20),
+        beam=4, branch=4, trees={(3, 15): TreeCounts(2.6, 15.0, 3.0), (3, 4): TreeCounts(2.0, 4.0, 3.0)},
+    )  # fmt: skip
+    fitted = replace(calibration(0.5, 0.5), rehearsal=rehearsal)
+    free = replace(COSTS, layer_ms={1: 1.0, 16: 1.01})
+    assert choose(rank(fitted, free)).name == "tree:4:4:3:15"
+    assert choose(rank(fitted, replace(COSTS, layer_ms={1: 1.0, 3: 1.05, 16: 9.0}))).policy.beam == 0
+
+
+def test_parts_from_probes():
+    times = {
+        "rows:1": 40.0, "rows:4": 44.0, "output:1": 4.0, "output:4": 5.0, "tree:4": 47.0, "ask:5": 23.0, "chain:1": 6.0,
+        f"chain:{STEPS}": 6.0 + 4 * (STEPS - 1), "best:1": 7.0, f"best:{STEPS}": 7.0 + 5 * (STEPS - 1), "plain": 46.0,
+        "prefill": 64.0,
+    }  # fmt: skip
+    costs = costs_of(times, 10, 32)
+    assert (costs.layer_ms, costs.tree_ms, costs.ask_ms) == ({1: 4.0, 4: 4.4}, {4: 3.0}, {5: 3.0})
+    assert (costs.open_ms, costs.grow_ms, costs.step_ms, costs.prefill_ms) == (6.0, {1: 4.0, 4: 5.0}, 2.0, 2.0)
+    assert costs.plain_ms == 46.0
+    assert Costs.from_document(json.loads(json.dumps(costs.to_document()))) == costs
+
+
+def test_parts_from_whole_rounds():
+    """Of a GPU: a made-up one where verifying takes 100, 104 for 16 rows, a step of the head 10, with a beam 12."""
+    times = {"plain": 100.0, "exit:0:1": 110.0, f"exit:0:{STEPS}": 100.0 + 10 * STEPS}
+    times |= {"best:2": 104.0 + 10 + 12, f"best:{STEPS}": 104.0 + 10 + 12 * (STEPS - 1)}
+    costs = fused_costs_of(times, 10, 0.1)
+    assert costs.plain_ms == pytest.approx(100.0) and not costs.reuse
+    assert costs.tree_verification(16) == pytest.approx(104.0)
+    assert (costs.open_ms, costs.grow_ms) == (10.0, {1: 10.0, 4: 12.0})
+    trunk = {"plain": 100.0} | {f"exit:{e}:{n}": 100.0 + n * (5 + 2 * e) for e in (4, 8) for n in (1, STEPS)}
+    costs = fused_costs_of(trunk, 10, 0.1)
+    assert costs.draft_layer_ms == pytest.approx(2.0) and costs.ask_ms == pytest.approx({4: 5.0, 8: 5.0})
+
+
+def test_probes_take_turns_and_slow_moments_do_not_count():
+    calls = []
+
+    def probe(name, times):
+        return lambda: (calls.append(name), times.pop(0))[1]
+
+    found = take_turns({"a": probe("a", [90.0, 1.0, 50.0]), "b": probe("b", [5.0, 5.0, 70.0])}, 0.0)
+    assert calls == ["a", "b", "a", "b"] and found == {"a": 1.0, "b": 5.0}
+
+
+def test_a_machine_is_measured(engine, engine_of, stateful):
+    costs = measure_costs(engine, 0.0)
+    assert set(costs.ask_ms) == {2, 3} and costs.plain_ms > 0 and costs.prefill_ms > 0 and costs.layer[16] > 0
+    other = engine_of()
+    stateful(other, "recurrent")
+    costs = measure_costs(other, 0.0)
+    assert costs.open_ms > 0 and set(costs.grow_ms) == {1, 4} and not costs.ask_ms
+
+
+def test_a_plan_is_kept_and_followed(engine, tiny_folder, tiny_heads_folder):
+    made = plan(engine, costs=replace(COSTS, num_layers=4, ask_ms={2: 0.1, 3: 0.1}))
+    assert made.chosen.policy.exits == (2,) and made.speedup > 1.02 and made.plain.policy == PLAIN
+    assert follow_plan(engine) is None and engine.plan is None
+    store_plan(made)
+    assert follow_plan(engine) == made and engine.policy == made.chosen.policy
+    expected = engine.generate([1, 2, 3], max_new_tokens=12, speculation=False)
+    assert engine.generate([1, 2, 3], max_new_tokens=12).token_ids == expected.token_ids
+    other = load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)
+    assert other.plan is None  # its heads are calibrated otherwise
+    other.heads.calibration = engine.heads.calibration
+    assert fingerprint(other) == made.fingerprint and follow_plan(other) == made
+    assert fingerprint(other, batch=2) != made.fingerprint
+    plan_path(made.fingerprint).write_text("{}")
+    assert follow_plan(other) is None
+
+
+def test_plain_may_be_the_plan(engine):
+    engine.heads.calibration = calibration(0.0, 0.0, exits=(2, 3))
+    store_plan(plan(engine, costs=replace(COSTS, ask_ms={2: 0.2, 3: 0.2})))
+    assert follow_plan(engine) is not None and engine.policy == PLAIN
+    assert engine.generate([1, 2, 3], max_new_tokens=12).stats.num_drafted == 0
+
+
+def test_planning_at_load(tiny_folder, tiny_heads_folder, monkeypatch):
+    options = {"heads": tiny_heads_folder, "dtype": torch.float32, "device": "cpu", "progress": False}
+    with pytest.raises(ValueError, match="not rehearsed"):
+        load(tiny_folder, plan="now", **options)
+    monkeypatch.setattr(planner, "plan", lambda engine: replace(made, fingerprint=fingerprint(engine)))
+    plain = next(c for c in rank(calibration(0.0, 0.0), COSTS) if c.policy == PLAIN)
+    made = planner.Plan("", COSTS, plain, (plain,), 1, 0.0)
+    assert load(tiny_folder, plan="now", **options).policy == PLAIN
+    assert load(tiny_folder, **options).plan is not None
+    assert load(tiny_folder, plan="none", **options).plan is None
+    with pytest.raises(ValueError, match="plan is 'later'"):
+        load(tiny_folder, plan="later", **options)
+
+
+def test_names_of_candidates_are_policies(engine):
+    found = dict(candidates(engine.heads.calibration))
+    assert found["plain"] == PLAIN and found["fixed:2:4"].max_depth == 4
+    assert all(policy.branch == 1 or policy.exits in ((), (2,), (3,)) for policy in found.values())
