@@ -110,8 +110,9 @@ def print_plan(document: Mapping[str, Any]) -> None:
     out, costs, choices = console(), document["costs"], document["choices"]
     chosen = next(choice for choice in choices if choice["name"] == document["chosen"])
     out.print(
-        f"{document['chosen']}: {chosen['tokens_per_second']:.1f} tokens/s expected, {document['expected_speedup']:.2f} "
-        f"of plain decoding ({document['num_considered']} policies compared, {document['seconds']:.1f} s)"
+        f"{document['chosen']}: {chosen['tokens_per_second']:.1f} tokens/s expected, "
+        f"{document['expected_speedup']:.2f} of plain decoding "
+        f"({document['num_considered']} policies compared, {document['seconds']:.1f} s)"
     )
     layers = "  ".join(f"{rows}: {costs['num_layers'] * ms:.2f}" for rows, ms in costs["layer_ms"].items())
     asks = "  ".join(f"{exit_layer}: {ms:.2f}" for exit_layer, ms in costs["ask_ms"].items())

@@ -6,7 +6,7 @@ losses.
 
 import pytest
 from skipstone.engine.gate import fixed_exit
-from skipstone.engine.pacing import CREDIT_STEPS, GAIN_STEPS, REFRESH_ROUNDS, SHARE, WARM_STEPS, Pace
+from skipstone.engine.pacing import CREDIT_STEPS, GAIN_STEPS, MOST_HALVINGS, REFRESH_ROUNDS, SHARE, WARM_STEPS, Pace
 
 
 def play(pace, rounds, plain_ms, draft_ms, tokens):
@@ -43,6 +43,24 @@ def test_drafting_that_does_not_pay_costs_a_share(draft_ms, tokens):
     trial = (CREDIT_STEPS + 1) * draft_ms
     assert spent <= 10.0 * written * (1 + 2 * SHARE) + trial
     assert pace.pauses > 0 and drafted > 0
+
+
+@pytest.mark.parametrize("draft_ms", [11.0, 13.0, 20.0, 40.0])
+def test_useless_heads_keep_98_percent_of_plain_speed(draft_ms):
+    """A task of 24 answers of 64 tokens, its clock made up; nothing that is drafted is ever accepted. Planted bug: a
+    share that does not shrink."""
+    pace = Pace()
+    spent, written, drafted = play(pace, 24 * 64, 10.0, draft_ms, 1.0)
+    assert drafted > 0
+    assert 10.0 * written / spent >= 0.98
+
+
+def test_a_gain_restores_the_share():
+    pace = Pace()
+    play(pace, 3000, 10.0, 40.0, 1.0)
+    assert pace.share == SHARE / 2**MOST_HALVINGS and pace.failures > 3
+    play(pace, 6000, 10.0, 10.0, 3.0)
+    assert pace.share == SHARE and pace.failures == 0
 
 
 def test_a_long_losing_stretch_is_noticed_after_gains():
