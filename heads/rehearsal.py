@@ -69,6 +69,10 @@ class Rehearsal:
                 f"{sorted(self.entropy)} and verdicts of {sorted(self.right)}: expected the same of all"
             )
 
+    def __eq__(self, other: object) -> bool:
+        """Whether their stored forms are the same."""
+        return isinstance(other, Rehearsal) and self.to_document() == other.to_document()
+
     @property
     def left(self) -> np.ndarray:
         """int `[N]`: tokens from each position to the end of its text."""
