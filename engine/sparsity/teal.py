@@ -302,13 +302,15 @@ def calibrate_teal(
         on_step: told what was done.
 
     Raises:
-        ValueError: a budget without texts, or one that not even the smallest level keeps.
+        ValueError: levels out of range; a budget without texts, or one that not even the smallest level keeps.
     """
     if budget is not None and budget_texts is None:
         raise ValueError("a budget needs texts to measure it on: give budget_texts")
     if texts.shape[1] <= dense_tokens:
         raise ValueError(f"texts have {texts.shape[1]} tokens, expected more than the {dense_tokens} dense ones")
     levels = tuple(sorted(levels))
+    if not all(0 < level <= MOST_SPARSITY for level in levels):
+        raise ValueError(f"levels are {levels}, expected shares above 0 and at most {MOST_SPARSITY}")
     histograms = Histograms(decoder, dense_tokens)
     for text in texts:
         histograms.add(text.unsqueeze(0))

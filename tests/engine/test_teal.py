@@ -165,6 +165,8 @@ def test_a_budget_chooses_the_default(decoder):
         calibrate_teal(decoder, given[:3], budget=Budget(agreement=0.999), **options)
     with pytest.raises(ValueError, match="budget_texts"):
         calibrate_teal(decoder, given[:3], budget=Budget(agreement=0.9))
+    with pytest.raises(ValueError, match="at most 0.95"):
+        calibrate_teal(decoder, given[:3], levels=(0.5, 0.99))
     with pytest.raises(ValueError, match="more than the 50 dense"):
         calibrate_teal(decoder, given[:3], dense_tokens=50)
 
