@@ -31,7 +31,7 @@ def check(
         arms: the best so many of the plan's choices beside those two; None sweeps every policy that was considered.
 
     Returns:
-        `arms`: name, expected and measured tokens a second, tokens per verification and speed-up, `error` =
+        `arms`: name, expected and measured tokens a second, tokens per verification, ms a round and speed-up, `error` =
         expected / measured - 1; `chosen_share`: the chosen policy's measured speed over the best measured one's;
         `different`: answers that were not plain decoding's.
 
@@ -72,6 +72,8 @@ def _row(choice: Choice, made: Plan, measured: dict[str, Any]) -> dict[str, Any]
         "expected_tokens_per_second": choice.tokens_per_second,
         "measured_tokens_per_second": speed,
         "error": choice.tokens_per_second / speed - 1,
+        "expected_round_ms": choice.expected.ms,
+        "measured_round_ms": 1e3 * measured["tokens_per_verification"] / speed,
         "expected_tokens_per_verification": choice.expected.tokens,
         "measured_tokens_per_verification": measured["tokens_per_verification"],
         "expected_speedup": choice.tokens_per_second / made.plain.tokens_per_second,

@@ -132,14 +132,17 @@ def print_plan(document: Mapping[str, Any]) -> None:
         return
     table = _table(
         f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats",
-        "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured", ">speed-up", "range",
+        "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured",
+        ">expected ms a round", ">measured", ">speed-up", "range",
     )  # fmt: skip
     for row in check["arms"]:
         low, high = row["speedup_range"] or (1.0, 1.0)
         table.add_row(
             row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
             f"{row['error']:+.0%}", f"{row['expected_tokens_per_verification']:.2f}",
-            f"{row['measured_tokens_per_verification']:.2f}", f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}",
+            f"{row['measured_tokens_per_verification']:.2f}",
+            f"{row['expected_round_ms']:.2f}", f"{row['measured_round_ms']:.2f}",
+            f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}",
         )  # fmt: skip
     out.print(table)
     out.print(
