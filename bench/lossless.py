@@ -2,9 +2,11 @@
 
     python -m skipstone.bench.lossless PROMPTS.jsonl --limit 24 --max-new-tokens 64 --dtype bf16 --out RESULT.json
     python -m skipstone.bench.lossless PROMPTS.jsonl --arms 'chain,tree,recurrent:1,8:greedy,sampled' --limit 240
+    python -m skipstone.bench.lossless PROMPTS.jsonl --verify tda --sparsity THRESHOLDS
 
 Every arm (how it drafts; greedy or sampled; a batch size) is compared with plain decoding in batches of 5, with the
-same seeds. `--arms` takes groups of `MODES:BATCHES:SAMPLINGS`, separated by spaces, each part a comma-separated list.
+same seeds; under `--verify tda` both are of the model that skips neurons. `--arms` takes groups of
+`MODES:BATCHES:SAMPLINGS`, separated by spaces, each part a comma-separated list.
 The result is written after every arm, so an interrupted run leaves what it has. Exit code 1 if a token differs.
 """
 
@@ -172,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of modes {', '.join(MODES)}")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--device")
+    parser.add_argument("--verify", default="dense", choices=["dense", "tda"], help="the target model of both sides")
+    parser.add_argument("--sparsity", type=Path, help="of --verify tda: a folder of calibrate --sparsity tda")
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path)
@@ -184,7 +188,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def engine_of(kind: str) -> Engine:
         if kind not in engines:
-            engines[kind] = load(args.model, heads=folders.get(kind, kind), dtype=dtype, device=args.device)
+            engines[kind] = load(
+                args.model, heads=folders.get(kind, kind), dtype=dtype, device=args.device, verify=args.verify,
+                sparsity=args.sparsity,
+            )  # fmt: skip
         return engines[kind]
 
     try:
@@ -202,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         "model": args.model,
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
+        "verify": engine.verify,
+        "skipping": _skipping(engine),
         "device": describe_device(engine.decoder.device),
         "versions": versions(),
         "complete": False,
@@ -216,6 +225,15 @@ def main(argv: list[str] | None = None) -> int:
         _write(document, args.out)
     print(json.dumps(document, indent=1))
     return int(any(row.get("differing_tokens") or row["errors"] for row in document["rows"]))
+
+
+def _skipping(engine: Engine) -> dict[str, Any] | None:
+    """What skips neurons: its target, and when masks are read."""
+    if engine.sparse is None:
+        return None
+    selection = engine.sparse.selection
+    targets = {name: getattr(selection, name, None) for name in ("cett", "density")}
+    return targets | {"options": vars(selection.options)}
 
 
 def _write(document: dict[str, Any], path: Path | None) -> None:

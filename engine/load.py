@@ -15,7 +15,7 @@ from .engine import Engine
 from .model import Decoder
 from .planner import follow_plan
 from .pretrained import Pretrained, load_pretrained
-from .sparsity.tda import Tda
+from .sparsity.tda import Tda, shipped_for
 from .sparsity.teal import Teal
 
 
@@ -49,7 +49,8 @@ def load(
         verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt; "teal"
             drops every row's small inputs behind the prompt (both lossy against the whole model, lossless against their
             own plain decoding; on the CPU).
-        sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds.
+        sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds; None: the shipped
+            ones of this model.
         draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on
             from there; "teal" drops small inputs, and verification runs these layers again, so the output stays (CPU).
         teal: of verify="teal" and draft="teal": a folder of `skipstone calibrate --sparsity teal`, or thresholds.
@@ -78,10 +79,9 @@ def load(
             f"verify is {verify!r}, draft is {draft!r}, teal is {teal!r}, teal_level is {teal_level}: 'teal' needs "
             "thresholds (a folder that `skipstone calibrate --sparsity teal` wrote), and nothing else takes them"
         )
-    if (verify == "tda") != (sparsity is not None):
+    if verify != "tda" and sparsity is not None:
         raise ValueError(
-            f"verify is {verify!r} and sparsity is {sparsity!r}: 'tda' needs thresholds (a folder that "
-            "`skipstone calibrate --sparsity tda` wrote), and the others take none (teal=... is of 'teal')"
+            f"sparsity is {sparsity!r} and verify is {verify!r}: thresholds are of verify='tda' (teal=... is of 'teal')"
         )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
@@ -109,7 +109,14 @@ def load(
                 )
             head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
     tda = sparsity
-    if tda is not None and not isinstance(tda, Tda):
+    if verify == "tda" and tda is None:
+        tda = shipped_for(identity(pretrained))
+        if tda is None:
+            raise ArtefactError(
+                f"no thresholds are shipped for {pretrained.model_id}: give sparsity, a folder that "
+                "`skipstone calibrate --sparsity tda` wrote"
+            )
+    elif tda is not None and not isinstance(tda, Tda):
         tda = Tda.load(_folder(tda, "tda"), identity(pretrained), allow_base_mismatch)
     if teal is not None and not isinstance(teal, Teal):
         teal = Teal.load(_folder(teal, "teal"), identity(pretrained), allow_base_mismatch)

@@ -442,7 +442,7 @@ def test_inputs_are_dropped(run: Run, tmp_path: Path) -> None:
             ["calibrate", "--sparsity", "tda", "--text", "t", "--out", "o", "--cett", "0.1", "--density", "0.5"],
             "at most one",
         ),
-        (["generate", "x", "--verify", "tda"], "needs thresholds"),
+        (["generate", "x", "--sparsity", "folder"], "of verify='tda'"),
         (["bench", "--profile", "--verify", "tda"], "--profile"),
     ],
 )

@@ -75,7 +75,7 @@ def test_wheel_holds_all_modules_and_heads_and_nothing_else(wheel: Path) -> None
             if file.relative_to(ROOT).as_posix() in tracked:
                 assert f"{package.replace('.', '/')}/{file.name}" in names
     for name in sorted(tracked):
-        if name.startswith("heads/pretrained/"):
+        if name.startswith(("heads/pretrained/", "engine/sparsity/pretrained/")):
             assert f"skipstone/{name}" in names
     outside = {n for n in names if not n.startswith(("skipstone/", f"skipstone-{PROJECT['project']['version']}"))}
     assert not outside and not [n for n in names if n.split("/")[-1].startswith("test_")]

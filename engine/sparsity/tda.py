@@ -10,9 +10,11 @@ the other way to spread a budget over the layers; docs/sparsity.md has both meas
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,6 +114,19 @@ class Tda:
             return cls(tensors["thresholds"].float(), options=options, base=made_for, **config)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder} does not hold TDA thresholds: {error}") from error
+
+
+def shipped_for(base: BaseIdentity, root: Path | None = None) -> Tda | None:
+    """The thresholds that came with the package for these weights (same fingerprint), or None.
+
+    Args:
+        root: where folders of thresholds lie; None is the package's own.
+    """
+    root = Path(str(resources.files(__package__))) / "pretrained" if root is None else root
+    for manifest in sorted(root.glob("*/manifest.json")):
+        if json.loads(manifest.read_bytes())["base"]["fingerprint"] == base.fingerprint:
+            return Tda.load(manifest.parent, base)
+    return None
 
 
 class CettCurves:

@@ -54,7 +54,9 @@ Verify = Annotated[
         "inputs (both lossy, CPU)."
     ),
 ]
-Sparsity = Annotated[Path | None, typer.Option(help="Of --verify tda: a folder of calibrate --sparsity tda.")]
+Sparsity = Annotated[
+    Path | None, typer.Option(help="Of --verify tda: a folder of calibrate --sparsity tda; by default the shipped one.")
+]
 Draft = Annotated[
     str,
     typer.Option(help="What runs the layers before an exit: dense, or teal: they drop small inputs (lossless, CPU)."),

@@ -19,7 +19,7 @@ from skipstone.engine.sparsity.quality import measure_quality
 from skipstone.engine.sparsity.recipe import Recipe, follow
 from skipstone.engine.sparsity.selection import Fixed, Griffin, MaskOptions, keep
 from skipstone.engine.sparsity.target import SparseTarget
-from skipstone.engine.sparsity.tda import Budget, Tda, calibrate_tda, cut, measure_curves
+from skipstone.engine.sparsity.tda import Budget, Tda, calibrate_tda, cut, measure_curves, shipped_for
 from skipstone.heads.artefact import ArtefactError
 from skipstone.heads.fingerprint import BaseIdentity
 
@@ -224,13 +224,20 @@ def test_load_takes_a_folder_or_thresholds(tiny_folder, thresholds_folder):
 
 def test_load_refuses_half_a_request(tiny_folder, thresholds_folder, tmp_path):
     options = {"heads": None, "dtype": torch.float32, "device": "cpu", "progress": False}
-    for given in ({"verify": "tda"}, {"sparsity": thresholds_folder}):
-        with pytest.raises(ValueError, match="'tda' needs thresholds"):
-            load(tiny_folder, **given, **options)
+    with pytest.raises(ArtefactError, match="no thresholds are shipped for"):
+        load(tiny_folder, verify="tda", **options)
+    with pytest.raises(ValueError, match="of verify='tda'"):
+        load(tiny_folder, sparsity=thresholds_folder, **options)
     with pytest.raises(ValueError, match="expected 'dense', 'tda' or 'teal'"):
         load(tiny_folder, verify="sparse", **options)
     with pytest.raises(ArtefactError, match="no thresholds at"):
         load(tiny_folder, verify="tda", sparsity=tmp_path / "none", **options)
+
+
+def test_thresholds_are_shipped_by_fingerprint(tda, tmp_path):
+    tda.save(tmp_path / "t")
+    assert torch.equal(shipped_for(tda.base, tmp_path).thresholds, tda.thresholds)
+    assert shipped_for(BaseIdentity("tiny", "cd" * 32), tmp_path) is None
 
 
 # ---- refusals
