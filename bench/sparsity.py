@@ -292,8 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-texts", type=int, default=8, help="of 256 tokens")
     parser.add_argument("--cett", type=float, default=0.2)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.9, 0.75, 0.5])
-    parser.add_argument("--budget", type=float, default=0.03, help="relative increase of perplexity")
-    parser.add_argument("--speed-repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=0.03, help="relative increase of perplexity; 0: none")
+    parser.add_argument("--speed-repeats", type=int, default=5, help="0: no speed")
     options = parser.parse_args(arguments)
     if not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     targets: dict[str, Tda] = {f"cett {options.cett}": Tda(curves.thresholds(options.cett), options.cett)}
     for share in options.densities:
         targets[f"density {share}"] = Tda(curves.thresholds_for_density(share), density=share)
-    for allocation in ("cett", "density"):
+    for allocation in ("cett", "density") if options.budget else ():
         note(f"budget of {options.budget:.0%} by {allocation}")
         found = calibrate_tda(
             decoder, calibration, budget=Budget(options.budget), budget_texts=budget_texts, allocation=allocation,
@@ -350,9 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     note("inertia")
     document["inertia"] = inertia(decoder, windows)
-    note("speed")
-    timed: dict[str, Selection | None] = {"dense": None, **targets}
-    document["speed_rough"] = speed(engine, windows, timed, options.speed_repeats)
+    if options.speed_repeats:
+        note("speed")
+        timed: dict[str, Selection | None] = {"dense": None, **targets}
+        document["speed_rough"] = speed(engine, windows, timed, options.speed_repeats)
     document["seconds"] = round(time.perf_counter() - start)
     if not math.isfinite(dense.perplexity):
         raise ValueError(f"the whole model's perplexity is {dense.perplexity}: nothing here means anything")

@@ -58,6 +58,33 @@ def test_every_mode_is_lossless_and_drafts(sampling, engines):
         assert row["tokens"] == 30 and row["acceptance_rate"] is not None and row["seconds"] >= 0.0
 
 
+def test_a_target_that_skips_neurons_is_compared_with_its_own_plain_decoding(tiny_folder, tmp_path, monkeypatch):
+    from skipstone.bench import lossless
+    from skipstone.engine.load import load
+    from skipstone.engine.sparsity.recipe import Recipe, follow
+    from skipstone.engine.sparsity.selection import MaskOptions
+
+    text, questions, out = (tmp_path / name for name in ("text.txt", "questions.jsonl", "out.json"))
+    text.write_text("a stone skips over the water and the rain falls on the stones. " * 60)
+    questions.write_text(
+        json.dumps({"question_id": 1, "category": "qa", "turns": ["rain falls on stones " * 8]}) + "\n"
+    )
+    options = MaskOptions(refresh=8)
+    follow(Recipe(str(tiny_folder), text, tmp_path / "tda", density=0.5, options=options), torch.float32)
+
+    def bare(model, **given):
+        return with_bare_heads(load(model, **given | {"heads": None, "progress": False}), [1, 2, 3])
+
+    monkeypatch.setattr(lossless, "load", bare)
+    given = [str(questions), "--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
+    given += ["--arms", "chain,tree:1:greedy,sampled", "--max-new-tokens", "12"]
+    assert main([*given, "--verify", "tda", "--sparsity", str(tmp_path / "tda")]) == 0
+    found = json.loads(out.read_text())
+    assert found["verify"] == "tda" and found["skipping"]["density"] == 0.5
+    assert found["skipping"]["options"]["refresh"] == 8
+    assert [row.get("differing_tokens") for row in found["rows"]] == [None, 0, 0] * 2
+
+
 def test_a_wrong_token_is_counted(engines):
     engine = engines["adapter"]
     generate = engine.generate
