@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 PLAN_VERSION = 1
-LEAST_GAIN = 1.02  # expected speed-up below which plain decoding is chosen
+LEAST_GAIN = 1.10  # expected speed-up below which plain decoding is chosen: a text unlike the rehearsed takes as much
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
