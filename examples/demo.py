@@ -45,4 +45,19 @@ print(f"Speed against plain: always drafting {rate(drafted) / rate(plain):.2f}x,
 print(f"{rate(chosen) / rate(plain):.2f}x{' (drafting paused: it does not pay here)' if pace and pace.paused else ''}")
 if not engine.policy.exits:
     print(f"Nothing was drafted: {engine.warning or 'there are no calibrated exit heads for this model here'}.")
+try:
+    sparse = skipstone.load(model, heads=heads, verify="tda")  # another target: skips the neurons a prompt did not use
+except ValueError as error:
+    print(f"With a target that skips neurons (tda): not shown, {error}")
+else:
+    slow, fast = (sparse.chat(messages, max_new_tokens=TOKENS // 2, speculation=s) for s in (False, "always"))
+    alike = slow.token_ids == fast.token_ids
+    same = same and alike
+    pairs = zip(slow.token_ids, plain.token_ids, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), "none")
+    print(
+        f"With a target that skips neurons (tda): drafted equals its own plain decoding: {'yes' if alike else 'NO'}, "
+        f"{fast.stats.tokens_per_verification:.2f} tokens per verification, "
+        f"first token unlike the whole model's: {first}"
+    )
 sys.exit(0 if same else 1)

@@ -57,6 +57,7 @@ def test_demo_shows_both_texts_and_that_they_are_equal(
     shown = capsys.readouterr().out
     assert "Equal token for token: yes (96 tokens)" in shown and "Speed against plain: " in shown
     assert "tokens per verification" in shown
+    assert "(tda): not shown, no thresholds are shipped" in shown
 
 
 def test_demo_says_so_without_heads(
