@@ -14,10 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
-from ..engine.engine import Engine, Generation, Speculation
+from ..engine.engine import Engine, Speculation
 from ..engine.gate import DraftPolicy, best_first, calibrated, fixed_exit
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
+from .energy import meter_of
 
 ARM_FORMS = (
     "plain, default, always, tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
@@ -40,6 +41,9 @@ class Outcome:
             0 where nothing was timed.
         stats: what drafting did; None for baselines.
         error: why the request failed, if it did.
+        blocks: `(ms since the start, tokens)` of what came at once, in order; the first is the time to first token.
+        exit_layers: of each token, the exit that drafted it, None for the full model's own; empty for baselines.
+        joules: that the GPU reports for this answer, with whatever else ran on it; None where it reports none.
     """
 
     text: str
@@ -49,6 +53,9 @@ class Outcome:
     decode_tokens: int
     stats: Statistics | None = None
     error: str | None = None
+    blocks: tuple[tuple[float, int], ...] = ()
+    exit_layers: tuple[int | None, ...] = ()
+    joules: float | None = None
 
 
 class Arm(Protocol):
@@ -79,17 +86,24 @@ class EngineArm:
         self, name: str, engine: Engine, speculation: Speculation = True, policy: DraftPolicy | None = None
     ) -> None:
         self.name, self.engine, self.speculation, self.policy = name, engine, speculation, policy
+        self.meter = meter_of(engine.decoder.device)
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
-        start = time.perf_counter()
-        out = self.generate(prompt_ids, sampling)
-        wall_ms = 1e3 * (time.perf_counter() - start)
-        return Outcome(out.text, out.token_ids, wall_ms, out.stats.decode_ms, len(out.token_ids), out.stats, out.error)
+        before, start, blocks = self.meter.joules(), time.perf_counter(), []
+        with self.engine.stream(prompt_ids, **self.drafting(), **sampling) as stream:
+            while block := stream.next_block():
+                blocks.append((1e3 * (time.perf_counter() - start), len(block)))
+        out, wall_ms = stream.result, 1e3 * (time.perf_counter() - start)
+        after = self.meter.joules()
+        assert out is not None
+        return Outcome(
+            out.text, out.token_ids, wall_ms, out.stats.decode_ms, len(out.token_ids), out.stats, out.error,
+            tuple(blocks), tuple(out.exit_layers), None if before is None or after is None else after - before,
+        )  # fmt: skip
 
-    def generate(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Generation:
-        out = self.engine.generate(prompt_ids, speculation=self.speculation, policy=self.policy, **sampling)
-        assert isinstance(out, Generation)
-        return out
+    def drafting(self) -> dict[str, Any]:
+        """Options of `Engine.generate` that say how it decodes."""
+        return {"speculation": self.speculation, "policy": self.policy}
 
     def describe(self) -> dict[str, Any]:
         policy = self.policy or self.engine.policy
@@ -115,8 +129,8 @@ class EarlyExitArm(EngineArm):
     def __init__(self, name: str, engine: Engine, policy: DraftPolicy) -> None:
         super().__init__(name, engine, policy=policy)
 
-    def generate(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Generation:
-        return self.engine.generate(prompt_ids, mode="early_exit", policy=self.policy, **sampling)
+    def drafting(self) -> dict[str, Any]:
+        return {"mode": "early_exit", "policy": self.policy}
 
     def describe(self) -> dict[str, Any]:
         gates = self.policy.gates if self.policy else {}

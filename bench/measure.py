@@ -14,6 +14,7 @@ from ..engine.cache import ContextTooLong
 from ..engine.tokenizer import Tokenizer
 from ..kernels.noise import derive_seed
 from .arms import Arm, Outcome
+from .journal import Journal
 from .questions import Question
 
 WARM_UP_TOKENS = 16
@@ -21,7 +22,7 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Record:
-    """One answer of one arm."""
+    """One answer of one arm. `session` counts restarts of a journaled run."""
 
     arm: str
     question: Question
@@ -29,6 +30,7 @@ class Record:
     repeat: int
     prompt_tokens: int
     outcome: Outcome
+    session: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def measure(
     *,
     repeats: int = 1,
     max_context: int,
+    journal: Journal | None = None,
     on_step: Callable[[str], None] = lambda note: None,
 ) -> Measurements:
     """Answer every question with every arm, `repeats` times. Ctrl-C ends it early; what was measured is returned.
@@ -96,6 +99,7 @@ def measure(
         arms: the first is plain decoding.
         sampling: fields of `SamplingParams`; question i uses `derive_seed(seed, i)`.
         max_context: of the model; longer questions are left out for all arms.
+        journal: keeps every answer; those that it has are not measured again.
         on_step: called after each answer with what was done.
     """
     if repeats < 1:
@@ -112,7 +116,7 @@ def measure(
                 order = [*arms[first:], *arms[:first]]
                 own = {**sampling, "seed": seeds[question.question_id]}
                 try:
-                    _ask(found, order, question, tokenizer, own, repeat, max_context - budget, on_step)
+                    _ask(found, order, question, tokenizer, own, repeat, max_context - budget, journal, on_step)
                 except ContextTooLong:
                     if question.question_id not in found.skipped:
                         found.skipped.append(question.question_id)
@@ -129,6 +133,7 @@ def _ask(
     sampling: Mapping[str, Any],
     repeat: int,
     room: int,
+    journal: Journal | None,
     on_step: Callable[[str], None],
 ) -> None:
     """All turns of one question with all arms. Only whole questions are kept, so all arms count the same ones."""
@@ -139,9 +144,16 @@ def _ask(
             ids = prompt_ids(tokenizer, question.turns[: turn + 1], answers[arm.name])
             if len(ids) > room:
                 raise ContextTooLong(f"question {question.question_id} has {len(ids)} tokens, {room} fit")
-            outcome = arm.run(ids, sampling)
+            place = arm.name, question.question_id, turn, repeat, ids
+            known = None if journal is None else journal.find(*place)
+            if known is None:
+                outcome, session = arm.run(ids, sampling), 1 if journal is None else journal.session
+                if journal is not None:
+                    journal.add(*place, outcome)
+            else:
+                outcome, session = known
             answers[arm.name].append(outcome.text)
-            records.append(Record(arm.name, question, turn, repeat, len(ids), outcome))
+            records.append(Record(arm.name, question, turn, repeat, len(ids), outcome, session))
             on_step(f"{arm.name}: question {question.question_id}")
     found.records += records
     lossless = {arm.name for arm in arms if arm.lossless}

@@ -2,12 +2,13 @@
 
 In greedy decoding a chain from a fixed exit is accepted as far as it repeats plain decoding's own tokens, and up to
 there the head sees the very states that plain decoding has at its exit (design rules 2 and 3). So what each head says
-at every token of the plain run decides every round of every length; the counts are those of a real run. Nothing is
-timed. Heads with memory draft from states of their own and are not replayed.
+at every token of the plain run decides every round of every length; the counts are those of a real run, but for
+entropies, which nobody knows behind a wrong draft. Nothing is timed. Heads with memory draft from states of their own and are not replayed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,6 +98,7 @@ def replay(tokens: Sequence[int], guesses: Sequence[int], exit_layer: int, lengt
         budget: most new tokens; the last round of an answer that reaches it drafts less.
     """
     accepted, reached = [0] * length, [0] * length
+    drafts, rights = Counter[int](), Counter[int]()
     at = rounds = 0
     while at < len(tokens):
         drafted = min(length, budget - at - 1)
@@ -106,6 +108,8 @@ def replay(tokens: Sequence[int], guesses: Sequence[int], exit_layer: int, lengt
             right += 1
         for place in range(drafted):
             reached[place] += 1
+        drafts[drafted] += 1
+        rights[right] += 1
         at += right + 1
         rounds += 1
     deepest = max((place + 1 for place in range(length) if reached[place]), default=0)
@@ -118,6 +122,9 @@ def replay(tokens: Sequence[int], guesses: Sequence[int], exit_layer: int, lengt
         accepted_by_position=tuple(accepted[:deepest]),
         drafted_by_position=tuple(reached[:deepest]),
         tokens_by_exit={exit_layer: total} if total else {},
+        rounds_by_drafted=dict(sorted(drafts.items())),
+        rounds_by_accepted=dict(sorted(rights.items())),
+        rounds_by_stops={0: rounds} if rounds else {},
     )
 
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..engine.statistics import Statistics
+import numpy as np
+
+from ..engine.statistics import ENTROPY_BIN, Statistics
 from .arms import Arm
+from .intervals import interval, rate, rate_ratio, tabled
 from .measure import Measurements, Record, agreement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: blocks and their times, intervals, histograms, contexts
 OVERALL = "overall"
+SMALLEST_CONTEXT = 256  # `contexts` doubles from here
 
 
 def summarise(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -> dict[str, dict[str, Any]]:
@@ -28,6 +33,18 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -
         plain = by_arm["plain"]
         summary[task] = {name: _metrics(own, plain, num_layers) for name, own in by_arm.items() if own}
     return summary
+
+
+def by_context(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -> dict[str, dict[str, Any]]:
+    """Most prompt tokens of a group -> arm -> metrics; groups double in size."""
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(max(SMALLEST_CONTEXT, 1 << max(0, record.prompt_tokens - 1).bit_length()), []).append(record)
+    found: dict[str, dict[str, Any]] = {}
+    for most, own in sorted(groups.items()):
+        by_arm = {arm.name: [r for r in own if r.arm == arm.name] for arm in arms}
+        found[str(most)] = {name: _metrics(rs, by_arm["plain"], num_layers) for name, rs in by_arm.items() if rs}
+    return found
 
 
 def _metrics(records: Sequence[Record], plain: Sequence[Record], num_layers: int) -> dict[str, Any]:
@@ -50,8 +67,85 @@ def _metrics(records: Sequence[Record], plain: Sequence[Record], num_layers: int
         "end_to_end_speedup": _median(wall_speedups),
         "worst_question_time_ratio": _worst_ratio(records, plain),
     }
+    metrics |= _waits(records) | _intervals(records, plain) | {"joules_per_token": _joules(records)}
     counted = [r.outcome.stats for r in records if r.outcome.stats is not None]
     return metrics | (_drafting(Statistics.merge(counted), num_layers) if counted else {})
+
+
+def _waits(records: Sequence[Record]) -> dict[str, float | None]:
+    """Time to first token; time of a token, those of one block sharing it evenly; waits for the next block. Ms."""
+    firsts: list[float] = []
+    tokens: list[float] = []
+    waits: list[float] = []
+    for blocks in (r.outcome.blocks for r in records if r.outcome.blocks):
+        firsts.append(blocks[0][0])
+        for (before, _), (now, count) in zip(blocks, blocks[1:], strict=False):
+            waits.append(now - before)
+            tokens += [(now - before) / count] * count
+    return {
+        "first_token_ms_p50": _quantile(firsts, 0.5),
+        "first_token_ms_p99": _quantile(firsts, 0.99),
+        "token_ms_p50": _quantile(tokens, 0.5),
+        "token_ms_p99": _quantile(tokens, 0.99),
+        "wait_ms_p99": _quantile(waits, 0.99),
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    return float(np.quantile(values, share)) if values else None
+
+
+def _joules(records: Sequence[Record]) -> float | None:
+    known = [r.outcome for r in records if r.outcome.joules is not None]
+    tokens = sum(len(o.token_ids) for o in known)
+    return sum(o.joules or 0.0 for o in known) / tokens if tokens else None
+
+
+_COLUMNS: dict[str, Callable[[Record], float]] = {
+    "tokens": lambda r: len(r.outcome.token_ids),
+    "wall_ms": lambda r: r.outcome.wall_ms,
+    "decode_tokens": lambda r: r.outcome.decode_tokens,
+    "decode_ms": lambda r: r.outcome.decode_ms,
+    "drafted": lambda r: r.outcome.stats.num_drafted if r.outcome.stats else 0,
+    "accepted": lambda r: r.outcome.stats.num_accepted if r.outcome.stats else 0,
+    "verifications": lambda r: r.outcome.stats.num_verifications if r.outcome.stats else 0,
+}
+
+
+def question_tables(records: Sequence[Record], others: Sequence[Record] = ()) -> dict[str, Any]:
+    """Column -> `[repeats, questions]` sums over turns, for the questions and repeats that both have whole."""
+    places = {(r.repeat, r.question.question_id) for r in records}
+    if others:
+        places &= {(r.repeat, r.question.question_id) for r in others}
+    repeats = sorted({repeat for repeat, _ in places})
+    questions = [
+        q for q in dict.fromkeys(q for _, q in places) if all((repeat, q) in places for repeat in repeats)
+    ]
+    questions.sort(key=str)
+    tables = {}
+    for name, column in _COLUMNS.items():
+        sums: list[Counter[Any]] = [Counter() for _ in repeats]
+        for record in records:
+            if record.repeat in repeats:
+                sums[repeats.index(record.repeat)][record.question.question_id] += column(record)  # type: ignore[assignment]
+        tables[name] = tabled(sums, questions)
+    return tables
+
+
+def _intervals(records: Sequence[Record], plain: Sequence[Record]) -> dict[str, list[float] | None]:
+    """95 % intervals of the main numbers, by bootstrap over questions."""
+    own, base = question_tables(records, plain), question_tables(plain, records)
+    decode = own["decode_tokens"], own["decode_ms"] / 1e3
+    plain_decode = base["decode_tokens"], base["decode_ms"] / 1e3
+    return {
+        "decode_tokens_per_second_interval": interval(decode, rate),
+        "speedup_interval": interval([*decode, *plain_decode], rate_ratio),
+        "end_to_end_speedup_interval": interval(
+            [own["tokens"], own["wall_ms"], base["tokens"], base["wall_ms"]], rate_ratio
+        ),
+        "acceptance_rate_interval": interval([own["accepted"], own["drafted"]], rate),
+        "tokens_per_verification_interval": interval([own["tokens"], own["verifications"]], rate),
+    }
 
 
 def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
@@ -65,6 +159,7 @@ def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
         "num_drafted": total.num_drafted,
         "num_accepted": total.num_accepted,
         "num_wasted": total.num_drafted - total.num_accepted,
+        "wasted_per_token": (total.num_drafted - total.num_accepted) / tokens if tokens else None,
         "num_verifications": checks,
         "acceptance_rate": total.acceptance_rate if total.num_drafted else None,
         "tokens_per_verification": tokens / checks if checks else None,
@@ -78,7 +173,18 @@ def _drafting(total: Statistics, num_layers: int) -> dict[str, Any]:
         "row_layers_per_token": row_layers / tokens if tokens else None,
         "gate_stops": total.gate_stops,
         "fallbacks": dict(total.fallbacks),
+        "rounds_by_drafted": _named(total.rounds_by_drafted),
+        "rounds_by_accepted": _named(total.rounds_by_accepted),
+        "rounds_by_stops": _named(total.rounds_by_stops),
+        "acceptance_by_entropy": [
+            {"nats": bin * ENTROPY_BIN, "drafted": n, "accepted": total.accepted_by_entropy.get(bin, 0)}
+            for bin, n in total.drafted_by_entropy.items()
+        ],
     }
+
+
+def _named(counts: Mapping[int, int]) -> dict[str, int]:
+    return {str(key): count for key, count in counts.items()}
 
 
 def matched(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -136,7 +242,8 @@ def _work(m: Mapping[str, Any]) -> dict[str, float]:
 
 def _mean_exit(exits: Mapping[int, int]) -> float | None:
     count = sum(exits.values())
-    return sum(layer * n for layer, n in exits.items()) / count if count else None
+    # Tokens from the text itself have executed no layer (exit -1).
+    return sum(max(layer, 0) * n for layer, n in exits.items()) / count if count else None
 
 
 def _rates(records: Sequence[Record]) -> dict[int, tuple[float, float]]:
@@ -173,6 +280,11 @@ def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings
     """Everything, raw answers included, in types that strict JSON holds. `settings` says how it was measured."""
     others = [arm.name for arm in arms if not arm.lossless]
     summary = summarise(found.records, arms, num_layers)
+    floor_ms = (settings.get("roofline") or {}).get("floor_ms")
+    for by_arm in summary.values():
+        for own in by_arm.values():
+            speed = own["decode_tokens_per_second"]
+            own["roofline_ratio"] = speed * floor_ms / 1e3 if speed and floor_ms else None
     whole = {
         "schema_version": SCHEMA_VERSION,
         **settings,
@@ -187,6 +299,7 @@ def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings
         "problems": [*map(str, found.divergences), *_errors(found.records)],
         "equal_to_plain": {name: list(agreement(found.records, name)) for name in others},
         "summary": summary,
+        "contexts": by_context(found.records, arms, num_layers),
         "matched": {task: matched(by_arm) for task, by_arm in summary.items()},
         "answers": [_raw(record) for record in found.records],
     }
@@ -217,6 +330,11 @@ def _raw(record: Record) -> dict[str, Any]:
         "decode_ms": outcome.decode_ms,
         "decode_tokens": outcome.decode_tokens,
         "error": outcome.error,
+        "session": record.session,
+        "block_ms": [round(ms, 3) for ms, _ in outcome.blocks],
+        "block_tokens": [count for _, count in outcome.blocks],
+        "exit_layers": list(outcome.exit_layers),
+        "joules": outcome.joules,
         "stats": None if outcome.stats is None else outcome.stats.to_dict(),
     }
 

@@ -761,9 +761,16 @@ class Stream:
         return self
 
     def __next__(self) -> Event:
-        while not self._waiting:
-            if not self._open:
-                raise StopIteration
+        if not self._waiting:
+            self._waiting = self.next_block()
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.pop(0)
+
+    def next_block(self) -> list[Event]:
+        """The events of the next round that released any, as they came; empty at the end."""
+        block, self._waiting = self._waiting, []
+        while not block and self._open:
             try:
                 with self._engine.here():
                     released = next(self._rounds, None)
@@ -774,8 +781,8 @@ class Stream:
                 self._end("cancelled")
                 continue
             for request, emissions in released:
-                self._waiting += [_event(emission, request.origins[emission.index]) for emission in emissions]
-        return self._waiting.pop(0)
+                block += [_event(emission, request.origins[emission.index]) for emission in emissions]
+        return block
 
     def close(self) -> None:
         """End the sequence and free the engine; text held back for a stop string is in `result`."""

@@ -11,11 +11,16 @@ exits wrote, and a verification is a step in which no exit did.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .tree import Acceptance, DraftTree
+
+ENTROPY_BIN = 0.25  # nats
+LAST_BIN = 39  # 9.75 nats and more
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Statistics:
     A verification is any full-depth step, plain ones too. `num_row_layers` counts layers of rows: one row through one
     layer is 1, whatever ran beside it; drafts that were rejected count, and in early-exit mode layers that a token
     skipped count once they are made up for.
+    `rounds_by_drafted`, `rounds_by_accepted` and `rounds_by_stops` count verifications by their drafted tokens, those of
+    them that were accepted, and the nodes that the gate refused. `drafted_by_entropy` and `accepted_by_entropy` count
+    the tokens drafted from a distribution of at least `ENTROPY_BIN` times the key in nats, up to the next key.
     """
 
     num_drafted: int = 0
@@ -43,6 +51,11 @@ class Statistics:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     num_row_layers: int = 0
+    rounds_by_drafted: Mapping[int, int] = field(default_factory=dict)
+    rounds_by_accepted: Mapping[int, int] = field(default_factory=dict)
+    rounds_by_stops: Mapping[int, int] = field(default_factory=dict)
+    drafted_by_entropy: Mapping[int, int] = field(default_factory=dict)
+    accepted_by_entropy: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def acceptance_rate(self) -> float:
@@ -79,9 +92,8 @@ class Statistics:
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
         """Sums over sequences. Times add up too: of rows that ran side by side they exceed the wall time."""
         parts = list(parts)
-        exits, fallbacks = Counter[int](), Counter[str]()
+        fallbacks = Counter[str]()
         for part in parts:
-            exits.update(part.tokens_by_exit)
             fallbacks.update(part.fallbacks)
         return cls(
             num_drafted=sum(part.num_drafted for part in parts),
@@ -90,25 +102,43 @@ class Statistics:
             num_verifications=sum(part.num_verifications for part in parts),
             accepted_by_position=_sum_by_place(part.accepted_by_position for part in parts),
             drafted_by_position=_sum_by_place(part.drafted_by_position for part in parts),
-            tokens_by_exit=dict(sorted(exits.items())),
             gate_stops=sum(part.gate_stops for part in parts),
             fallbacks=dict(fallbacks),
             prefill_ms=sum(part.prefill_ms for part in parts),
             decode_ms=sum(part.decode_ms for part in parts),
             num_row_layers=sum(part.num_row_layers for part in parts),
+            **{name: _sum_by_key(getattr(part, name) for part in parts) for name in _BY_NUMBER},
         )
 
     def to_dict(self) -> dict[str, object]:
         """Everything, derived rates included, in types that JSON holds (its keys are strings, so exit layers are)."""
         values: dict[str, object] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        values["accepted_by_position"] = list(self.accepted_by_position)
-        values["drafted_by_position"] = list(self.drafted_by_position)
-        values["tokens_by_exit"] = {str(layer): count for layer, count in self.tokens_by_exit.items()}
+        for name in _BY_PLACE:
+            values[name] = list(getattr(self, name))
+        for name in _BY_NUMBER:
+            values[name] = {str(key): count for key, count in getattr(self, name).items()}
         values["fallbacks"] = dict(self.fallbacks)
         values["acceptance_rate"] = self.acceptance_rate
         values["tokens_per_verification"] = self.tokens_per_verification
         values["layers_per_token"] = self.layers_per_token
         return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
+        """What `to_dict` wrote, read back; derived rates are left out, and what older files lack is empty."""
+        known = {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
+        for name in _BY_PLACE:
+            known[name] = tuple(known.get(name, ()))
+        for name in _BY_NUMBER:
+            known[name] = {int(key): count for key, count in known.get(name, {}).items()}
+        return cls(**known)
+
+
+_BY_PLACE = ("accepted_by_position", "drafted_by_position")
+_BY_NUMBER = (
+    "tokens_by_exit", "rounds_by_drafted", "rounds_by_accepted", "rounds_by_stops", "drafted_by_entropy",
+    "accepted_by_entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,7 @@ class StatisticsRecorder:
         self._sources: list[_Source] = []  # one a committed token, so that a stop string can take tokens back
         self._gate_stops = 0
         self._fallbacks: Counter[str] = Counter()
+        self._rounds: dict[str, Counter[int]] = {name: Counter() for name in _BY_NUMBER if name != "tokens_by_exit"}
 
     @property
     def num_committed(self) -> int:
@@ -160,6 +191,12 @@ class StatisticsRecorder:
         self._reached += [0] * (tree.max_depth - len(self._reached))
         for place in range(tree.max_depth):
             self._reached[place] += 1
+        kept = acceptance.nodes[: max(0, num_kept)]
+        self._rounds["rounds_by_drafted"][tree.num_drafted] += 1
+        self._rounds["rounds_by_accepted"][len(kept)] += 1
+        self._rounds["rounds_by_stops"][gate_stops] += 1
+        self._rounds["drafted_by_entropy"].update(_bins(tree, range(1, len(tree))))
+        self._rounds["accepted_by_entropy"].update(_bins(tree, kept))
 
     def record_step(self, exit_layer: int | None, num_kept: int) -> None:
         """Count one token of early-exit mode: what wrote it, and by how much the output grew (see `record_round`)."""
@@ -199,7 +236,21 @@ class StatisticsRecorder:
             prefill_ms=self.prefill_ms,
             decode_ms=self.decode_ms,
             num_row_layers=self.num_row_layers,
+            **{name: dict(sorted(counts.items())) for name, counts in self._rounds.items()},
         )
+
+
+def _bins(tree: DraftTree, nodes: Iterable[int]) -> list[int]:
+    """Of each node that was drafted with a finite entropy, its bin."""
+    entropies = [tree.entropies[node] for node in nodes]
+    return [min(int(e / ENTROPY_BIN), LAST_BIN) for e in entropies if e is not None and math.isfinite(e)]
+
+
+def _sum_by_key(counts: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    total = Counter[int]()
+    for own in counts:
+        total.update(own)
+    return dict(sorted(total.items()))
 
 
 def _sum_by_place(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -67,6 +67,11 @@ def test_invariants_of_any_run(data):
     assert stats.num_accepted <= stats.num_drafted
     assert 0 <= stats.num_committed - stats.num_accepted <= stats.num_verifications
     assert sum(stats.drafted_by_position) == num_drafted  # of chains
+    for counts in (stats.rounds_by_drafted, stats.rounds_by_accepted, stats.rounds_by_stops):
+        assert sum(counts.values()) == rounds
+    assert sum(size * count for size, count in stats.rounds_by_drafted.items()) == num_drafted
+    assert sum(stats.drafted_by_entropy.values()) == num_drafted
+    assert stats.num_accepted <= sum(stats.accepted_by_entropy.values()) <= num_drafted
     assert all(0 <= share <= 1 for share in stats.acceptance_by_position)
     assert list(stats.drafted_by_position) == sorted(stats.drafted_by_position, reverse=True)
 
@@ -94,6 +99,11 @@ def test_known_counts():
         fallbacks={"drafting does not pay": 1},
         prefill_ms=2.0,
         decode_ms=3.0,
+        rounds_by_drafted={0: 1, 2: 1, 3: 1},
+        rounds_by_accepted={0: 1, 1: 1, 2: 1},
+        rounds_by_stops={0: 2, 1: 1},
+        drafted_by_entropy={0: 5},
+        accepted_by_entropy={0: 3},
     )
     assert recorder.snapshot().acceptance_rate == 3 / 5
     assert recorder.snapshot().tokens_per_verification == 5 / 3
@@ -125,8 +135,21 @@ def test_merging_and_json():
     assert document["acceptance_rate"] == 0.5
     assert document["tokens_per_verification"] == 2.5
     assert {entry.name for entry in dataclasses.fields(Statistics)} <= document.keys()
+    assert Statistics.from_dict(document) == both
+    assert Statistics.from_dict({"num_drafted": 3}) == Statistics(num_drafted=3)  # of an older file
     with pytest.raises(dataclasses.FrozenInstanceError):
         both.num_drafted = 1
+
+
+def test_entropies_fall_into_bins_of_a_quarter_nat():
+    """Planted bug: a node without an entropy, or a NaN, counted as certain."""
+    tree = DraftTree(0)
+    for token, nats in enumerate([0.2, 0.25, 1.3, 99.0, None, float("nan")], 1):
+        tree.add(token - 1, token, exit_layer=6, entropy=nats)
+    recorder = StatisticsRecorder()
+    recorder.record_round(tree, accept(tree, [1, 2, 9, 9, 9, 9, 9]), num_kept=2)
+    stats = recorder.snapshot()
+    assert stats.drafted_by_entropy == {0: 1, 1: 1, 5: 1, 39: 1} and stats.accepted_by_entropy == {0: 1, 1: 1}
 
 
 @pytest.mark.parametrize("num_kept", [-1, 3])
