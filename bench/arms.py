@@ -7,26 +7,29 @@ An arm turns prompt ids into an `Outcome`. Arms of our own engine must give the 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, best_first, calibrated, fixed_exit
+from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 from .energy import meter_of
 
 ARM_FORMS = (
-    "plain, default, always, tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
+    "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
+    "with + for both in one tree), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
     "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
-    "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); to sweep, LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT "
-    "* (all that have heads)"
+    "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set; to sweep, LEVEL may be "
+    "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
 LEVEL_STEP = 0.05
+BRANCHES = {"lookup": 1, "suffix": 2}
 Number = TypeVar("Number", int, float)
 
 
@@ -107,8 +110,9 @@ class EngineArm:
 
     def describe(self) -> dict[str, Any]:
         policy = self.policy or self.engine.policy
-        if self.speculation is False or not policy.exits:
+        if self.speculation is False or not policy.drafts:
             return {"speculation": False}
+        looked = {} if policy.lookup is None else {"lookup": vars(policy.lookup)}
         return {
             "speculation": self.speculation,
             "exits": list(policy.exits),
@@ -118,6 +122,7 @@ class EngineArm:
             "beam": policy.beam,
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
             "paced": self.speculation is True and self.policy is None,
+            **looked,
         }
 
 
@@ -153,12 +158,7 @@ def bare_heads(config: ModelConfig, exits: Sequence[int]) -> HeadSet:
 
 def with_bare_heads(engine: Engine, exits: Sequence[int]) -> Engine:
     """A second engine over the same weights, and the same target model, whose heads are bare exits."""
-    heads = bare_heads(engine.decoder.config, exits)
-    return Engine(
-        engine.decoder, engine.tokenizer, heads, deterministic=engine.deterministic, model_id=engine.model_id,
-        prefill="sdpa" if engine.flash is None else "flash",
-        sparsity=engine.teal if engine.sparse is None else engine.sparse.selection, draft=engine.teal_draft,
-    )  # fmt: skip
+    return with_heads(engine, bare_heads(engine.decoder.config, exits))
 
 
 def default_arms(engine: Engine) -> str:
@@ -168,9 +168,21 @@ def default_arms(engine: Engine) -> str:
     return f"plain,bare:{max(1, 2 * engine.decoder.config.num_layers // 3)}:4"
 
 
-def parse_arms(text: str, engine: Engine) -> list[Arm]:
+def with_heads(engine: Engine, heads: HeadSet) -> Engine:
+    """A second engine over the same weights, and the same target model, with other heads."""
+    return Engine(
+        engine.decoder, engine.tokenizer, heads, deterministic=engine.deterministic, model_id=engine.model_id,
+        prefill="sdpa" if engine.flash is None else "flash",
+        sparsity=engine.teal if engine.sparse is None else engine.sparse.selection, draft=engine.teal_draft,
+    )  # fmt: skip
+
+
+def parse_arms(text: str, engine: Engine, heads_of: Callable[[str], HeadSet] | None = None) -> list[Arm]:
     """Arms from a comma-separated list of `ARM_FORMS`; plain is always there and first, for it is what the others are
     measured by.
+
+    Args:
+        heads_of: reads another head set of the same model, for forms with @.
 
     Raises:
         ValueError: a form that is unknown, or that this engine's heads cannot serve.
@@ -178,9 +190,49 @@ def parse_arms(text: str, engine: Engine) -> list[Arm]:
     given = [part.strip() for part in text.split(",") if part.strip()]
     exits = engine.heads.exits if engine.heads is not None else ()
     names = list(dict.fromkeys(["plain", *(name for form in given for name in expand(form, exits))]))
-    bare_exits = sorted({_exit_and_length(name)[0] for name in names if name.startswith("bare:")})
+    bare_exits = sorted({_exit_and_length(_LOOKUP.sub("", n))[0] for n in names if n.startswith("bare:")})
     bare = with_bare_heads(engine, bare_exits) if bare_exits else None
-    return [_arm(name, engine, bare) for name in names]
+    others: dict[str, Engine] = {}
+    arms = []
+    for name in names:
+        form, found = _LOOKUP.sub("", name), _LOOKUP.search(name)
+        form, _, wanted = form.partition("@")
+        if wanted and wanted not in others:
+            if heads_of is None:
+                raise ValueError(f"arm {name!r}: other heads are read by name only where the model has one")
+            others[wanted] = with_heads(engine, heads_of(wanted))
+        owner = others[wanted] if wanted else engine
+        if not form:
+            assert found is not None
+            arms.append(EngineArm(name, owner, "always", _from_text(name, found)))
+            continue
+        arm = _arm(form, owner, bare)
+        if found is not None:
+            arm = _with_text(arm, name, found)
+        arm.name = name
+        arms.append(arm)
+    return arms
+
+
+# `lookup` or `suffix` with sizes: alone, or behind another form and a +
+_LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix)((?::[^:+@]*)*)$")
+
+
+def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
+    try:
+        sizes = [int(part) for part in found[2].split(":")[1:]]
+        nodes, match = [*sizes, *(Lookup.max_nodes, Lookup.min_match)[len(sizes) :]]
+    except ValueError:
+        raise ValueError(f"arm {name!r}: expected {found[1]}[:NODES[:MATCH]], e.g. {found[1]}:8:2") from None
+    return from_text(match, max_nodes=nodes, branch=BRANCHES[found[1]])
+
+
+def _with_text(arm: Arm, name: str, found: re.Match[str]) -> Arm:
+    """The same arm, with drafts from the text in its trees."""
+    policy = arm.policy or arm.engine.policy if isinstance(arm, EngineArm) else None
+    if not isinstance(arm, EngineArm) or policy is None or arm.speculation is False or not arm.lossless:
+        raise ValueError(f"arm {name!r}: only forms that draft take + {found[1]}")
+    return EngineArm(name, arm.engine, "always", replace(policy, lookup=_from_text(name, found).lookup))
 
 
 def expand(form: str, exits: Sequence[int]) -> list[str]:
@@ -189,9 +241,12 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
     Raises:
         ValueError: a * without heads, or a range that does not rise.
     """
-    kind, *parts = form.split(":")
+    looked = _LOOKUP.search(form)
+    whole, at, heads = (form[: looked.start()] if looked else form).partition("@")
+    kind, *parts = whole.split(":")
     if kind not in ("accuracy", "early", "fixed", "bare") or not parts:
         return [form]
+    tail = at + heads + (looked[0] if looked else "")
     by_level = kind in ("accuracy", "early")
     firsts = _levels(form, parts[0]) if by_level else [parts[0]]
     if not by_level and parts[0] == "*":
@@ -202,7 +257,7 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
     if len(parts) > 1 and "-" in parts[1]:
         first, last = _bounds(form, parts[1], int)
         rests = [":".join([str(length), *parts[2:]]) for length in range(first, last + 1)]
-    return [":".join(part for part in (kind, first, rest) if part) for first in firsts for rest in rests]
+    return [":".join(part for part in (kind, first, rest) if part) + tail for first in firsts for rest in rests]
 
 
 def _levels(form: str, text: str) -> list[str]:

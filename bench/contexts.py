@@ -31,14 +31,12 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def at_contexts(
-    questions: Sequence[Question], sizes: Sequence[int], tokenizer: Tokenizer, room: int
-) -> list[Question]:
+def at_contexts(questions: Sequence[Question], sizes: Sequence[int], tokenizer: Tokenizer, room: int) -> list[Question]:
     """Each question's first turn behind as much text as makes its prompt so many tokens.
 
     Args:
-        sizes: tokens of a prompt, the chat template's included. One beyond `room` is cut to it, so that 8192 of a model of
-            8192 means as much as leaves place for the answer.
+        sizes: tokens of a prompt, the chat template's included. One beyond `room` is cut to it, so that 8192 of a model
+            of 8192 means as much as leaves place for the answer.
         room: tokens that a prompt may have.
 
     Returns:

@@ -7,6 +7,7 @@ between launches from Python the device would mostly wait.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,3 +90,15 @@ def bandwidth(device: torch.device, num_bytes: int = BANDWIDTH_BYTES) -> dict[st
         body()
         found[name] = round(max(moved / events_us(body, 5) / 1e3 for _ in range(3)), 1)
     return found | {"best": max(found.values())}
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """GB/s of plain operations on memory: `bandwidth` on a GPU; elsewhere the best of a few sums over 256 MiB."""
+    if device.type == "cuda":
+        return bandwidth(device)["best"]
+    source, best = torch.ones(2**26, device=device), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        source.sum()
+        best = max(best, 4 * len(source) / (time.perf_counter() - start) / 1e9)
+    return round(best, 2)

@@ -32,7 +32,7 @@ class Meter:
 
 
 def meter_of(device: torch.device) -> Meter:
-    """The counter of a device; a CPU, a GPU without the counter or a missing `pynvml` gives one that reports nothing."""
+    """The counter of a device; a CPU, a GPU without it or a missing `pynvml` gives one that reports nothing."""
     if device.type != "cuda":
         return Meter()
     try:

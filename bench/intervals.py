@@ -1,7 +1,7 @@
 """How sure a number is: percentile bootstrap over questions.
 
-Questions are drawn anew with replacement, the same draw for both arms of a quotient (they answered the same questions in
-turns, so what makes a question slow or easy cancels), and the statistic is computed for each draw. What the
+Questions are drawn anew with replacement, the same draw for both arms of a quotient (they answered the same questions
+in turns, so what makes a question slow or easy cancels), and the statistic is computed for each draw. What the
 questions have in common (a loaded host, the model) is not in it.
 """
 

@@ -65,7 +65,7 @@ class Journal:
         if differing:
             words = ", ".join(f"{k} {kept.get(k)!r}, now {settings.get(k)!r}" for k in differing)
             raise ValueError(
-                f"{self.path} holds answers measured otherwise ({words}): give another folder, or remove it to start anew"
+                f"{self.path} holds answers measured otherwise ({words}): give another folder, or remove the file"
             )
 
     def find(

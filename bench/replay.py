@@ -3,7 +3,8 @@
 In greedy decoding a chain from a fixed exit is accepted as far as it repeats plain decoding's own tokens, and up to
 there the head sees the very states that plain decoding has at its exit (design rules 2 and 3). So what each head says
 at every token of the plain run decides every round of every length; the counts are those of a real run, but for
-entropies, which nobody knows behind a wrong draft. Nothing is timed. Heads with memory draft from states of their own and are not replayed.
+entropies, which nobody knows behind a wrong draft. Nothing is timed. Heads with memory draft from states of their own
+and are not replayed.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def replayed(arms: Sequence[Arm], engine: Engine) -> list[Arm]:
     """The same arms, those with a fixed exit and stateless heads counted from one plain run."""
 
     def heads_of(arm: Arm) -> HeadSet | None:
-        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")):
+        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")) or "+" in arm.name:
             return None
         heads = arm.engine.heads
         assert heads is not None
@@ -146,6 +147,6 @@ def replayed(arms: Sequence[Arm], engine: Engine) -> list[Arm]:
         if heads is None:
             found.append(arm)
         else:
-            _, exit_layer, length = arm.name.split(":")
+            _, exit_layer, length = arm.name.partition("@")[0].split(":")
             found.append(ReplayArm(arm.name, run, heads, int(exit_layer), int(length)))
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,16 +118,14 @@ def question_tables(records: Sequence[Record], others: Sequence[Record] = ()) ->
     if others:
         places &= {(r.repeat, r.question.question_id) for r in others}
     repeats = sorted({repeat for repeat, _ in places})
-    questions = [
-        q for q in dict.fromkeys(q for _, q in places) if all((repeat, q) in places for repeat in repeats)
-    ]
+    questions = [q for q in dict.fromkeys(q for _, q in places) if all((repeat, q) in places for repeat in repeats)]
     questions.sort(key=str)
     tables = {}
     for name, column in _COLUMNS.items():
-        sums: list[Counter[Any]] = [Counter() for _ in repeats]
+        sums: list[dict[Any, float]] = [defaultdict(float) for _ in repeats]
         for record in records:
             if record.repeat in repeats:
-                sums[repeats.index(record.repeat)][record.question.question_id] += column(record)  # type: ignore[assignment]
+                sums[repeats.index(record.repeat)][record.question.question_id] += column(record)
         tables[name] = tabled(sums, questions)
     return tables
 

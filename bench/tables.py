@@ -159,6 +159,8 @@ def print_bench(document: Mapping[str, Any]) -> None:
         f"{document['num_questions']} questions ({document['prompts']}), {document['max_new_tokens']} new tokens, "
         f"temperature {document['temperature']}, seed {document['seed']}, {document['repeats']} repeats"
     )
+    if document.get("note"):
+        out.print(f"Note: {document['note']}")
     if document["interrupted"]:
         out.print("Interrupted: only whole questions count.")
     if OVERALL in summary:
@@ -177,6 +179,9 @@ def print_bench(document: Mapping[str, Any]) -> None:
             out.print(_matched(document["matched"][OVERALL]))
         if len(summary[OVERALL]) <= MOST_COLUMNS:
             out.print(_by_task(summary))
+            if len(document.get("contexts", {})) > 1:
+                title = "By most tokens of the prompt: tok/s, speedup; acceptance, tokens per verification"
+                out.print(_by_task(document["contexts"] | {OVERALL: summary[OVERALL]}, title, "tokens"))
     if document.get("early_exit"):
         out.print(_early_exit(document["early_exit"]))
     if document["skipped_questions"]:
@@ -185,6 +190,30 @@ def print_bench(document: Mapping[str, Any]) -> None:
     out.print(f"Lossless check: {found['num_compared']} answers compared, {found['num_different']} different.")
     for name, (equal, count) in document["equal_to_plain"].items():
         out.print(f"For information: {equal} of {count} answers of {name} have plain decoding's tokens.")
+
+
+def print_comparison(found: Mapping[str, Any]) -> None:
+    """What `bench.compare.compare` found."""
+    out = console()
+    for name, (before, after) in found["conditions"].items():
+        out.print(f"{name} differs: {before} before, {after} now")
+    table = _table(
+        f"Now against before, {found['questions']} questions in both; intervals of 95 %",
+        "arm", "number", ">before", ">now", ">ratio", ">interval", ">repeats apart", "changed",
+    )  # fmt: skip
+    for arm, rows in found["arms"].items():
+        for metric, row in rows.items():
+            table.add_row(
+                arm, metric, _number(row["before"], 3), _number(row["after"], 3), f"{row['ratio']:.3f}",
+                _bounds(row["interval"]), _percent(row["spread"]), "yes" if row["changed"] else "no",
+            )  # fmt: skip
+    out.print(table)
+    for arm, own in found["texts"].items():
+        out.print(f"{arm}: {own['different']} of {own['compared']} answers have other tokens.")
+
+
+def _bounds(interval: Sequence[float] | None, digits: int = 2) -> str:
+    return "-" if interval is None else f"{interval[0]:.{digits}f}-{interval[1]:.{digits}f}"
 
 
 def print_profile(found: Mapping[str, Any]) -> None:
@@ -230,7 +259,8 @@ def print_profile(found: Mapping[str, Any]) -> None:
 def _overall(arms: Mapping[str, Any]) -> Table:
     table = _table(
         "All tasks together (medians of the repeats)",
-        "arm", ">tok/s", ">speedup", ">range", ">tok/s end to end", ">speedup end to end", ">worst question",
+        "arm", ">tok/s", ">speedup", ">95 %", ">repeats", ">end to end", ">speedup", ">first token ms", ">token ms p50",
+        ">p99", ">roofline", ">worst question",
     )  # fmt: skip
     for name, m in arms.items():
         spread = m["speedup_range"]
@@ -238,9 +268,14 @@ def _overall(arms: Mapping[str, Any]) -> Table:
             name,
             _number(m["decode_tokens_per_second"], 1),
             _times(m["speedup"]),
+            _bounds(m.get("speedup_interval")),
             "-" if spread is None else f"{spread[0]:.2f}-{spread[1]:.2f}",
             _number(m["end_to_end_tokens_per_second"], 1),
             _times(m["end_to_end_speedup"]),
+            _number(m.get("first_token_ms_p50"), 1),
+            _number(m.get("token_ms_p50"), 2),
+            _number(m.get("token_ms_p99"), 2),
+            _number(m.get("roofline_ratio"), 2),
             _times(m["worst_question_time_ratio"]),
         )
     return table
@@ -309,9 +344,13 @@ def _work(m: Mapping[str, Any] | None) -> list[str]:
     return list(numbers)
 
 
-def _by_task(summary: Mapping[str, Any]) -> Table:
+def _by_task(
+    summary: Mapping[str, Any],
+    title: str = "By task: tok/s, speedup; acceptance, tokens per verification",
+    what: str = "task",
+) -> Table:
     names = list(summary[OVERALL])
-    table = _table("By task: tok/s, speedup; acceptance, tokens per verification", "task", *(f">{n}" for n in names))
+    table = _table(title, what, *(f">{n}" for n in names))
     for task, arms in summary.items():
         if task != OVERALL:
             table.add_row(task, *(_cell(arms[name]) if name in arms else "-" for name in names))

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.grow_tree import Shape
-from .draft import draft
 from .gate import PLAIN, DraftPolicy
 from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
-from .loop import Machinery, Origin, Released, Request, begin, draft_row, is_out_of_memory, keep_pace, read_prompts
+from .loop import Machinery, Origin, Released, Request, begin, grow, is_out_of_memory, keep_pace, read_prompts
 from .pacing import Pace
 from .stopping import Emission
 from .tree import Acceptance, DraftTree
@@ -33,7 +32,7 @@ def shape_of(policy: DraftPolicy) -> Shape | None:
 
     A head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself.
     """
-    if policy.exits != (0,) or not policy.max_nodes or not policy.max_depth:
+    if policy.lookup is not None or policy.exits != (0,) or not policy.max_nodes or not policy.max_depth:
         return None
     gate = policy.gates[0]
     if policy.beam:
@@ -51,7 +50,7 @@ def shape_of(policy: DraftPolicy) -> Shape | None:
 
 def kinds_of(rounds: Rounds, policy: DraftPolicy) -> list[Kind]:
     """The rounds that decoding by a policy launches."""
-    if not policy.exits:
+    if not policy.drafts:
         return ["plain"]
     return ["plain", "given"] if rounds.draft is None else ["plain", "draft", "absorb"]
 
@@ -83,7 +82,7 @@ def decode_on_device(
         rounds: of this batch and cache, the policy's kinds prepared; `rounds.draft` drafts it, or the host does and
             gives trees.
     """
-    by_host = bool(policy.exits) and rounds.draft is None
+    by_host = policy.drafts and rounds.draft is None
     read_prompts(on, requests)
     with torch.inference_mode():
         rounds.begin([_start(request) for request in requests])
@@ -100,7 +99,7 @@ def decode_on_device(
                 # a host that drafts, or feeds memories from a round's states, has to see each round's end first
                 ahead = 1 if by_host else AHEAD
                 while len(queue.tickets) < min(ahead, room):
-                    drafting = bool(policy.exits) and room > 1 and (pace is None or pace.drafting())
+                    drafting = policy.drafts and room > 1 and (pace is None or pace.drafting())
                     try:
                         given = _launch(on, queue, active, policy, drafting, by_host)
                     except (RuntimeError, MemoryError) as error:
@@ -126,7 +125,7 @@ def decode_on_device(
                     num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:
                         rounds.drop(request.sequence)
-            if pace is not None and policy.exits:
+            if pace is not None and policy.drafts:
                 keep_pace(pace, active, num_tokens / len(active), ticket.kind != "plain", elapsed)
             left = time.perf_counter()
             yield released
@@ -156,8 +155,7 @@ def _launch(
         queue.launch("draft")
     else:
         works = [begin(on, request) for request in active]
-        rows = [draft_row(request, work, on.draft_ids) for request, work in zip(active, works, strict=True)]
-        refused = draft(on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+        refused = grow(on, active, works, policy)
         queue.rounds.give({work.sequence: work.tree for work in works})
         queue.launch("given")
         return {work.sequence: _Given(work.tree, count) for work, count in zip(works, refused, strict=True)}

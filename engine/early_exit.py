@@ -64,8 +64,10 @@ def check_policy(heads: HeadSet | None, policy: DraftPolicy) -> None:
     many tokens may wait) are.
 
     Raises:
-        ValueError: exits without heads, or whose heads have a memory of their own.
+        ValueError: exits without heads, or whose heads have a memory of their own; a lookup.
     """
+    if policy.lookup is not None:
+        raise ValueError("mode 'early_exit' drafts nothing, so its policy takes no lookup")
     known = {} if heads is None else heads.heads
     missing = sorted(set(policy.exits) - set(known))
     if missing:

@@ -451,7 +451,7 @@ class Engine:
         if speculation not in (True, False, "always"):
             raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
         chosen = PLAIN if speculation is False else (policy or self.policy)
-        if chosen.exits and self.warning is not None:
+        if chosen.drafts and self.warning is not None:
             raise NotDeterministic(self.warning)
         if chosen.exits and self.heads is None:
             raise ValueError("a drafting policy was given, but the engine has no heads; load with heads=...")
@@ -500,7 +500,7 @@ class Engine:
                 if not is_out_of_memory(error):
                     raise
                 self._rounds = {}  # those of other shapes, too
-                if not chosen.exits:
+                if not chosen.drafts:
                     raise MemoryError(f"out of memory for a plain step's buffers; {cache.plan.arithmetic()}") from error
             memories.clear()
             self._memories, chosen = {}, PLAIN
@@ -512,7 +512,7 @@ class Engine:
         heads = {} if self.heads is None else self.heads.heads
         shape = shape_of(policy) if isinstance(heads.get(0), RecurrentHead) else None
         taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
-        width = 1 << policy.max_nodes.bit_length() if policy.exits else 1
+        width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
         width = width if shape is None else 1 << shape.max_nodes.bit_length()
         return shape, width, tuple(sorted(taps))
 

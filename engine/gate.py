@@ -36,6 +36,28 @@ class Gate:
         return branch if entropy < self.high else 0
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Drafts copied from where the text's last tokens stood before (`engine/lookup.py`).
+
+    Attributes:
+        min_match: fewest last tokens that must stand there again.
+        per_match: drafted nodes for each token that matches: short matches are seldom followed for long.
+        max_nodes: most drafted nodes from the text.
+        branch: 1 follows the newest of the longest matches (prompt lookup); more follows all of them as a tree, with at
+            most so many different tokens after each node (suffix matching).
+    """
+
+    min_match: int = 1
+    per_match: int = 2
+    max_nodes: int = 8
+    branch: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.min_match, self.per_match, self.max_nodes, self.branch) < 1 or self.max_nodes > MAX_NODES - 1:
+            raise ValueError(f"sizes of a lookup are at least 1 and its nodes at most {MAX_NODES - 1}, got {self}")
+
+
 ALWAYS = Gate(math.inf, math.inf)
 NEVER = Gate(-math.inf, -math.inf)
 
@@ -52,6 +74,7 @@ class DraftPolicy:
         branch: candidates kept where a gate says branch; in a best-first tree, children of every node.
         beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
             at exit 0, whose drafts cost no trunk layers.
+        lookup: also drafts from the text. Its nodes come first; heads fill what it leaves of `max_nodes`.
     """
 
     exits: tuple[int, ...] = ()
@@ -60,6 +83,7 @@ class DraftPolicy:
     max_nodes: int = MAX_NODES - 1
     branch: int = 2
     beam: int = 0
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         if list(self.exits) != sorted(set(self.exits)):
@@ -74,8 +98,18 @@ class DraftPolicy:
         if self.beam < 0 or (self.beam and self.exits != (0,)):
             raise ValueError(f"beam is {self.beam} for exits {self.exits}: expected 0, or more for exit 0 alone")
 
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is drafted at all."""
+        return bool(self.exits) or self.lookup is not None
+
 
 PLAIN = DraftPolicy()
+
+
+def from_text(min_match: int = 1, per_match: int = 2, max_nodes: int = 8, branch: int = 1) -> DraftPolicy:
+    """Drafts from the text alone; see `Lookup`. No heads are needed."""
+    return DraftPolicy(max_depth=max_nodes, lookup=Lookup(min_match, per_match, max_nodes, branch))
 
 
 def fixed_exit(exit_layer: int, length: int) -> DraftPolicy:

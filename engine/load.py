@@ -91,23 +91,7 @@ def load(
     # float16 would round away what the fingerprint reads; the decoder converts.
     stored = torch.float32 if dtype == torch.float16 else dtype
     pretrained = load_pretrained(model, stored, revision=revision, progress=progress)
-    head_set = heads if isinstance(heads, HeadSet) else None
-    if heads is not None and head_set is None:
-        base = identity(pretrained)
-        if heads in ("default", *head_kinds()):
-            head_set = HeadSet.default_for(base, kind=str(heads))
-            if head_set is None and heads != "default":
-                raise ArtefactError(
-                    f"no {heads} heads are shipped for {pretrained.model_id}: train some, or give a folder"
-                )
-        else:
-            folder = Path(os.fspath(heads))  # type: ignore[arg-type]
-            if not folder.is_dir():
-                raise ArtefactError(
-                    f"no head set at {folder}: expected a folder with manifest.json, 'default', a kind "
-                    f"({', '.join(head_kinds())}) or None"
-                )
-            head_set = HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
+    head_set = _head_set(pretrained, heads, allow_base_mismatch)
     tda = sparsity
     if verify == "tda" and tda is None:
         tda = shipped_for(identity(pretrained))
@@ -138,6 +122,35 @@ def _folder(path: str | os.PathLike[str], method: str) -> str:
             f"no thresholds at {folder}: expected a folder that `skipstone calibrate --sparsity {method}` wrote"
         )
     return folder
+
+
+def load_heads(model: str | os.PathLike[str], heads: str | os.PathLike[str], dtype: torch.dtype) -> HeadSet:
+    """Another head set of a model that is loaded already; arguments and errors as of `load`."""
+    stored = torch.float32 if dtype == torch.float16 else dtype
+    found = _head_set(load_pretrained(model, stored, progress=False), heads, False)
+    if found is None:
+        raise ArtefactError(f"no heads are shipped for {model}: train some, or give a folder")
+    return found
+
+
+def _head_set(
+    pretrained: Pretrained, heads: str | os.PathLike[str] | HeadSet | None, allow_base_mismatch: bool
+) -> HeadSet | None:
+    if heads is None or isinstance(heads, HeadSet):
+        return heads
+    base = identity(pretrained)
+    if heads in ("default", *head_kinds()):
+        found = HeadSet.default_for(base, kind=str(heads))
+        if found is None and heads != "default":
+            raise ArtefactError(f"no {heads} heads are shipped for {pretrained.model_id}: train some, or give a folder")
+        return found
+    folder = Path(os.fspath(heads))
+    if not folder.is_dir():
+        raise ArtefactError(
+            f"no head set at {folder}: expected a folder with manifest.json, 'default', a kind "
+            f"({', '.join(head_kinds())}) or None"
+        )
+    return HeadSet.load(folder, base, allow_base_mismatch=allow_base_mismatch)
 
 
 def identity(pretrained: Pretrained) -> BaseIdentity:

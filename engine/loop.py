@@ -22,6 +22,7 @@ from .draft import DraftRow, Guesses, Head, draft
 from .forward import RowTiles, Working, advance, node_logits, prefill
 from .gate import PLAIN, DraftPolicy
 from .head_memory import HeadMemory
+from .lookup import TextIndex, draft_from_text
 from .model import Decoder
 from .pacing import Pace
 from .sampling import Context, History, SamplingError, TargetSampler, TokenLogprobs, token_logprobs
@@ -58,6 +59,7 @@ class Request:
     mode: Mode = "lossless"
     origins: list[Origin] = field(default_factory=list)  # one a committed new token
     error: str | None = None
+    text: TextIndex | None = None  # of the history, once something was drafted from it
 
     @property
     def pending(self) -> int:
@@ -142,7 +144,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             for request in active:
                 if on.sparse is not None and request.committed_len == on.sparse.next_refresh(request.sequence):
                     read_text(on, request, None)
-        drafting = bool(policy.exits) and max_nodes > 0 and (pace is None or pace.drafting())
+        drafting = policy.drafts and max_nodes > 0 and (pace is None or pace.drafting())
         shape = replace(policy, max_nodes=max_nodes) if drafting else PLAIN
         try:
             with torch.inference_mode():
@@ -163,7 +165,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
         elapsed = 1e3 * (time.perf_counter() - start)
         for request in active:
             request.statistics.decode_ms += elapsed
-        if pace is not None and policy.exits:
+        if pace is not None and policy.drafts:
             keep_pace(pace, active, sum(len(block.tokens) for block in blocks) / len(blocks), drafting, elapsed)
         yield released
 
@@ -195,15 +197,8 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
     """Draft, verify and accept for every request. Nothing that is committed changes."""
     works = [begin(on, request) for request in requests]
     refused = [0] * len(works)
-    if policy.exits:
-        rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
-        if on.sparse is not None:
-            rows = [on.sparse.clip(row) for row in rows]
-        if policy.beam:
-            refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
-        else:
-            drafter = on.drafter or on.decoder
-            refused = draft(drafter, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+    if policy.drafts:
+        refused = grow(on, requests, works, policy)
         if on.drafter is not None:  # another model's rows: verification must not go on from them (design rule 5)
             for request, work in zip(requests, works, strict=True):
                 request.statistics.num_row_layers += sum(work.reached)
@@ -215,6 +210,25 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
         replace(accept_block(request, work.tree, own, count), states=work.kept)
         for request, work, own, count in zip(requests, works, logits, refused, strict=True)
     ]
+
+
+def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], policy: DraftPolicy) -> list[int]:
+    """Draft every request's tree. Returns per request how many nodes every gate refused."""
+    rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
+    if on.sparse is not None:
+        rows = [on.sparse.clip(row) for row in rows]
+    if policy.lookup is not None:
+        for request, row in zip(requests, rows, strict=True):
+            if request.text is None:
+                request.text = TextIndex(policy.lookup.min_match)
+            request.text.follow(request.history.token_ids)
+            draft_from_text(row.work.tree, request.text, policy.lookup, row.max_depth, policy.max_nodes)
+            row.work.embed_new(on.decoder)
+    if not policy.exits:
+        return [0] * len(rows)
+    if policy.beam:
+        return best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
+    return draft(on.drafter or on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
 
 
 def verify(on: Machinery, works: Sequence[Working]) -> list[Tensor]:

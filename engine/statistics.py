@@ -34,9 +34,9 @@ class Statistics:
     A verification is any full-depth step, plain ones too. `num_row_layers` counts layers of rows: one row through one
     layer is 1, whatever ran beside it; drafts that were rejected count, and in early-exit mode layers that a token
     skipped count once they are made up for.
-    `rounds_by_drafted`, `rounds_by_accepted` and `rounds_by_stops` count verifications by their drafted tokens, those of
-    them that were accepted, and the nodes that the gate refused. `drafted_by_entropy` and `accepted_by_entropy` count
-    the tokens drafted from a distribution of at least `ENTROPY_BIN` times the key in nats, up to the next key.
+    `rounds_by_drafted`, `rounds_by_accepted` and `rounds_by_stops` count verifications by their drafted tokens, those
+    of them that were accepted, and the nodes that the gate refused. `drafted_by_entropy` and `accepted_by_entropy`
+    count the tokens drafted from a distribution of at least `ENTROPY_BIN` times the key in nats, up to the next key.
     """
 
     num_drafted: int = 0

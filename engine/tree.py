@@ -15,14 +15,16 @@ from torch import Tensor
 
 MAX_NODES = 16  # rows of one tile: the root and at most 15 drafted tokens
 NO_ANCESTOR = -1
+FROM_TEXT = -1  # stands for an exit layer where a token was copied from the text: no layer was asked
 
 
 class DraftTree:
     """Tokens and parents of one sequence's draft, grown node by node.
 
     Per node, in lists of the same length: `tokens`, `parents` (-1 for the root), `depths` (0 for the root),
-    `exit_layers` (layers executed when the node was drafted; None for the root) and `entropies` (nats, of the
-    distribution it was drafted from; None for the root). Read them freely, grow them only through `add`.
+    `exit_layers` (layers executed when the node was drafted, `FROM_TEXT` if none was asked; None for the root) and
+    `entropies` (nats, of the distribution it was drafted from; None for the root and for drafts from the text). Read
+    them freely, grow them only through `add`.
     """
 
     def __init__(self, root_token: int, max_nodes: int = MAX_NODES) -> None:

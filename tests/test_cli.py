@@ -314,7 +314,7 @@ def test_bench_measures_and_compares(run: Run, tmp_path: Path) -> None:
     assert f"{2 * 3 * turns} answers compared, 0 different" in done.stdout
     assert "fixed:2:3" in done.stdout and "multi_turn" in done.stdout
     assert document["equal_to_plain"]["hf"][1] == 2 * turns
-    assert document["schema_version"] == 1 and document["repeats"] == 2 and document["versions"]["torch"]
+    assert document["schema_version"] == 2 and document["repeats"] == 2 and document["versions"]["torch"]
     overall = document["summary"]["overall"]
     assert overall["plain"]["speedup"] == 1.0 and overall["fixed:2:3"]["num_drafted"] > 0
     assert set(overall["fixed:2:3"]["tokens_by_exit"]) == {"2"}

@@ -586,14 +586,20 @@ def train(context: typer.Context) -> None:
 @command
 def bench(
     prompts: Annotated[
-        Path | None, typer.Argument(help="JSON lines with question_id, category and turns; a built-in set by default.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PROMPTS | compare A.json B.json]",
+            help="JSON lines with question_id, category and turns; a built-in set by default. Or two documents of "
+            "--out: what changed beyond noise?",
+        ),
     ] = None,
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Of plain, default, always, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
-            "early:LEVEL[:EXIT+EXIT] (early exit, lossy). To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all that have "
-            "heads)."
+            help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: both in one tree), "
+            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS takes another head set. To sweep: LEVEL 0.6-0.95, "
+            "LENGTH 1-6, EXIT * (all that have heads).",
         ),
     ] = None,
     baseline: Annotated[
@@ -612,7 +618,21 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Where a decode step's time goes, in place of questions and arms.")
     ] = False,
-    context: Annotated[int, typer.Option(min=1, help="Of --profile: tokens before the first new one.")] = 64,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens, 512,1k,2k,4k,8k: every question behind so much text. Of --profile: one "
+            "number."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for run.json, run.csv, report.html and plots. Started again with the same options, a run "
+            "that was stopped goes on where it was."
+        ),
+    ] = None,
+    remark: Annotated[str, typer.Option("--note", help="On the circumstances; stands in the report.")] = "",
     model: Model = DEFAULT_MODEL,
     heads: Heads = "default",
     dtype: Dtype = "bf16",
@@ -627,8 +647,15 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Plain against speculative decoding. Exit code 1 if any answer differs from plain decoding's."""
+    from .bench.contexts import parse_sizes
     from .bench.questions import built_in, choose, read_questions
 
+    if prompts and str(prompts[0]) == "compare":
+        _compare(prompts[1:], out, as_json)
+        return
+    if prompts and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompt files were given, expected one, or: compare A.json B.json")
+    source = prompts[0] if prompts else None
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     if threads is not None:
@@ -638,10 +665,11 @@ def bench(
     if profile:
         if verify != "dense":
             raise ValueError(f"--profile times the whole model's steps, and --verify is {verify!r}: leave one out")
-        _profile(_load(model, heads, dtype, device, prefill), context, out, as_json)
+        (size,) = (64,) if context is None else parse_sizes(context)[:1]
+        _profile(_load(model, heads, dtype, device, prefill), size, out, as_json)
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
-    questions = choose(built_in() if prompts is None else read_questions(prompts), chosen_tasks, limit)
+    questions = choose(built_in() if source is None else read_questions(source), chosen_tasks, limit)
     engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity, draft, teal, teal_level)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
@@ -649,7 +677,7 @@ def bench(
     settings = Settings(
         model=model,
         heads=heads,
-        prompts="built-in" if prompts is None else prompts.name,
+        prompts="built-in" if source is None else source.name,
         command=shlex.join(["skipstone", *sys.argv[1:]]),
         arms=arms,
         baselines=tuple(baseline or []),
@@ -658,8 +686,17 @@ def bench(
         seed=seed,
         repeats=repeats,
         replay=replay,
+        context=() if context is None else parse_sizes(context),
+        note=remark,
     )
-    document = run(engine, questions, settings)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+    document = run(engine, questions, settings, journal=None if report is None else report / "journal.jsonl")
+    if report is not None:
+        from .bench.pages import write_report
+
+        for path in write_report(document, report):
+            note(f"wrote {path}")
     if out is not None:
         out.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
@@ -672,6 +709,21 @@ def bench(
         raise typer.Exit(FAILED)
     if document["interrupted"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _compare(paths: list[Path], out: Path | None, as_json: bool) -> None:
+    if len(paths) != 2:
+        raise ValueError(f"compare takes two documents that --out or --report wrote, {len(paths)} were given")
+    from .bench.compare import compare, read_document
+    from .bench.tables import print_comparison
+
+    found = compare(*map(read_document, paths))
+    if out is not None:
+        out.write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(found)
+    else:
+        print_comparison(found)
 
 
 def _profile(engine: Engine, context: int, out: Path | None, as_json: bool) -> None:

@@ -1,0 +1,129 @@
+"""Drafts from the text, alone and in one tree with heads' drafts: the output is plain decoding's all the same.
+
+Prompts that repeat give matches, most of them wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine import loop
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
+from skipstone.engine.tree import FROM_TEXT, Acceptance
+from skipstone.kernels import tile
+
+PROMPTS = [[4, 9, 2, 7, 4, 9, 2], [*range(5, 20), *range(5, 20)], [3, 3, 3, 3]]
+NEW = 16
+TEXT = Lookup(min_match=1, max_nodes=6)
+POLICIES = {
+    "chain": from_text(1),
+    "tree": from_text(1, per_match=4, max_nodes=15, branch=3),
+    "mixed chain": replace(fixed_exit(0, 3), lookup=TEXT),
+    "mixed gated tree": replace(every((0,), Gate(0.3, 99.0), branch=2, max_depth=3), lookup=TEXT),
+    "mixed best first": replace(best_first(3, 2, 4), lookup=TEXT),
+    "a tree that lookups fill": replace(best_first(3, 2, 4, max_nodes=6), lookup=Lookup(1, 15, 6, 3)),
+}
+
+
+def engine_with_heads(engine_of: Callable[..., Any], stateful: Callable[..., Any]) -> Any:
+    engine = engine_of()
+    stateful(engine, "recurrent", prompts=PROMPTS)
+    return engine
+
+
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize(
+    ("policy", "sampling"),
+    [*((name, {}) for name in POLICIES), *((name, {"temperature": 0.6}) for name in ("tree", "mixed best first"))],
+)
+def test_output_is_plain_decodings(
+    policy: str, sampling: dict[str, Any], engine_of: Callable, stateful: Callable, assert_same_output: Callable
+) -> None:
+    """In a batch and alone."""
+    engine = engine_with_heads(engine_of, stateful)
+    options = {"max_new_tokens": NEW, "logprobs": 1, **sampling}
+    plain = engine.generate(PROMPTS, seeds=[5, 6, 7], speculation=False, **options)
+    trees: list[Any] = []
+    engine.observer = lambda on, works, logits: trees.extend(work.tree for work in works)
+    together = engine.generate(PROMPTS, seeds=[5, 6, 7], policy=POLICIES[policy], **options)
+    for out, expected in zip(together, plain, strict=True):
+        assert_same_output(out, expected)
+    alone = engine.generate(PROMPTS[1], seed=6, policy=POLICIES[policy], **options)
+    assert_same_output(alone, plain[1])
+    sources = [set(tree.exit_layers[1:]) for tree in trees]
+    assert any(FROM_TEXT in own for own in sources) and max(map(len, trees)) <= 16
+    assert sum(out.stats.num_accepted for out in together) > 0
+    if policy.startswith("mixed"):
+        assert {FROM_TEXT, 0} in sources, "heads and the text draft in one tree"
+
+
+def test_no_heads_are_needed_and_stops_hold(engine_of: Callable, assert_same_output: Callable) -> None:
+    engine = engine_of("qwen2")
+    options: dict[str, Any] = {"max_new_tokens": 40}
+    whole = engine.generate(PROMPTS[0], speculation=False, **options)
+    for place in (3, 17):
+        stop = {"stop_ids": [whole.token_ids[place]], **options}
+        plain = engine.generate(PROMPTS[0], speculation=False, **stop)
+        out = engine.generate(PROMPTS[0], policy=from_text(1, 4, 15, 2), **stop)
+        assert_same_output(out, plain)
+    assert engine.generate(PROMPTS[0], policy=from_text(1), **options).stats.num_accepted > 0
+    with pytest.raises(ValueError, match="takes no lookup"):
+        engine.generate(PROMPTS[0], mode="early_exit", policy=from_text())
+
+
+@pytest.mark.hazard(15)
+def test_a_verifier_that_follows_the_text_blindly_is_caught(
+    engine_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: what the text suggests is accepted without the target's word."""
+    engine = engine_of()
+    plain = [engine.generate(ids, speculation=False, max_new_tokens=NEW).token_ids for ids in PROMPTS]
+
+    def first_children(tree: Any, target: Any) -> Acceptance:
+        nodes = [0]
+        while children := tree.children(nodes[-1]):
+            nodes.append(children[0])
+        return Acceptance(tuple(nodes[1:]), tuple(tree.tokens[n] for n in nodes[1:]), target(nodes[-1]))
+
+    monkeypatch.setattr(loop, "accept", first_children)
+    found = [engine.generate(ids, policy=from_text(1), max_new_tokens=NEW).token_ids for ids in PROMPTS]
+    assert found != plain
+
+
+@pytest.mark.skipif(
+    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs TRITON_INTERPRET=1: the tiny engines are on the CPU; on a GPU bench/lossless.py runs real ones",
+)
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize("policy", ["chain", "mixed best first"])
+def test_rounds_on_the_device_verify_what_the_host_looked_up(
+    policy: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable
+) -> None:
+    engine = engine_of(num_layers=2) if policy == "chain" else engine_with_heads(engine_of, stateful)
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    engine._cache = None
+    prompts, new = [[4, 9, 2, 4, 9], [3, 3, 3, 3]], 5
+    options: dict[str, Any] = {"seeds": [5, 6], "max_new_tokens": new, "temperature": 0.4}
+    plain = engine.generate(prompts, speculation=False, **options)
+    outs = engine.generate(prompts, policy=POLICIES[policy], **options)
+    for out, expected in zip(outs, plain, strict=True):
+        assert_same_output(out, expected)
+    assert sum(out.stats.num_drafted for out in outs) > 0
+
+
+def test_gated_heads_go_on_below_what_the_text_drafted(engine_of: Callable, planned: Callable) -> None:
+    """A head that says what the text says draws no second node; it is asked below that one."""
+    engine = engine_of()
+    heads = planned(engine, "right", exits=(1,))
+    heads.learn(PROMPTS[2], max_new_tokens=NEW)
+    policy = DraftPolicy((1,), {1: ALWAYS}, max_depth=4, lookup=Lookup(min_match=1, max_nodes=2))
+    out = engine.generate(PROMPTS[2], policy=policy, max_new_tokens=NEW)
+    assert out.token_ids == heads.learn(PROMPTS[2], max_new_tokens=NEW).token_ids
+    assert max(out.stats.rounds_by_accepted) == 4
