@@ -320,6 +320,32 @@ def test_bench_measures_and_compares(run: Run, tmp_path: Path) -> None:
     assert set(overall["fixed:2:3"]["tokens_by_exit"]) == {"2"}
 
 
+def test_bench_writes_a_report_goes_on_with_it_and_compares_two(run: Run, tmp_path: Path) -> None:
+    """Prompts of two lengths too. Planted bug: a journal that is not asked, which would make equal times impossible."""
+    args = ("--limit", "2", "--repeats", "1", "--arms", "fixed:2:2+lookup", "--context", "40,64", *SHORT)
+    folder = tmp_path / "report"
+    done = run("bench", *args, "--report", str(folder), "--note", "a test")
+    assert done.exit_code == 0 and "report.html" in done.stderr
+    one = strict_json((folder / "run.json").read_text(encoding="utf-8"))
+    assert set(one["summary"]) == {"context 40", "context 64", "overall"} and one["num_resumed"] == 0
+    assert one["sample"]["arms"]["fixed:2:2+lookup"] and one["roofline"]["floor_ms"] > 0
+    assert one["summary"]["overall"]["plain"]["first_token_ms_p50"] > 0
+    again = run("bench", *args, "--report", str(folder), "--note", "a test")
+    two = strict_json((folder / "run.json").read_text(encoding="utf-8"))
+    assert again.exit_code == 0 and two["num_resumed"] == len(one["answers"]) and two["sessions"] == 2
+    assert [a["wall_ms"] for a in two["answers"]] == [a["wall_ms"] for a in one["answers"]]
+    other = run("bench", *args, "--report", str(folder), "--seed", "4")
+    assert other.exit_code == 2 and "seed 0, now 4" in other.stderr
+    path = str(folder / "run.json")
+    found = run_compare(path, path)
+    assert found.exit_code == 0 and "yes" not in found.stdout and "0 of 4 answers have other tokens" in found.stdout
+    assert run_compare(path).exit_code == 2
+
+
+def run_compare(*paths: str) -> Any:
+    return CliRunner().invoke(cli.app, ["bench", "compare", *paths])
+
+
 def test_bench_reads_spec_bench_files_and_refuses_others(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question_id": 81, "category": "writing", "turns": ["a stone", "again"]}\n', encoding="utf-8")

@@ -33,7 +33,8 @@ ABOUT: dict[str, Any] = {
 DRAFTED = Statistics(
     num_drafted=8, num_accepted=6, num_committed=10, num_verifications=4, accepted_by_position=(3, 2, 1),
     drafted_by_position=(4, 3, 1), tokens_by_exit={-1: 2, 3: 4}, rounds_by_drafted={2: 4},
-    rounds_by_accepted={1: 2, 2: 2}, rounds_by_stops={0: 4}, drafted_by_entropy={0: 4, 6: 2}, accepted_by_entropy={0: 4},
+    rounds_by_accepted={1: 2, 2: 2}, rounds_by_stops={0: 4}, drafted_by_entropy={0: 4, 6: 2},
+    accepted_by_entropy={0: 4},
 )  # fmt: skip
 
 
