@@ -8,6 +8,7 @@ questions have in common (a loaded host, the model) is not in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ def rate_ratio(count: Table, total: Table, base_count: Table, base_total: Table)
     return np.asarray(np.median((count / total) / (base_count / base_total), axis=0))
 
 
-def tabled(sums: Sequence[Mapping[object, float]], questions: Sequence[object]) -> Table:
+def tabled(sums: Sequence[Mapping[Any, float]], questions: Sequence[object]) -> Table:
     """`[repeats, questions]` from one mapping a repeat."""
     return np.array([[own[question] for question in questions] for own in sums], dtype=float).reshape(
         len(sums), len(questions)

@@ -76,8 +76,8 @@ def page(document: Mapping[str, Any]) -> str:
         parts.append(_section("Acceptance by position in the draft, given that the draft got there", lines(places, 1)))
         bins = {n: _by_entropy(overall[n]["acceptance_by_entropy"]) for n in drafting}
         parts.append(_section("Share accepted by the entropy (nats) a token was drafted at", points(bins)))
-        sizes = {name: overall[name]["rounds_by_accepted"] for name in drafting}
-        parts.append(_section("Rounds by accepted tokens", _histograms(sizes)))
+        counts = {name: overall[name]["rounds_by_accepted"] for name in drafting}
+        parts.append(_section("Rounds by accepted tokens", _histograms(counts)))
     if document.get("sample"):
         parts.append(_section("One answer, as it was drafted", _sample(document["sample"])))
     style = (

@@ -148,9 +148,9 @@ def run(
         else None,
     }
     early_exit = judged(engine, found, arms, questions, engine.tokenizer, sampling)
-    shown = {} if found.interrupted else sample(arms, questions[0], engine.tokenizer, sampling)
+    example = {} if found.interrupted else sample(arms, questions[0], engine.tokenizer, sampling)
     whole = document(found, arms, engine.decoder.config.num_layers, about)
-    return whole | strict({"early_exit": early_exit, "sample": shown})
+    return whole | strict({"early_exit": early_exit, "sample": example})
 
 
 def _conditions(about: Mapping[str, Any], questions: Sequence[Question]) -> dict[str, Any]:

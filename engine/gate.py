@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..heads.calibration import Calibration
 from .tree import MAX_NODES
@@ -126,7 +127,7 @@ def best_first(
     return DraftPolicy((0,), gates, max_depth=max_depth, max_nodes=max_nodes, branch=branch, beam=beam)
 
 
-def every(exits: Sequence[int], gate: Gate, **options: int) -> DraftPolicy:
+def every(exits: Sequence[int], gate: Gate, **options: Any) -> DraftPolicy:
     """One gate for all exits."""
     return DraftPolicy(tuple(exits), dict.fromkeys(exits, gate), **options)
 
@@ -140,7 +141,7 @@ def calibrated(
     exits: Sequence[int] | None = None,
     accuracy: float = DEFAULT_ACCURACY,
     branch: int = 1,
-    **options: int,
+    **options: Any,
 ) -> DraftPolicy:
     """DSSD's policy: every exit with the thresholds that its calibration gives for one accuracy level (0.60..0.99).
 

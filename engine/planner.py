@@ -312,7 +312,7 @@ def _policy_to(policy: DraftPolicy) -> dict[str, Any]:
 
 def _policy_from(document: Mapping[str, Any]) -> DraftPolicy:
     gates = {int(e): Gate(float(low), float(high)) for e, (low, high) in document["gates"].items()}
-    sizes = {name: int(document[name]) for name in ("max_depth", "max_nodes", "branch", "beam")}
+    sizes: dict[str, Any] = {name: int(document[name]) for name in ("max_depth", "max_nodes", "branch", "beam")}
     return DraftPolicy(tuple(document["exits"]), gates, **sizes)
 
 

@@ -119,7 +119,9 @@ def _silent(engine: Engine) -> DraftPolicy:
     """Drafts nothing, and keeps the memories of stateful heads up with room for the pools."""
     heads = {} if engine.heads is None else engine.heads.heads
     stateful = tuple(e for e, head in heads.items() if isinstance(head, StatefulHead))
-    size = {"max_depth": WIDE.max_depth, "branch": WIDE.branch, "beam": WIDE.beam} if stateful == (0,) else {}
+    size: dict[str, Any] = (
+        {"max_depth": WIDE.max_depth, "branch": WIDE.branch, "beam": WIDE.beam} if stateful == (0,) else {}
+    )
     return DraftPolicy(stateful, dict.fromkeys(stateful, NEVER), **size)
 
 

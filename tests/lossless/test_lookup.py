@@ -109,8 +109,8 @@ def test_rounds_on_the_device_verify_what_the_host_looked_up(
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     engine._cache = None
-    prompts, new = [[4, 9, 2, 4, 9], [3, 3, 3, 3]], 5
-    options: dict[str, Any] = {"seeds": [5, 6], "max_new_tokens": new, "temperature": 0.4}
+    prompts, new = [[4, 9, 2, 4, 9]], 3
+    options: dict[str, Any] = {"seeds": [5], "max_new_tokens": new, "temperature": 0.4}
     plain = engine.generate(prompts, speculation=False, **options)
     outs = engine.generate(prompts, policy=POLICIES[policy], **options)
     for out, expected in zip(outs, plain, strict=True):
