@@ -193,7 +193,7 @@ def parse_arms(text: str, engine: Engine, heads_of: Callable[[str], HeadSet] | N
     bare_exits = sorted({_exit_and_length(_LOOKUP.sub("", n))[0] for n in names if n.startswith("bare:")})
     bare = with_bare_heads(engine, bare_exits) if bare_exits else None
     others: dict[str, Engine] = {}
-    arms = []
+    arms: list[Arm] = []
     for name in names:
         form, found = _LOOKUP.sub("", name), _LOOKUP.search(name)
         form, _, wanted = form.partition("@")

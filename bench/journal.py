@@ -57,7 +57,7 @@ class Journal:
                 self.session = entry["session"] + 1
                 kept = entry["settings"]
             else:
-                self._known[tuple(entry["key"])] = outcome_of(entry["outcome"]), entry["session"]  # type: ignore[index]
+                self._known[tuple(entry["key"])] = outcome_of(entry["outcome"]), entry["session"]
                 return
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no journal of a benchmark ({error!r}); give another folder") from error
