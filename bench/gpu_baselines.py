@@ -11,6 +11,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `hf-eager` | `transformers` generate |
 | `compile` | one token's forward over a static cache through torch.compile, captured in one CUDA graph (gpt-fast's scheme, less its work on the host) |
 | `compile-host` | the same through `mode="reduce-overhead"`, called from Python, as gpt-fast does |
+| `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
 Weights are random of the exact shapes unless given; a row's `weights` says which.
@@ -32,13 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.config import ModelConfig
+from ..engine.fused import FusedWeights
+from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from .baselines import as_transformers
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
+from .profile import step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
-ARMS = ("floor", "hf-eager", "compile", "compile-host", "cublas-1", "cublas-16")
+ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "cublas-1", "cublas-16")
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 # Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
 TOLERANCE = 0.05
@@ -282,7 +286,13 @@ def check(decoder: StaticDecoder, reference: Any, prompt: Tensor) -> float:
 
 @torch.no_grad()
 def measure_model(
-    subject: Subject, arms: tuple[str, ...], prompt_len: int, num_new: int, repeats: int, read: float
+    subject: Subject,
+    arms: tuple[str, ...],
+    prompt_len: int,
+    num_new: int,
+    repeats: int,
+    read: float,
+    contexts: tuple[int, ...] = (64, 4096),
 ) -> list[dict[str, Any]]:
     """Rows of one model; each is printed to stderr as it comes. `read` is the bandwidth in GB/s."""
     config, weights = subject.config, subject.weights
@@ -321,6 +331,13 @@ def measure_model(
                 add(arm, spread, start, logits_error=round(error, 5), tokens_equal_to_hf=equal)
                 del loop
                 torch._dynamo.reset()
+    if "step" in arms:
+        fused = FusedWeights(Decoder(config, weights, weights["embed.weight"].dtype, device))
+        for context in contexts:
+            for live in (1, 16):
+                start = time.perf_counter()
+                add(f"step-{live}", step_us(fused, context, live), start, context=context)
+        del fused
     for arm, count in (("cublas-1", 1), ("cublas-16", 16)):
         if arm in arms:
             start = time.perf_counter()
@@ -335,10 +352,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
+    parser.add_argument("--contexts", default="64,4096", help="of the arm step: tokens before the rows")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     arms, paths = tuple(args.arms.split(",")), dict(pair.split("=", 1) for pair in args.weights)
+    contexts = tuple(int(context) for context in args.contexts.split(","))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"unknown arms {unknown}; expected some of {', '.join(ARMS)}")
     if not torch.cuda.is_available():
@@ -356,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name in args.models.split(","):
         subject = load_subject(name, paths.get(name), torch.bfloat16, device)
-        document["rows"] += measure_model(subject, arms, args.prompt, args.new, args.repeats, found["best"])
+        document["rows"] += measure_model(subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts)
         del subject
         torch.cuda.empty_cache()
         if args.out:

@@ -116,6 +116,7 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)
+    warm_up_s = None if engine.fused is None else round(engine.warm_up(**sampling), 2)
     shown: AbstractContextManager[Any] = bar if progress and console.is_terminal else nullcontext()
     with shown:
         task = bar.add_task("warming up", total=total)
@@ -146,6 +147,7 @@ def run(
         "roofline": {"weight_bytes": num_bytes, "bandwidth_gb_s": speed, "floor_ms": num_bytes / speed / 1e6}
         if speed
         else None,
+        "warm_up_s": warm_up_s,
     }
     early_exit = judged(engine, found, arms, questions, engine.tokenizer, sampling)
     example = {} if found.interrupted else sample(arms, questions[0], engine.tokenizer, sampling)

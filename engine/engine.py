@@ -31,6 +31,7 @@ from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
 from .loop import Machinery, Mode, Observer, Origin, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
+from .prompt_reader import PromptReader
 from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
-Prefill = Literal["sdpa", "flash"]
+Prefill = Literal["sdpa", "flash", "fused"]
 Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
@@ -127,7 +128,8 @@ class Engine:
         deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
-        prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn.
+        prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
+            of the decode step (`engine/prompt_reader.py`).
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
@@ -164,6 +166,7 @@ class Engine:
             raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
         self.flash: FlashAttention | None = None
+        self._reads_fused = prefill == "fused"
         if prefill == "flash":
             config = decoder.config
             self.flash = find_flash(decoder.device, decoder.dtype, config.head_dim, config.attention_softcap)
@@ -175,6 +178,11 @@ class Engine:
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
             self.fused = self._fuse(wanted)
             self.fused_refused = wanted and self.fused is None
+            if self._reads_fused and (self.fused is None or sparsity is not None):
+                raise ValueError(
+                    "prefill is 'fused', but this engine does not decode the whole model by the fused kernels, which "
+                    "need a GPU with Triton and rows that agree there: leave it out"
+                )
             if heads is not None:
                 projection = Projection(
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
@@ -189,6 +197,7 @@ class Engine:
             self.policy = _default_policy(heads, self.fused is not None)
         self.plan: Plan | None = None
         self._cache: KVCache | None = None
+        self._reader: PromptReader | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}
         self._paces: dict[Way, Pace] = {}
@@ -211,8 +220,10 @@ class Engine:
 
     @property
     def prefill(self) -> str:
-        """What reads prompts: "sdpa", or "flash" with the package in use."""
-        return "sdpa" if self.flash is None else f"flash ({self.flash.name})"
+        """What reads prompts: "sdpa", "fused", or "flash" with the package in use."""
+        if self.flash is not None:
+            return f"flash ({self.flash.name})"
+        return "fused" if self._reads_fused else "sdpa"
 
     @property
     def verify(self) -> str:
@@ -380,7 +391,12 @@ class Engine:
                 reach = 0
                 while reach < cache.plan.context:
                     reach = min(reach_of(reach + 1), cache.plan.context)
-                    self._memories_for(policy, cache)
+                    memories = self._memories_for(policy, cache)
+                    taps = {layer for memory in memories.values() for layer in memory.layers if layer}
+                    if (reader := self._reader_for(cache)) is not None:
+                        with torch.inference_mode():
+                            for size in reader.sizes:
+                                reader.step(size, reach, tuple(sorted(taps)))
                     self._rounds_for(self.fused, cache, batch, policy, needs_processing(params), reach)
         return time.perf_counter() - start
 
@@ -489,6 +505,7 @@ class Engine:
             self.sparse,
             self.decoder,
             drafter,
+            self._reader_for(cache),
         )
         if fused is None:
             return decode(on, unfinished, chosen, pace)
@@ -577,8 +594,10 @@ class Engine:
                 "mode 'early_exit' puts layers off across the positions where masks are read again: calibrate with "
                 "refresh=0, or decode in mode 'lossless'"
             )
+        cache = self._cache_for(requests)
         on = Machinery(
-            self.target, self._cache_for(requests), self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse,
+            self.target, cache, self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse,
+            prompts=self._reader_for(cache),
             reader=self.decoder,
         )  # fmt: skip
         for request in requests:
@@ -590,7 +609,7 @@ class Engine:
         context, batch = _longest(requests), len(requests)
         cache = self._cache
         if cache is None or cache.plan.batch < batch or cache.plan.context < context:
-            self._cache = cache = None  # its memory is free again before the next one is planned
+            self._cache = self._reader = cache = None  # their memory is free again before the next one is planned
             self._rounds = {}
             plan = self._plan_cache(batch, context)
             try:
@@ -602,6 +621,14 @@ class Engine:
         for sequence in range(cache.plan.batch):
             cache.restart(sequence)
         return cache
+
+    def _reader_for(self, cache: KVCache) -> PromptReader | None:
+        """What reads prompts into this cache by fused kernels, if they are to."""
+        if not self._reads_fused or self.fused is None:
+            return None
+        if self._reader is None or self._reader.cache is not cache or self._reader.weights is not self.fused:
+            self._reader = PromptReader(self.fused, cache, reach_of)
+        return self._reader
 
     def _plan_cache(self, batch: int, context: int) -> CachePlan:
         """On a GPU with room to spare: making a cache anew throws captured rounds away."""

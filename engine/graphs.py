@@ -114,6 +114,21 @@ class Ticket:
         return [Record.read(values, entropy, exit_layer, count) for values, entropy, count in rows], elapsed
 
 
+def captured(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """A body without effect, as a CUDA graph; None on a CPU, where it has to be called."""
+    if device.type != "cuda":
+        return None
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # compiles what is not compiled yet
+        body()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph
+
+
 class Rounds:
     """Rounds of one batch shape.
 
@@ -294,17 +309,7 @@ class Rounds:
         self.trees.count[sequence : sequence + 1].zero_()
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
-        if self.cache.device.type != "cuda":
-            return None
-        stream, current = torch.cuda.Stream(self.cache.device), torch.cuda.current_stream(self.cache.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet; nobody is active, so nothing is written
-            self._body(kind)
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._body(kind)
-        return graph
+        return captured(partial(self._body, kind), self.cache.device)
 
     def _body(self, kind: Kind) -> None:
         if kind == "absorb":

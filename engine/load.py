@@ -55,8 +55,8 @@ def load(
             from there; "teal" drops small inputs, and verification runs these layers again, so the output stays (CPU).
         teal: of verify="teal" and draft="teal": a folder of `skipstone calibrate --sparsity teal`, or thresholds.
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
-        prefill: what reads prompts: "sdpa" (torch's attention), or "flash" (flash-attn 2, 3 or 4, where it is
-            installed, on a GPU and in half precision).
+        prefill: what reads prompts: "sdpa" (torch's attention), "flash" (flash-attn 2, 3 or 4, where it is installed,
+            on a GPU and in half precision), or "fused" (the decode step's kernels, on a GPU with Triton).
         plan: how drafting is chosen: "cached" follows the plan that `skipstone plan` kept for this machine, model and
             heads, if there is one, else the heads' calibration; "now" measures one (seconds) where none was kept, and
             keeps it; "none" looks for none.

@@ -25,6 +25,7 @@ from .head_memory import HeadMemory
 from .lookup import TextIndex, draft_from_text
 from .model import Decoder
 from .pacing import Pace
+from .prompt_reader import PromptReader
 from .sampling import Context, History, SamplingError, TargetSampler, TokenLogprobs, token_logprobs
 from .sparsity.target import SparseTarget
 from .statistics import StatisticsRecorder
@@ -91,6 +92,7 @@ class Machinery:
     sparse: SparseTarget | None = None  # gives each sequence its own MLPs; None: the model is the target
     reader: Decoder | None = None  # reads prompts; None: `decoder`, the target
     drafter: Decoder | None = None  # runs the layers before an exit, and verification runs them again; None: `decoder`
+    prompts: PromptReader | None = None  # reads prompts by the step's own kernels, in place of `reader`
 
     @property
     def kept_layers(self) -> list[int]:
@@ -185,6 +187,9 @@ def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tens
     follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
     sequence, ids, reader = request.sequence, request.history.token_ids[:-1], on.reader or on.decoder
     layers = () if take is None else on.kept_layers
+    if on.sparse is None and on.prompts is not None:
+        on.prompts.read(sequence, ids, layers, take)
+        return
     if on.sparse is None:
         prefill(reader, on.cache, sequence, ids, layers, take, on.flash)
         return

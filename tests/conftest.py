@@ -311,6 +311,7 @@ def engine_of() -> Callable[..., Any]:
     ) -> Any:
         engine = copy.copy(_engine(family, dtype, vocab_size, deterministic, device, num_layers))
         engine._cache, engine._memories, engine._rounds, engine._paces = None, {}, {}, {}
+        engine._reader = None
         engine._lock = threading.Lock()
         engine.decoder = copy.copy(engine.decoder)
         engine.decoder._tables, engine.decoder._rope_rows = {}, 0

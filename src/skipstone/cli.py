@@ -46,7 +46,7 @@ Heads = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
-Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, or flash (flash-attn, a GPU, bf16 or fp16).")]
+Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, flash (flash-attn, GPU, half) or fused (GPU).")]
 Verify = Annotated[
     str,
     typer.Option(

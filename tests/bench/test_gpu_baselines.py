@@ -7,6 +7,7 @@ pairs taken as neighbours, the bias of qkv left out.
 import pytest
 import torch
 from skipstone.bench.baselines import as_transformers
+from skipstone.bench.device_time import Spread
 from skipstone.bench.gpu_baselines import (
     StaticDecoder,
     Subject,
@@ -63,6 +64,22 @@ def test_rows_without_a_gpu(subject, capsys):
     assert [row["arm"] for row in rows] == ["floor", "hf-eager"]
     assert rows[0]["us_per_token"] == pytest.approx(weight_bytes(subject.config) / 100e3, abs=0.01)
     assert rows[1]["p20"] <= rows[1]["p50"] <= rows[1]["p80"] and rows[1]["weights"] == "random weights"
+
+
+def test_our_own_step_at_each_context_and_width(subject, monkeypatch):
+    subject, _ = subject
+    asked = []
+
+    def timed(weights, context, live):
+        asked.append((weights.config, context, live))
+        return Spread(1.0, 2.0 + live, 30.0)
+
+    monkeypatch.setattr("skipstone.bench.gpu_baselines.step_us", timed)
+    rows = measure_model(subject, ("step",), prompt_len=5, num_new=4, repeats=2, read=100.0, contexts=(8, 40))
+    assert asked == [(subject.config, context, live) for context in (8, 40) for live in (1, 16)]
+    assert [(row["arm"], row["context"], row["us_per_token"]) for row in rows] == [
+        (f"step-{live}", context, 2.0 + live) for context in (8, 40) for live in (1, 16)
+    ]
 
 
 def test_products_are_all_of_a_step(subject):

@@ -35,7 +35,7 @@ interpreted = pytest.mark.skipif(
     reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
 )
 # fp32: sums of up to 70 products in another order, divided by a norm of about 1. Half: products are exact in fp32, and
-# the reference takes the same rounded inputs.
+# the reference takes the same rounded inputs; see `tolerance_of` for tensor cores, which do not round their sums.
 TOLERANCE = 2e-5
 NOISE_TOLERANCE = 2e-5  # of logarithms near 0; see device_noise.py
 
@@ -86,6 +86,16 @@ def run(case: dict, temperature: float = 0.0, **more: object) -> dict[str, Tenso
     return out
 
 
+def tolerance_of(case: dict, logits: Tensor) -> float:
+    """Tensor cores cut a sum off where others round it (Fasi et al., PeerJ CS 2021): each 16 products may lose an ulp,
+    2**-23 of the partial sum, always towards zero, so errors add up. No partial sum is taken to be larger than the
+    largest logit. At K = 1152 and logits up to 7.5 that is 6e-5; 2.003e-5 was measured on an H100."""
+    if not ON_GPU or case["weight"].dtype == torch.float32:
+        return TOLERANCE
+    steps = case["weight"].shape[1] / 16
+    return max(TOLERANCE, steps * 2**-23 * float(logits.abs().max()))
+
+
 def check(case: dict, out: dict[str, Tensor], temperature: float = 0.0, **more: object) -> None:
     rows, weight, ids = case["rows"], case["weight"], more.get("ids")
     live = rows.live.bool()
@@ -97,14 +107,15 @@ def check(case: dict, out: dict[str, Tensor], temperature: float = 0.0, **more: 
     )  # fmt: skip
     assert torch.isnan(out["logits"][~live]).all() and torch.isnan(out["best_value"][~live]).all()
     assert torch.isnan(out["tile_stats"][~live]).all() and (out["best_id"][~live] == -77).all()
-    assert float((out["logits"][live] - logits).abs().max()) < TOLERANCE
+    exact = tolerance_of(case, logits)
+    assert float((out["logits"][live] - logits).abs().max()) < exact
 
     vocab_size = weight.shape[0]
     block = op._settings(vocab_size, weight.dtype)["BN"]
     tiles = out["best_id"].shape[1]
     padding = tiles * block - vocab_size
     tiled = torch.nn.functional.pad(scores, (0, padding), value=float("-inf")).view(-1, tiles, block)
-    tolerance = TOLERANCE + (NOISE_TOLERANCE if temperature else 0)
+    tolerance = exact / (temperature or 1.0) + (NOISE_TOLERANCE if temperature else 0)
     assert float((out["best_value"][live] - tiled.amax(-1)).abs().max()) < tolerance
     columns = out["best_id"][live].long()
     if ids is not None:

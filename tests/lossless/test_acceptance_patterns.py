@@ -171,3 +171,17 @@ def test_batches_of_eight_with_ragged_acceptance(family, engine_of, planned, ass
         outs = engine.generate(prompts[:size][::-1], seeds=list(range(size))[::-1], policy=policy, **options)
         for out, expected in zip(outs[::-1], plain, strict=False):
             assert_same_output(out, expected)
+
+
+@pytest.mark.hazard(22)
+@pytest.mark.parametrize("length", [3, 1100])
+def test_acceptance_lives_at_long_contexts(length, engine_of, planned):
+    """Heads that know what follows, where their hidden state is plain decoding's to the bit, are right at every
+    position of the draft behind 1100 tokens as behind three, and statistics say so position by position."""
+    engine = engine_of(max_context=1200)
+    prompt = [(31 * i + 7) % 199 for i in range(length)]
+    plain = planned(engine, "right", exits=(2,)).learn(prompt, max_new_tokens=22)
+    out = engine.generate(prompt, policy=fixed_exit(2, 4), max_new_tokens=22)
+    assert out.token_ids == plain.token_ids
+    assert out.stats.drafted_by_position == out.stats.accepted_by_position
+    assert len(out.stats.accepted_by_position) == 4 and out.stats.acceptance_rate == 1.0

@@ -1,0 +1,100 @@
+"""Prompts through the fused kernels of the decode step, in captured graphs: `prefill="fused"`.
+
+A tile is 16 consecutive tokens, a chain whose root is its first token. All tiles of a step store their keys in a layer
+before its attention reads them, so a step takes many tiles of one prompt, and a later tile sees an earlier one's keys
+in place. A row's bits are its own (docs/kernels.md), so keys depend neither on how a prompt is cut into steps nor on
+what pads the last one, and they have decoding's bits. A short prompt costs a decode step or two where the decoder's own
+layers cost hundreds of launches; of a long prompt each tile reads all weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .fused import FusedStep, FusedWeights
+from .graphs import captured, has_dependent_launch
+from .tree import MAX_NODES
+
+SIZES = (64, 256)  # tokens of a step
+
+
+class PromptReader:
+    """Reads prompts into one cache.
+
+    Args:
+        weights: of the model.
+        cache: where keys and values go.
+        reach_of: tokens of a prompt -> tokens that the steps for it reach (see `graphs.Rounds`).
+        sizes: tokens of a step, rising multiples of 16.
+    """
+
+    def __init__(
+        self, weights: FusedWeights, cache: KVCache, reach_of: Callable[[int], int], sizes: Sequence[int] = SIZES
+    ) -> None:
+        self.weights, self.cache, self.sizes, self._reach_of = weights, cache, tuple(sizes), reach_of
+        self._steps: dict[tuple[int, int, tuple[int, ...]], _Step] = {}
+
+    def read(
+        self,
+        sequence: int,
+        ids: Sequence[int],
+        layers: Sequence[int] = (),
+        take: Callable[[Mapping[int, Tensor]], None] | None = None,
+    ) -> None:
+        """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`."""
+        taps = tuple(sorted(layer for layer in layers if layer))
+        first = 0
+        while first < len(ids):
+            left = len(ids) - first
+            size = next((s for s in reversed(self.sizes[1:]) if left > s // 2), self.sizes[0])
+            chunk = torch.tensor(ids[first : first + size], dtype=torch.int32)
+            states = self.step(size, len(ids), taps).run(sequence, first, chunk)
+            if take is not None:
+                if 0 in layers:  # the embeddings, which a step does not keep
+                    states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device))
+                take(states)
+            first += len(chunk)
+        self.cache.lens[sequence] = len(ids)
+
+    def step(self, size: int, length: int, taps: tuple[int, ...]) -> _Step:
+        """The step of so many tokens for a prompt of `length`, made and captured once."""
+        reach = min(self._reach_of(length), self.cache.plan.context)
+        key = size, reach, taps
+        if key not in self._steps:
+            self._steps[key] = _Step(self.weights, self.cache, size, reach, taps)
+        return self._steps[key]
+
+
+class _Step:
+    """One captured step of `size` tokens of one sequence."""
+
+    def __init__(self, weights: FusedWeights, cache: KVCache, size: int, reach: int, taps: tuple[int, ...]) -> None:
+        device = cache.device
+        self.step = FusedStep(weights, cache, size, reach=reach, pdl=has_dependent_launch(device))
+        self.taps = {layer: torch.zeros(size, weights.config.hidden_size, device=device) for layer in taps}
+        self._at = torch.arange(size, dtype=torch.int32, device=device)
+        self._tile = self._at // MAX_NODES * MAX_NODES
+        self._place = torch.zeros(3, dtype=torch.int32, device=device)  # sequence, first position, number of tokens
+        self.step.rows.path.copy_(self._at[:MAX_NODES].expand(size, -1))
+        self._graph = captured(self._body, device)
+
+    def run(self, sequence: int, first: int, ids: Tensor) -> dict[int, Tensor]:
+        """Returns the residual streams `[n, D]` fp32 of the tapped layers; views, overwritten by the next step."""
+        self._place.copy_(torch.tensor([sequence, first, len(ids)], dtype=torch.int32))
+        self.step.ids[: len(ids)].copy_(ids)
+        (self._body if self._graph is None else self._graph.replay)()
+        return {layer: states[: len(ids)] for layer, states in self.taps.items()}
+
+    def _body(self) -> None:
+        rows, (sequence, first, count) = self.step.rows, self._place.split(1)
+        torch.lt(self._at, count, out=rows.live)
+        rows.sequence.copy_(sequence.expand_as(rows.sequence))
+        torch.add(self._at, first, out=rows.position)
+        torch.add(self._at, first, out=rows.slot)
+        torch.add(self._tile, first, out=rows.base)
+        self.step.embed()
+        self.step.run(0, self.step.weights.config.num_layers, self.taps)

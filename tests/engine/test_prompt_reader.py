@@ -1,0 +1,99 @@
+"""Prompts read by the decode step's kernels (`prefill="fused"`).
+
+Regimes: prompts of 1, 16, 17, 41 tokens; one step and several; windows (Gemma 2), LayerNorm (GPT-NeoX); the second
+sequence of a cache whose every other slot is NaN. Without a GPU in Triton's interpreter, which proves logic only.
+
+Planted bugs that these tests were seen to catch: a tile's root taken for the step's, padding rows that are live, layers
+of the taps off by one, the first position of a second step left at 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine.cache import KVCache, plan_cache
+from skipstone.engine.engine import Engine, reach_of
+from skipstone.engine.forward import prefill
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import best_first, fixed_exit
+from skipstone.engine.model import Decoder
+from skipstone.engine.prompt_reader import PromptReader
+from skipstone.kernels import tile
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
+        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
+    ),
+    *([pytest.mark.gpu] if ON_GPU else []),
+]
+
+
+def read(weights: FusedWeights, ids: list[int], sizes: tuple[int, ...], layers: list[int]) -> tuple:
+    """Keys, values `[L, KV, T, d]` and states `[T, D]` of a prompt read in steps of these sizes."""
+    decoder = weights.decoder
+    cache = KVCache(plan_cache(decoder.config, 2, 64, decoder.device, decoder.dtype), decoder.device)
+    cache.k.fill_(float("nan")), cache.v.fill_(float("nan"))
+    found: dict[int, list] = {layer: [] for layer in layers}
+
+    def take(states: Any) -> None:
+        for layer in layers:
+            found[layer].append(states[layer].clone())
+
+    PromptReader(weights, cache, lambda length: length, sizes).read(1, ids, layers, take)
+    assert cache.lens == [0, len(ids)] and torch.isnan(cache.k[:, 0]).all()
+    assert torch.isnan(cache.k[:, 1, :, len(ids) :]).all()
+    return cache.k[:, 1, :, : len(ids)], cache.v[:, 1, :, : len(ids)], *(torch.cat(found[layer]) for layer in layers)
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma2", "gpt_neox"])
+@torch.inference_mode()
+def test_keys_do_not_depend_on_the_steps(family: str, engine_of: Callable) -> None:
+    """Bit for bit; and they are those of the decoder's own layers but for the order of sums."""
+    decoder = engine_of(family, device=DEVICE, num_layers=2 if family == "gemma2" else 1).decoder
+    config = decoder.config
+    fused, ids = FusedWeights(decoder), [(17 * i + 2) % config.vocab_size for i in range(41)]
+    layers = [0, *range(1, config.num_layers + 1)]
+    at_once, in_steps = read(fused, ids, (48,), layers), read(fused, ids, (16, 32), layers)
+    for one, other in zip(at_once, in_steps, strict=True):
+        assert torch.equal(one, other)
+    cache = KVCache(plan_cache(config, 1, 64, decoder.device, decoder.dtype), decoder.device)
+    states: dict[int, torch.Tensor] = {}
+    prefill(decoder, cache, 0, ids, layers, states.update)
+    expected = cache.k[:, 0, :, :41], cache.v[:, 0, :, :41], *(states[layer] for layer in layers)
+    for one, other in zip(at_once, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+    for length in (1, 17) if family == "llama2" else ():  # a prefix has the whole prompt's keys
+        short = read(fused, ids[:length], (16, 32), [1])
+        assert torch.equal(short[0], at_once[0][:, :, :length]) and torch.equal(short[1], at_once[1][:, :, :length])
+
+
+def test_speculative_output_is_plain_decodings(
+    engine_of: Callable, stateful: Callable, assert_same_output: Any
+) -> None:
+    """With a recurrent head, whose memory takes the states that the reader leaves."""
+    engine = engine_of(device=DEVICE)
+    prompt = list(range(5, 23))
+    stateful(engine, "recurrent", prompts=[prompt])
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    slow = engine.generate(prompt, speculation=False, max_new_tokens=2)
+    engine._reads_fused = True
+    reader = engine._reader = PromptReader(engine.fused, engine._cache, reach_of, (32,))
+    plain = engine.generate(prompt, speculation=False, max_new_tokens=2)
+    assert engine._reader is reader and reader._steps and engine.prefill == "fused"
+    drafted = engine.generate(prompt, policy=best_first(2, 2, 2) if ON_GPU else fixed_exit(0, 1), max_new_tokens=2)
+    assert_same_output(drafted, plain)
+    assert plain.token_ids == slow.token_ids and drafted.stats.num_drafted > 0
+
+
+def test_without_fused_kernels_it_is_refused(tiny: Callable) -> None:
+    config, weights = tiny("llama2")
+    with pytest.raises(ValueError, match="prefill is 'fused'"):
+        Engine(Decoder(config, weights), fused=False, prefill="fused")
