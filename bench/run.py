@@ -88,7 +88,7 @@ def run(
             raise ValueError(f"--replay counts greedy decoding, temperature is {settings.temperature}: leave one out")
         arms = replayed(arms, engine)
     arms += baseline_arms(settings.baselines, settings.model, engine)
-    sampling = {
+    sampling: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "seed": settings.seed,
