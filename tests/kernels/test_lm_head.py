@@ -115,7 +115,7 @@ def check(case: dict, out: dict[str, Tensor], temperature: float = 0.0, **more: 
     tiles = out["best_id"].shape[1]
     padding = tiles * block - vocab_size
     tiled = torch.nn.functional.pad(scores, (0, padding), value=float("-inf")).view(-1, tiles, block)
-    tolerance = exact / (temperature or 1.0) + (NOISE_TOLERANCE if temperature else 0)
+    tolerance = exact * max(1.0, 1.0 / (temperature or 1.0)) + (NOISE_TOLERANCE if temperature else 0)
     assert float((out["best_value"][live] - tiled.amax(-1)).abs().max()) < tolerance
     columns = out["best_id"][live].long()
     if ids is not None:
