@@ -136,8 +136,7 @@ def drafting(monkeypatch: pytest.MonkeyPatch) -> Callable:
                 row.work.embed_new(decoder)
             return [1] * len(rows)
 
-        for module in (loop, device_loop):
-            monkeypatch.setattr(module, "draft", draft)
+        monkeypatch.setattr(loop, "draft", draft)
 
     return plan
 
@@ -541,7 +540,7 @@ def test_everything_banned_is_an_error(engine: Any) -> None:
 PHASES: Mapping[str, tuple[Any, str]] = {
     "prompt": (loop, "prefill"),
     "start": (Rounds, "begin"),
-    "draft": (device_loop, "draft"),
+    "draft": (loop, "draft"),
     "launch": (Rounds, "launch"),
     "wait": (Ticket, "wait"),
     "commit": (device_loop, "_commit"),
@@ -634,7 +633,7 @@ def test_no_memory_for_the_hosts_drafts(
     """A smaller tree, then none."""
     expected = waiting(engine, PROMPT)
     drafting([expected])
-    original = device_loop.draft
+    original = loop.draft
     for limit, fallbacks in ((3, 1), (0, 3)):
 
         def draft(*args: Any, limit: int = limit) -> Any:
@@ -642,7 +641,7 @@ def test_no_memory_for_the_hosts_drafts(
                 raise MemoryError("no memory for so many nodes")
             return original(*args)
 
-        monkeypatch.setattr(device_loop, "draft", draft)
+        monkeypatch.setattr(loop, "draft", draft)
         out = engine.generate(PROMPT, policy=dataclasses.replace(CHAIN, max_nodes=4), max_new_tokens=NEW)
         assert_same_output(out, expected)
         assert out.stats.fallbacks == {"out of memory": fallbacks}
