@@ -5,6 +5,7 @@ Commands run in this process, on a tiny model; what needs signals, pipes or a fr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -375,7 +376,8 @@ def start(tiny_folder: Path, *args: str, **options: Any) -> subprocess.Popen[str
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_prints_what_there_is(tiny_folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.jsonl"
-    process = start(tiny_folder, "--json", "--trace", str(trace))
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    process = start(tiny_folder, "--json", "--trace", str(trace), preexec_fn=heard)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (trace.exists() and trace.stat().st_size):
         time.sleep(0.005)
