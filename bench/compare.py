@@ -30,14 +30,16 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """A document of `skipstone bench`.
 
     Raises:
-        ValueError: another file.
+        ValueError: another file, or none.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"no run at {path}: expected a file that skipstone bench --out, or --report (run.json), wrote")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found["answers"], list) or not isinstance(found["arms"], dict):
             raise KeyError("answers")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no document that skipstone bench --out wrote ({error!r})") from error
+        raise ValueError(f"{path} is no document that skipstone bench wrote ({error!r})") from error
     return dict(found)
 
 

@@ -95,6 +95,8 @@ def run(
     }
     max_context = engine.decoder.config.max_context
     if settings.context:
+        if max(settings.context) > max_context:
+            raise ValueError(f"context {max(settings.context)} is more than the {max_context} tokens of this model")
         questions = at_contexts(questions, settings.context, engine.tokenizer, max_context - settings.max_new_tokens)
         if not questions:
             raise ValueError(f"no question is short enough for a prompt of {min(settings.context)} tokens")

@@ -130,6 +130,8 @@ def last_line(out: Generation, engine: Engine, paced: bool) -> str:
         parts.append(f"{stats.tokens_per_verification:.2f} tokens per verification")
     else:
         parts.append("nothing drafted")
+    if out.verify != "dense":
+        parts.append(f"target {out.verify} (lossy: not the whole model)")
     if found["speedup"] is None:
         parts.append("speed against plain not measured")
     else:

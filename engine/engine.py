@@ -68,8 +68,8 @@ class Generation:
         logprobs: of each new token, raw distribution, when asked for. In early-exit mode it is that of the head that
             wrote the token.
         stats: what drafting and verification did.
-        exit_layers: of each new token, the exit that drafted it (in early-exit mode, wrote it), None where the full
-            model wrote it itself.
+        exit_layers: of each new token, the exit that drafted it (in early-exit mode, wrote it), -1 where it was drafted
+            from the text, None where the full model wrote it itself.
         prompt_ids: the prompt as the model saw it.
         error: why, when finish_reason is "error".
         mode: "lossless", or "early_exit", whose text need not be the full model's.

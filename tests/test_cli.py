@@ -343,6 +343,9 @@ def test_bench_writes_a_report_goes_on_with_it_and_compares_two(run: Run, tmp_pa
     found = run_compare(path, path)
     assert found.exit_code == 0 and "yes" not in found.stdout and "0 of 4 answers have other" in found.stdout
     assert run_compare(path).exit_code == 2
+    lost = run_compare(path, str(tmp_path / "lost.json"))
+    assert lost.exit_code == 2 and "no run at" in lost.stderr
+    assert "is more than the 512 tokens of this model" in run("bench", "--context", "1k").stderr
 
 
 def run_compare(*paths: str) -> Any:
@@ -436,6 +439,8 @@ def test_thresholds_are_found_and_used(run: Run, engine: Engine, tmp_path: Path)
         for more in ([], ["--no-speculation"], ["--always-speculate"])
     ]
     assert {answer["verify"] for answer in answers} == {"tda"}
+    assert "target tda (lossy: not the whole model)" in run("generate", prompt, "--max-new-tokens", "2", *where).stderr
+    assert "lossy" not in run("generate", prompt, "--max-new-tokens", "2").stderr
     assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
     done = run("bench", "--limit", "1", "--max-new-tokens", "6", "--repeats", "1", "--arms", "always", "--json", *where)
     assert done.exit_code == 0 and strict_json(done.stdout)["verify"] == "tda"
@@ -465,6 +470,8 @@ def test_inputs_are_dropped(run: Run, tmp_path: Path) -> None:
         (["calibrate", "--sparsity", "cats"], "expected 'tda' or 'teal'"),
         (["calibrate", "--sparsity", "teal"], "--sparsity teal reads --text and writes --out"),
         (["calibrate", "--sparsity", "teal", "--text", "t", "--out", "o", "--cett", "0.1"], "at most one budget"),
+        (["calibrate", "--sparsity", "teal", "--text", "t", "--out", "o"], "no text at t; expected a plain text file"),
+        (["calibrate", "--sparsity", "tda", "--text", "t", "--out", "o"], "no text at t; expected a plain text file"),
         (["generate", "x", "--draft", "teal"], "'teal' needs thresholds"),
         (["calibrate", "--sparsity", "tda"], "reads --text and writes --out"),
         (["calibrate", "--prompts", "p.jsonl", "--cett", "0.1"], "need --sparsity"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...heads.fingerprint import BaseIdentity
 from ..load import identity
 from ..model import Decoder
 from ..pretrained import load_pretrained
@@ -49,30 +50,44 @@ def follow(recipe: Recipe, dtype: torch.dtype, on_step: Callable[[str], None] = 
         What was found, in JSON types.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError, FileNotFoundError: `out` exists, or the text does not.
         ValueError: the text is too short or the target cannot be kept.
     """
-    if recipe.out.exists():
-        raise FileExistsError(f"{recipe.out} exists; choose another folder")
-    text = recipe.text.read_text(encoding="utf-8")
-    pretrained = load_pretrained(recipe.model, dtype)
-    decoder = Decoder(pretrained.config, pretrained.weights, dtype)
-    ids = pretrained.tokenizer.encode(text)
-    half = len(ids) // 2
+    decoder, base, first, second = read_halves(recipe.model, recipe.text, recipe.out, dtype)
     found = calibrate_tda(
         decoder,
-        cut(ids[:half], TEXT_LENGTH, CALIBRATION_TEXTS),
+        cut(first, TEXT_LENGTH, CALIBRATION_TEXTS),
         cett=recipe.cett,
         density=recipe.density,
         budget=recipe.budget,
-        budget_texts=None if recipe.budget is None else cut(ids[half:], TEXT_LENGTH, BUDGET_TEXTS),
+        budget_texts=None if recipe.budget is None else cut(second, TEXT_LENGTH, BUDGET_TEXTS),
         allocation=recipe.allocation,
         options=recipe.options,
-        base=identity(pretrained),
+        base=base,
         on_step=on_step,
     )
     found.save(recipe.out)
     return {"folder": str(recipe.out), "model": recipe.model, **summary(found)}
+
+
+def read_halves(
+    model: str, text: Path, out: Path, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Decoder, BaseIdentity, list[int], list[int]]:
+    """The model, who it is, and the token ids of the text's two halves: to find thresholds on, and to judge them.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: there is no such text.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another folder")
+    if not text.is_file():
+        raise FileNotFoundError(f"no text at {text}; expected a plain text file")
+    pretrained = load_pretrained(model, dtype)
+    ids = pretrained.tokenizer.encode(text.read_text(encoding="utf-8"))
+    half = len(ids) // 2
+    decoder = Decoder(pretrained.config, pretrained.weights, dtype, device)
+    return decoder, identity(pretrained), ids[:half], ids[half:]
 
 
 def summary(tda: Tda) -> dict[str, Any]:

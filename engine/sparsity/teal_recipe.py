@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..load import identity
-from ..model import Decoder
-from ..pretrained import load_pretrained
-from .recipe import BUDGET_TEXTS, TEXT_LENGTH
+from .recipe import BUDGET_TEXTS, TEXT_LENGTH, read_halves
 from .tda import Budget, cut
 from .teal import DENSE_TOKENS, LEVELS, Allocation, Teal, calibrate_teal
 
@@ -47,30 +44,24 @@ def follow(recipe: TealRecipe, dtype: torch.dtype, on_step: Callable[[str], None
     """Calibrate and write the folder.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError, FileNotFoundError: `out` exists, or the text does not.
         ValueError: the text is too short or the budget cannot be kept.
     """
-    if recipe.out.exists():
-        raise FileExistsError(f"{recipe.out} exists; choose another folder")
-    text = recipe.text.read_text(encoding="utf-8")
-    pretrained = load_pretrained(recipe.model, dtype)
-    decoder = Decoder(pretrained.config, pretrained.weights, dtype, recipe.device)
+    decoder, base, first, second = read_halves(recipe.model, recipe.text, recipe.out, dtype, recipe.device)
 
     def texts(part: list[int], length: int, most: int) -> Tensor:
         return cut(part, length, most).to(decoder.device)
 
-    ids = pretrained.tokenizer.encode(text)
-    half = len(ids) // 2
     found = calibrate_teal(
         decoder,
-        texts(ids[:half], TEXT_LENGTH, QUANTILE_TEXTS),
+        texts(first, TEXT_LENGTH, QUANTILE_TEXTS),
         levels=recipe.levels,
         allocation=recipe.allocation,
-        error_texts=texts(ids[:half], ERROR_LENGTH, ERROR_TEXTS),
+        error_texts=texts(first, ERROR_LENGTH, ERROR_TEXTS),
         budget=recipe.budget,
-        budget_texts=texts(ids[half:], TEXT_LENGTH, BUDGET_TEXTS),
+        budget_texts=texts(second, TEXT_LENGTH, BUDGET_TEXTS),
         dense_tokens=recipe.dense_tokens,
-        base=identity(pretrained),
+        base=base,
         on_step=on_step,
     )
     found.save(recipe.out)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.cache import ContextTooLong
     from .engine.engine import Engine, Event, Generation, LosslessReport, Stream
-    from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, calibrated, fixed_exit
+    from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit, from_text
     from .engine.load import load
     from .engine.sampling import SamplingParams, TokenLogprobs
     from .engine.statistics import Statistics
@@ -30,13 +30,16 @@ __all__ = [
     "Gate",
     "Generation",
     "HeadSet",
+    "Lookup",
     "LosslessReport",
     "SamplingParams",
     "Statistics",
     "Stream",
     "TokenLogprobs",
+    "best_first",
     "calibrated",
     "fixed_exit",
+    "from_text",
     "load",
 ]
 
@@ -44,7 +47,17 @@ __all__ = [
 _PLACES = {
     "engine.cache": ("ContextTooLong",),
     "engine.engine": ("Engine", "Event", "Generation", "LosslessReport", "Stream"),
-    "engine.gate": ("ALWAYS", "PLAIN", "DraftPolicy", "Gate", "calibrated", "fixed_exit"),
+    "engine.gate": (
+        "ALWAYS",
+        "PLAIN",
+        "DraftPolicy",
+        "Gate",
+        "Lookup",
+        "best_first",
+        "calibrated",
+        "fixed_exit",
+        "from_text",
+    ),
     "engine.load": ("load",),
     "engine.sampling": ("SamplingParams", "TokenLogprobs"),
     "engine.statistics": ("Statistics",),

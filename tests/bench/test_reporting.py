@@ -247,7 +247,6 @@ def test_the_page_stands_alone_and_shows_what_was_drafted(tokenizer: Tokenizer, 
 
 
 def test_pictures_are_drawn_where_matplotlib_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
     pictures = [path for path in write_report(run_of(tokenizer, 1.0), tmp_path) if path.suffix == ".png"]
     assert len(pictures) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 

@@ -175,7 +175,6 @@ def test_a_set_is_calibrated_anew(prompts: Path, tiny_folder: Path, tiny_heads_f
 
 
 def test_plots_lie_beside_their_numbers(tiny_heads_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     calibration = HeadSet.load(tiny_heads_folder).calibration
     assert calibration is not None
     drawn = plot_calibration(calibration, tmp_path)
