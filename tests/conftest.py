@@ -495,11 +495,21 @@ def tiny_heads_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device, and say so."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none here")
+    """Skips what `gpu`, `triton` and `interpreter` need and this run has not, and says so. A `triton` test is a `gpu`
+    one where there is a GPU."""
+    from skipstone.kernels import tile
+
+    on_gpu, interprets = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+    lacks = {
+        "gpu": "" if on_gpu else "needs a CUDA device; torch sees none here",
+        "triton": "" if tile.triton and (on_gpu or interprets) else "needs Triton, with a GPU or TRITON_INTERPRET=1",
+        "interpreter": "" if tile.triton and interprets else "needs Triton and TRITON_INTERPRET=1",
+    }
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(skip)
+        for name, reason in lacks.items():
+            if reason and item.get_closest_marker(name) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if on_gpu and item.get_closest_marker("triton") is not None:
+            item.add_marker("gpu")

@@ -4,7 +4,6 @@ Most of it runs against a stand-in whose logits are a function of the row's toke
 way and must show in its own case. One run goes through the fused kernels, in Triton's interpreter.
 """
 
-import os
 import random
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ from skipstone.bench import gpu_check
 from skipstone.bench.gpu_check import FusedRows, bits, bushy, chain_of, describe, main
 from skipstone.bench.shapes import random_weights, tiny_config
 from skipstone.engine.model import Decoder
-from skipstone.kernels import tile
 
 VOCAB = 60
 
@@ -115,10 +113,7 @@ def test_random_trees_hold_their_path():
         )
 
 
-@pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
-)
+@pytest.mark.interpreter
 def test_fused_kernels_in_the_interpreter(monkeypatch):
     for name, value in {"WIDTHS": (1, 16), "NUM_PLAIN": 5, "SIZES": (1, 3), "NUM_STARTS": 1}.items():
         monkeypatch.setattr(gpu_check, name, value)

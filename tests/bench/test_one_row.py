@@ -3,7 +3,6 @@
 Planted bugs seen to fail here: a share of k left out, the tile's products left in, settings of o and down swapped.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,12 +14,8 @@ from skipstone.bench.shapes import random_weights, tiny_config
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.model import Decoder
-from skipstone.kernels import tile
 
-pytestmark = pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.interpreter
 QWEN = tiny_config("qwen2")
 CONFIG = replace(
     QWEN, num_layers=2, hidden_size=40, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=50, intermediate_size=72,

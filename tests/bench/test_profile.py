@@ -5,7 +5,6 @@ kernel's bytes, a window not clipping the keys read.
 """
 
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import PLAIN
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
-from skipstone.kernels import tile
 from typer.testing import CliRunner
 
 
@@ -71,10 +69,7 @@ def test_without_fused_kernels_torch_operations_are_shown(engine_of, capsys, mon
         profile(engine, context=200)
 
 
-@pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
-)
+@pytest.mark.interpreter
 def test_rounds_are_profiled(monkeypatch, capsys):
     """The calls that a GPU gets, with the kernels interpreted and made-up times."""
     llama = tiny_config("llama")

@@ -3,18 +3,12 @@
 Planted bug seen to fail here: a threshold that reads everything.
 """
 
-import os
-
 import pytest
 import torch
 from skipstone.bench import sparse_kernels as bench
 from skipstone.bench.device_time import Spread
-from skipstone.kernels import sparse_linear
 
-pytestmark = pytest.mark.skipif(
-    sparse_linear.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.interpreter
 SMALL = bench.Projection("qkv", 64, (512, 1024))
 
 

@@ -5,7 +5,6 @@ whose result is off, one whose row has other bits when it is alone, an output th
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 
@@ -17,10 +16,6 @@ from skipstone.bench.shapes import SHAPES, shape_config, tiny_config
 from skipstone.bench.sweep_kernels import Search
 from skipstone.kernels import tile
 
-interpreted = pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
-)
 CONFIG = replace(tiny_config("qwen2"), vocab_size=300, hidden_size=96, intermediate_size=80)
 CONTEXT = 70
 
@@ -30,7 +25,7 @@ def bench():
     return Bench(CONFIG, torch.device("cpu"), torch.float32, cold_bytes=400_000)
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", OPS)
 def test_every_operation_runs_with_other_settings(name, bench):
     op = bench.op(name, CONTEXT if name == "attention" else 0)
@@ -42,7 +37,7 @@ def test_every_operation_runs_with_other_settings(name, bench):
     assert sweep.wrong(op, other, False) is None
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_wrong_results_are_out(bench, monkeypatch):
     monkeypatch.setattr(sweep, "time_us", lambda op, settings, *_: 1.0 + settings["BN"])
     op = bench.op("o")
@@ -74,7 +69,7 @@ def test_wrong_results_are_out(bench, monkeypatch):
     assert "best of 4" in first and len(reasons) == 3
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_settings_that_fail_are_counted(bench, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of resources")
@@ -101,7 +96,7 @@ def test_grids(model, name, num_rows):
     assert near and grid[len(grid) // 2] not in near and all(settings in grid for settings in near)
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_a_whole_sweep(monkeypatch, capsys):
     """Sample, neighbours of its best, finals: each compiled first; what does not compile is never timed."""
     monkeypatch.setattr(sweep, "Bench", lambda *_, **__: Bench(CONFIG, torch.device("cpu"), torch.float32, 2))
@@ -132,7 +127,7 @@ def test_a_whole_sweep(monkeypatch, capsys):
     assert "us: 16 rows, pdl 15.00" in capsys.readouterr().out
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_a_worker_says_why_a_setting_fails(monkeypatch):
     monkeypatch.setattr(sweep, "_configs", {})
     monkeypatch.setattr(sweep, "_ops", {})

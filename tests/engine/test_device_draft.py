@@ -15,7 +15,6 @@ instead of tokens, taps in reverse, stats of another norm, no soft-cap.
 from __future__ import annotations
 
 import math
-import os
 import random
 
 import pytest
@@ -31,19 +30,12 @@ from skipstone.engine.model import Decoder
 from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
 from skipstone.engine.tree import DraftTree
 from skipstone.heads import HeadSpec, Projection, build_head
-from skipstone.kernels import tile
 from skipstone.kernels.grow_tree import Sequences, Shape, Trees
 from skipstone.kernels.linear import PackedLinear
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.triton
 CONTEXT = 200
 TAPS = (1, 2, 4)
 

@@ -7,7 +7,6 @@ stats of the layer before, the second rotary table for all layers, the window of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +17,11 @@ from skipstone.engine.forward import RowTiles, Working, advance, prefill
 from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.model import Decoder
 from skipstone.engine.tree import DraftTree
-from skipstone.kernels import tile
 from skipstone.kernels.embed_rows import lay_rows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.triton
 PARENTS = [-1, 0, 0, 1, 1, 3]
 PROMPT = 21  # tokens; windows of the tiny models are 8
 

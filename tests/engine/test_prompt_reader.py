@@ -9,7 +9,6 @@ of the taps off by one, the first position of a second step left at 0.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +21,10 @@ from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader
-from skipstone.kernels import tile
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.triton
 
 
 def read(weights: FusedWeights, ids: list[int], sizes: tuple[int, ...], layers: list[int]) -> tuple:

@@ -12,23 +12,17 @@ a stop beyond the end counted; the failed bonus written as the next root.
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 from skipstone.engine import tree as host
 from skipstone.engine.tree import DraftTree
-from skipstone.kernels import accept as op
 from skipstone.kernels.accept import END, FAILED, RUNNING, STOP, accept, accept_reference
 from skipstone.kernels.grow_tree import Sequences, Trees
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 POISON = 9  # a token, a node, a depth: what is read by mistake stays inside the tensors
 
 
@@ -120,7 +114,7 @@ def random_tree(rng: random.Random, size: int) -> tuple[DraftTree, list[int]]:
     return tree, targets
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("width", [1, 2, 8, 16])
 def test_random_trees(width: int) -> None:
     rng = random.Random(width)
@@ -135,7 +129,7 @@ def test_random_trees(width: int) -> None:
     assert len(lengths) > (0 if width == 1 else 1 if width == 2 else 3)
 
 
-@interpreted
+@pytest.mark.triton
 def test_a_full_chain_and_a_star() -> None:
     star = DraftTree(0)
     for token in range(1, 16):
@@ -146,7 +140,7 @@ def test_a_full_chain_and_a_star() -> None:
     assert batch.num_path.tolist() == [16, 2] and batch.state.tokens[:, 0].tolist() == [16, 108]
 
 
-@interpreted
+@pytest.mark.triton
 def test_sequences_that_take_no_part_change_nothing() -> None:
     tree = chain([1, 2])
     batch = Batch([None, tree, chain([3]), tree], [[], [2, 5], [4], [2, 5]], 2)
@@ -161,7 +155,7 @@ def test_sequences_that_take_no_part_change_nothing() -> None:
 
 
 # base 20, chain 1 2 3 accepted whole, bonus 4: tokens 2 3 4 at positions 21 22 23
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("stop_ids", "min_end", "end", "status"),
     [
@@ -185,7 +179,7 @@ def test_ends(stop_ids: list[int], min_end: int, end: int, status: int) -> None:
     assert batch.check(0, stop_ids) == status
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("stop_ids", "end", "status"), [([], 1000, FAILED), ([3], 1000, STOP), ([], 23, END), ([], 24, FAILED)]
 )
@@ -197,7 +191,7 @@ def test_no_bonus(stop_ids: list[int], end: int, status: int) -> None:
     assert batch.check(1, stop_ids) == FAILED
 
 
-@interpreted
+@pytest.mark.triton
 def test_tensors_that_do_not_fit_are_refused() -> None:
     batch = Batch([chain([1, 2, 3])], [[2, 3, 4]], 4)
     batch.width = 99

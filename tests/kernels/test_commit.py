@@ -11,23 +11,16 @@ after the round; the path of the first sequence for all; values left behind.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from skipstone.kernels import commit as op
 from skipstone.kernels.commit import commit, commit_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 PATHS = [[0, 2, 3, 7], [], [0], [0, 1, 2], [0, 1, 5], list(range(16)), [0, *range(2, 16)], [0, 15]]
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [20, 64, 128])
 def test_rows_move_and_nothing_else(head_dim: int, dtype: torch.dtype) -> None:
@@ -56,7 +49,7 @@ def test_rows_move_and_nothing_else(head_dim: int, dtype: torch.dtype) -> None:
     assert PATHS[0][2] == 3 and not torch.isnan(whole[:, :, 0, :, 0:4]).any()
 
 
-@interpreted
+@pytest.mark.triton
 def test_caches_that_do_not_fit_are_refused() -> None:
     cache = torch.zeros(1, 1, 1, 20, 16, device=DEVICE)
     record = torch.zeros(2, 96, dtype=torch.int32, device=DEVICE)

@@ -15,12 +15,9 @@ a row of -inf given a token.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
-from skipstone.kernels import draw as op
 from skipstone.kernels.draw import Penalties, count_tokens, pick, pick_reference, process_and_draw, process_reference
 from skipstone.kernels.noise import gumbel_noise
 from skipstone.kernels.rows import Rows
@@ -28,10 +25,6 @@ from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 W = 8
 # node -> parent of both trees: a chain of four with branches
 PARENTS = [-1, 0, 1, 2, 3, 0, 1, 5]
@@ -146,7 +139,7 @@ PARAMS = {
 }  # fmt: skip
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in PARAMS for kind in ("wide", "ties")]
@@ -158,7 +151,7 @@ def test_tokens_are_those_of_the_engine(name: str, kind: str) -> None:
     assert case.kernel(logits, params).tolist() == case.engine(logits, params)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("name", ["greedy with penalties", "repetition", "presence", "frequency", "all"])
 def test_the_own_path_is_penalised(name: str) -> None:
     """Each row likes best what stands on its own path, the root or another row's path, all about the same."""
@@ -170,7 +163,7 @@ def test_the_own_path_is_penalised(name: str) -> None:
     assert case.kernel(logits, params).tolist() == case.engine(logits, params)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 530])
 @pytest.mark.parametrize("name", ["greedy", "temperature", "filters"])
 def test_vocabularies_around_a_block(name: str, vocab_size: int) -> None:
@@ -181,7 +174,7 @@ def test_vocabularies_around_a_block(name: str, vocab_size: int) -> None:
     assert case.kernel(logits, params, live=live).tolist() == expected
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("vocab_size", [49152, 151936])
 def test_real_vocabularies(vocab_size: int) -> None:
     case = Case(vocab_size)
@@ -193,7 +186,7 @@ def test_real_vocabularies(vocab_size: int) -> None:
         assert tokens.tolist() == [token if on else 0 for token, on in zip(expected, live.tolist(), strict=True)]
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("name", ["top-k", "top-p", "top-k, then min-p", "filters"])
 def test_every_kept_token_is_drawn_and_no_other(name: str) -> None:
     """Many positions of one flat row: the set of tokens drawn is the set that the reference keeps."""
@@ -219,7 +212,7 @@ def test_every_kept_token_is_drawn_and_no_other(name: str) -> None:
     assert drawn <= allowed and len(drawn) > 0.4 * len(allowed)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("name", ["greedy", "temperature", "top-p"])
 def test_faults_end_their_row_alone(name: str) -> None:
     case, params = Case(61), SamplingParams(**PARAMS[name])
@@ -235,7 +228,7 @@ def test_faults_end_their_row_alone(name: str) -> None:
     assert (case.kernel(make_logits(61, "wide"), banned) == -1).all()
 
 
-@interpreted
+@pytest.mark.triton
 def test_rows_that_are_not_live_give_zero() -> None:
     case, params = Case(257), SamplingParams(**PARAMS["filters"])
     logits = make_logits(257, "ties")
@@ -244,7 +237,7 @@ def test_rows_that_are_not_live_give_zero() -> None:
     assert case.kernel(logits, params, live=tensor([0, 1] * W)).tolist() == expected
 
 
-@interpreted
+@pytest.mark.triton
 def test_pick() -> None:
     for num_tiles in (1, 3, 384, 1187):
         generator = torch.Generator().manual_seed(num_tiles)
@@ -267,7 +260,7 @@ def test_pick() -> None:
         pick(value, ids, rows, out[:3])
 
 
-@interpreted
+@pytest.mark.triton
 def test_committed_tokens_are_counted() -> None:
     record = torch.full((3, 96), 7, dtype=torch.int32, device=DEVICE)
     record[:, 4:20] = -1
@@ -284,7 +277,7 @@ def test_committed_tokens_are_counted() -> None:
     assert torch.equal(penalties.seen.cpu(), (expected > 0).to(torch.int8))
 
 
-@interpreted
+@pytest.mark.triton
 def test_tensors_that_do_not_fit_are_refused() -> None:
     case = Case(61)
     logits = make_logits(61, "wide").to(DEVICE)

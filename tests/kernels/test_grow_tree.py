@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 
 import pytest
 import torch
@@ -23,15 +22,10 @@ from skipstone.engine.forward import Working
 from skipstone.engine.gate import best_first as shaped
 from skipstone.engine.head_memory import Paths
 from skipstone.engine.tree import DraftTree
-from skipstone.kernels import grow_tree as op
 from skipstone.kernels.grow_tree import Pool, Sequences, Shape, Trees, grow_tree, grow_tree_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 VOCAB = 11
 SHAPES = [
     Shape(1, 1, 1, 1),
@@ -153,7 +147,7 @@ def poisoned(shape, num):
     return pool, trees
 
 
-RUNS = [grow_tree_reference, pytest.param(grow_tree, marks=interpreted)]
+RUNS = [grow_tree_reference, pytest.param(grow_tree, marks=pytest.mark.triton)]
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -7,8 +7,6 @@ instead of subtracted logarithms, the temperature of another row, the filling of
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import gumbel_argmax as op
@@ -17,10 +15,6 @@ from skipstone.kernels.noise import derive_seed, derive_seeds, gumbel_noise
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 TEMPERATURES = torch.tensor([0.0, 0.7, 1.0, 2.5])
 SEEDS = torch.tensor([3, 1, -3, 2**62 + 5])
 POSITIONS = torch.tensor([0, 5, 9, 100_000])
@@ -40,7 +34,7 @@ def test_reference_is_the_argmax_with_the_noise_of_the_decoder() -> None:
     assert gumbel_argmax(logits, TEMPERATURES, SEEDS, POSITIONS).tolist() == found
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("vocab_size", [1, 7, 128, 129, 1027, 49152, 151936])
 def test_kernel_draws_what_the_reference_draws(vocab_size: int) -> None:
     """Equal, since two best scores within the logarithms' 1e-6 of each other are not among these few."""
@@ -51,7 +45,7 @@ def test_kernel_draws_what_the_reference_draws(vocab_size: int) -> None:
         given[3] += 1
 
 
-@interpreted
+@pytest.mark.triton
 def test_ties_infinities_and_strides() -> None:
     logits = torch.full((4, 700), float("-inf"))
     logits[0, [399, 40, 41]] = 1.0  # a tie of greedy rows: the lowest id

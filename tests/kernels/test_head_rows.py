@@ -11,11 +11,9 @@ forgotten, sums of the output instead of the normed one, the root's row taken fo
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from skipstone.kernels import head_rows as op
 from skipstone.kernels.head_rows import (
     absorb_rows,
     absorb_rows_reference,
@@ -32,10 +30,7 @@ from skipstone.kernels.rows import Rows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 # fp32: sums of 4096 squares in another order. Half types: one rounding of numbers of up to 8.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCES) if ON_GPU else [torch.float32, torch.float16]  # the interpreter truncates to bf16

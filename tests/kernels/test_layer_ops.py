@@ -12,8 +12,6 @@ wrong half, path read without the base, a window one too long, parts added twice
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import tile as core
@@ -35,13 +33,7 @@ from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        core.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.triton
 # the interpreter's bf16 arithmetic is wrong, so bf16 is for GPUs only
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 # Sums in another order (fp32); inputs, weights of attention and results rounded to the dtype (half types).

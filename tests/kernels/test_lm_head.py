@@ -12,8 +12,6 @@ at 0 instead of -inf; the fault's mark lost under a higher score; a tie broken t
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import lm_head as op
@@ -30,10 +28,6 @@ if triton is not None:
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 # fp32: sums of up to 70 products in another order, divided by a norm of about 1. Half: products are exact in fp32, and
 # the reference takes the same rounded inputs; see `tolerance_of` for tensor cores, which do not round their sums.
 TOLERANCE = 2e-5
@@ -136,7 +130,7 @@ ONE = [1] + [0] * 15
 GAPS = [1, 0, 0, 1] * 4 + [0] * 16 + [0, 1] * 8
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
@@ -150,7 +144,7 @@ def test_equals_the_reference(
     check(case, run(case, temperature), temperature)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "vocab_size",
     [49152, pytest.param(151936, marks=pytest.mark.skipif(not ON_GPU, reason="a minute in Triton's interpreter"))],
@@ -160,7 +154,7 @@ def test_real_vocabularies(vocab_size: int) -> None:
     check(case, run(case, 0.7), 0.7)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 @pytest.mark.parametrize("parts", [("bias",), ("bias", "shift"), ("softcap",), ("ids",), ("ids", "bias", "softcap")])
 def test_optional_parts(parts: tuple[str, ...], temperature: float) -> None:
@@ -176,7 +170,7 @@ def test_optional_parts(parts: tuple[str, ...], temperature: float) -> None:
     check(case, run(case, temperature, **more), temperature, **more)
 
 
-@interpreted
+@pytest.mark.triton
 def test_logits_alone_and_stats_alone() -> None:
     case = make_case(131, 48, GAPS)
     both = run(case)
@@ -188,7 +182,7 @@ def test_logits_alone_and_stats_alone() -> None:
         assert torch.equal(alone.nan_to_num(9.0), both[name].nan_to_num(9.0))
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_faults_mark_their_tile_and_row_alone(temperature: float) -> None:
     case = make_case(131, 48, [1] * 16)
@@ -211,7 +205,7 @@ def test_faults_mark_their_tile_and_row_alone(temperature: float) -> None:
     case["x"].copy_(x)
 
 
-@interpreted
+@pytest.mark.triton
 def test_ties_go_to_the_lowest_id() -> None:
     case = make_case(131, 16, ONE)
     case["weight"][:] = 0.0
@@ -219,7 +213,7 @@ def test_ties_go_to_the_lowest_id() -> None:
     assert out["best_id"][0].tolist() == [0, 32, 64, 96, 128]
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_row_does_not_depend_on_its_place_or_its_neighbours(dtype: torch.dtype) -> None:
     """The same row alone, in another place of a full tile and in a second tile: the same bits."""
@@ -247,7 +241,7 @@ if triton is not None:
         tl.store(at + to, gumbel_at(seed, position, tl.broadcast_to(ids[None, :], [2, N])))
 
 
-@interpreted
+@pytest.mark.triton
 def test_noise_on_the_device_is_the_noise() -> None:
     seeds = torch.tensor([11, -5], device=DEVICE)
     run, at = torch.full((2, 2, 4096), float("nan"), device=DEVICE)
@@ -257,7 +251,7 @@ def test_noise_on_the_device_is_the_noise() -> None:
     assert float((run.cpu() - expected).abs().max()) < NOISE_TOLERANCE
 
 
-@interpreted
+@pytest.mark.triton
 def test_tensors_that_do_not_fit_are_refused() -> None:
     case = make_case(131, 48, ONE)
     call = (case["x"], case["stats"], case["weight"], None, None, case["rows"])

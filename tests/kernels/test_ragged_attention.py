@@ -9,8 +9,6 @@ which proves its logic only. Planted bugs that these tests were seen to catch: t
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import ragged_attention as op
@@ -18,10 +16,6 @@ from skipstone.kernels.ragged_attention import ragged_attention, ragged_attentio
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 # fp32: sums of up to 200 products in another order. Half: weights rounded to the cache's dtype before their product.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # heads, KV heads, head width, capacity, window, soft-cap
@@ -93,7 +87,7 @@ def test_reference_and_cpu_path_follow_the_definition(shape: tuple) -> None:
         check_appended(given, before)
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_equals_the_reference(shape: tuple, dtype: torch.dtype) -> None:
@@ -126,7 +120,7 @@ def test_kernel_on_a_gpu_in_bf16_and_in_a_graph(shape: tuple) -> None:
     assert float((out.cpu() - expected).abs().max()) < TOLERANCES[torch.bfloat16]
 
 
-@interpreted
+@pytest.mark.triton
 def test_shapes_that_do_not_fit_are_refused() -> None:
     given, options = inputs(SHAPES[0], torch.float32, poison=False)
     with pytest.raises(ValueError, match="do not fit a cache"):

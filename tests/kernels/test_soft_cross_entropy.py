@@ -6,8 +6,6 @@ Catches: a lane's first block kept at -inf, the maximum of the last block only, 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import soft_cross_entropy as op
@@ -15,10 +13,6 @@ from skipstone.kernels import soft_cross_entropy as op
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = 2e-5  # fp32 sums of up to 152k terms in another order
-interpreted = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 
 
 def given(vocab_size: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +37,7 @@ def test_gradient_is_autograds() -> None:
     assert torch.equal(best, logits.argmax(-1))
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000, 49152, 151936])
 def test_kernels_are_their_references(vocab_size: int) -> None:
     logits, probs = given(vocab_size)
@@ -59,7 +53,7 @@ def test_kernels_are_their_references(vocab_size: int) -> None:
     )
 
 
-@interpreted
+@pytest.mark.triton
 def test_rows_with_gaps_and_bf16() -> None:
     wide, probs = given(500)
     logits = wide[:, 100:400].bfloat16().as_strided((3, 300), (300, 1)) if not ON_GPU else wide[:, 100:400].bfloat16()

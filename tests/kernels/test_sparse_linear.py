@@ -10,21 +10,14 @@ last part left out; halves of a byte exchanged; scales of the next group; counte
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from skipstone.kernels import sparse_linear as module
 from skipstone.kernels.quantised_linear import GROUP, quantise, quantised_linear, quantised_linear_reference
 from skipstone.kernels.sparse_linear import Shares, sparse_linear, sparse_linear_reference
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-needs_triton = pytest.mark.skipif(
-    module.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
 # fp32: another order of sums. Half types: the result is rounded; sums are fp32 (a bf16 load widened to fp32 is exact,
 # also in the interpreter, whose way back to bf16 truncates).
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -47,7 +40,7 @@ def poisoned(width: int, parts: int) -> Shares:
     return shares
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("ends", "k", "parts"), CASES)
 @pytest.mark.parametrize("sparse", [True, False])
@@ -68,7 +61,7 @@ def test_sparse(sparse: bool, ends: tuple[int, ...], k: int, parts: int, dtype: 
         assert (shares.arrived == 0).all()
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("ends", "k", "parts"), [((40,), 96, 2), ((32, 48, 58), 64, 4)])
 @pytest.mark.parametrize("sparse", [True, False])
@@ -85,7 +78,7 @@ def test_quantised(sparse: bool, ends: tuple[int, ...], k: int, parts: int, bits
         assert (shares.arrived == 0).all()
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_nothing_kept_and_nothing_hidden(bits: int | None) -> None:
     """All dropped gives zeros; a NaN input is not above a threshold, and shows all the same."""

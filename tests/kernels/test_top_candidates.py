@@ -11,21 +11,16 @@ vocabulary, a token given twice, entropies of rows with NaN.
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from skipstone.kernels import top_candidates as op
 from skipstone.kernels.noise import MASK_32, gumbel_noise_at
 from skipstone.kernels.rows import Rows
 from skipstone.kernels.top_candidates import tile_width, top_candidates, top_candidates_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 # fp32: sums of up to 151936 exponentials in another order, and logarithms; entropies multiply them by logits of 10.
 TOLERANCE = 5e-5
 DEAD = 3

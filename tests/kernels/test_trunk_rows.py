@@ -5,8 +5,6 @@ Catches: sine of the wrong half, rows of the second text at positions that go on
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from skipstone.kernels import trunk_rows as op
@@ -15,10 +13,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter truncates bf16
 TOLERANCE = 1e-2 if ON_GPU else 1e-5  # one rounding to bf16; fp32 exp
-pytestmark = pytest.mark.skipif(
-    op.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-    reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,7 +31,6 @@ from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import AHEAD, Rounds, Ticket
 from skipstone.engine.tree import DraftTree
-from skipstone.kernels import tile
 from skipstone.kernels.accept import END, STOP
 from skipstone.kernels.embed_rows import lay_rows
 from skipstone.kernels.grow_tree import Trees
@@ -40,13 +38,7 @@ from skipstone.kernels.lm_head import lm_head
 from skipstone.kernels.noise import derive_seed
 
 ON_GPU = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.skipif(
-        tile.triton is None or (os.environ.get("TRITON_INTERPRET") != "1" and not ON_GPU),
-        reason="needs Triton, with a GPU or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if ON_GPU else []),
-]
+pytestmark = pytest.mark.triton
 on_gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: minutes in Triton's interpreter")
 PROMPT = [4, 9, 2]
 PROMPTS = [PROMPT, list(range(5, 24))]

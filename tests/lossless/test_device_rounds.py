@@ -8,7 +8,6 @@ graphs are compared with plain decoding by `bench/lossless.py` on a GPU.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,8 @@ import pytest
 import torch
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit
-from skipstone.kernels import tile
 
-pytestmark = pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1: the tiny engines are on the CPU; on a GPU bench/lossless.py runs real ones",
-)
+pytestmark = pytest.mark.interpreter
 PROMPTS = [[4, 9, 2], list(range(5, 24))]
 SEEDS = [5, 6]
 NEW = 5

@@ -5,7 +5,6 @@ Prompts that repeat give matches, most of them wrong.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,6 @@ from skipstone.engine import loop
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
 from skipstone.engine.tree import FROM_TEXT, Acceptance
-from skipstone.kernels import tile
 
 PROMPTS = [[4, 9, 2, 7, 4, 9, 2], [*range(5, 20), *range(5, 20)], [3, 3, 3, 3]]
 NEW = 16
@@ -96,10 +94,7 @@ def test_a_verifier_that_follows_the_text_blindly_is_caught(
     assert found != plain
 
 
-@pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1: the tiny engines are on the CPU; on a GPU bench/lossless.py runs real ones",
-)
+@pytest.mark.interpreter
 @pytest.mark.hazard(6, 24)
 @pytest.mark.parametrize("policy", ["chain", "mixed best first"])
 def test_rounds_on_the_device_verify_what_the_host_looked_up(

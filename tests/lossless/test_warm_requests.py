@@ -6,7 +6,6 @@ is 0, which is enough for the host's side. On a GPU the same counts are of real 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +16,8 @@ from skipstone.engine.engine import MOST_ROUNDS, reach_of
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first
 from skipstone.engine.graphs import Rounds
-from skipstone.kernels import tile
 
-pytestmark = pytest.mark.skipif(
-    tile.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1: launches are watched in Triton's interpreter",
-)
+pytestmark = pytest.mark.interpreter
 CONTEXT = 3000
 
 
