@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.engine import Engine, Generation
+from ..engine.engine import Engine
 from ..engine.gate import DraftPolicy, Gate, best_first, fixed_exit
+from ..engine.generation import Generation
 from ..engine.load import load
 from ..engine.statistics import Statistics
 from .environment import describe_device, versions

@@ -23,8 +23,9 @@ from torch.profiler import ProfilerActivity
 
 from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
-from ..engine.engine import Engine, Generation
+from ..engine.engine import Engine
 from ..engine.fused import FusedStep, FusedWeights
+from ..engine.generation import Generation
 from ..engine.graphs import Kind, Rounds, Start
 from ..engine.sampling import SamplingParams
 from ..kernels.draw import pick

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.engine import Engine, Generation
+from ..engine.engine import Engine
 from ..engine.forward import Working, advance
 from ..engine.gate import fixed_exit
+from ..engine.generation import Generation
 from ..engine.loop import Machinery
 from ..engine.statistics import Statistics
 from ..heads import StatefulHead

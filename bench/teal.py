@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from ..engine.engine import Engine, Generation
+from ..engine.engine import Engine
 from ..engine.gate import DraftPolicy, calibrated, fixed_exit
+from ..engine.generation import Generation
 from ..engine.load import load
 from ..engine.sparsity.quality import Quality, measure_quality
 from ..engine.sparsity.tda import cut

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from ..engine.engine import Engine, Event, Generation
+from ..engine.engine import Engine
+from ..engine.generation import Event, Generation
 from ..engine.loop import Mode
 
 TINTS = ("green", "cyan", "blue", "magenta", "yellow", "red")  # shallow exits first

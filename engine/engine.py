@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -26,19 +25,20 @@ from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
 from .gate import PLAIN, DraftPolicy, best_first, calibrated, fixed_exit
+from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
-from .loop import Machinery, Mode, Observer, Origin, Request, decode, is_out_of_memory
+from .loop import Machinery, Mode, Observer, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
 from .prompt_reader import PromptReader
-from .sampling import History, SamplingParams, TargetSampler, TokenLogprobs
+from .sampling import History, SamplingParams, TargetSampler
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
 from .sparsity.target import SparseTarget
 from .sparsity.teal import TealLevel
-from .statistics import Statistics, StatisticsRecorder
-from .stopping import Emission, FinishReason, StopChecker
+from .statistics import StatisticsRecorder
+from .stopping import Emission, StopChecker
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
 
@@ -55,67 +55,6 @@ CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 204
 ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
 MOST_ROUNDS = 16  # shapes of captured rounds that are kept
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished sequence.
-
-    Attributes:
-        text: the output, without stop ids and stop strings.
-        token_ids: new tokens; a stop id that ended the output is the last of them.
-        finish_reason: "stop", "length", "context" (the model's context is full), "cancelled" or "error".
-        logprobs: of each new token, raw distribution, when asked for. In early-exit mode it is that of the head that
-            wrote the token.
-        stats: what drafting and verification did.
-        exit_layers: of each new token, the exit that drafted it (in early-exit mode, wrote it), -1 where it was drafted
-            from the text, None where the full model wrote it itself.
-        prompt_ids: the prompt as the model saw it.
-        error: why, when finish_reason is "error".
-        mode: "lossless", or "early_exit", whose text need not be the full model's.
-        verify: the target model that `mode` speaks of: "dense", or the name of what skips its neurons ("tda") or drops
-            its rows' inputs ("teal 0.5").
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprobs] | None
-    stats: Statistics
-    exit_layers: list[int | None]
-    prompt_ids: list[int]
-    error: str | None = None
-    mode: Mode = "lossless"
-    verify: str = "dense"
-
-
-@dataclass(frozen=True)
-class Event:
-    """One streamed token. `entropy` (nats) and `exit_layer` are of the head that drafted it (in early-exit mode wrote
-    it); `logprob` of the raw distribution, when asked for."""
-
-    text: str
-    token_id: int
-    drafted: bool
-    exit_layer: int | None
-    entropy: float | None
-    logprob: float | None
-
-
-@dataclass(frozen=True)
-class LosslessReport:
-    """Speculative against plain decoding of one prompt.
-
-    `divergence` is the index of the first differing new token, None if there is none; `margin` is how far apart
-    (nats) the plain model's two best tokens stood there: a near-tie is a fraction of a percent, a fault can be
-    anything.
-    """
-
-    equal: bool
-    speculative: Generation
-    plain: Generation
-    divergence: int | None = None
-    margin: float | None = None
 
 
 class Engine:
@@ -775,69 +714,6 @@ class Engine:
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Stream:
-    """Events of one sequence; also a context manager. `result` is the `Generation` once the stream has ended."""
-
-    def __init__(self, engine: Engine, request: Request, rounds: Iterator[Any]) -> None:
-        self._engine, self._request, self._rounds = engine, request, rounds
-        self._waiting: list[Event] = []
-        self._open = True
-        self.result: Generation | None = None
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Event:
-        if not self._waiting:
-            self._waiting = self.next_block()
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.pop(0)
-
-    def next_block(self) -> list[Event]:
-        """The events of the next round that released any, as they came; empty at the end."""
-        block, self._waiting = self._waiting, []
-        while not block and self._open:
-            try:
-                with self._engine.here():
-                    released = next(self._rounds, None)
-            except BaseException as error:
-                self._end("error" if isinstance(error, Exception) else "cancelled")
-                raise
-            if released is None:
-                self._end("cancelled")
-                continue
-            for request, emissions in released:
-                block += [_event(emission, request.origins[emission.index]) for emission in emissions]
-        return block
-
-    def close(self) -> None:
-        """End the sequence and free the engine; text held back for a stop string is in `result`."""
-        self._end("cancelled")
-        self._waiting.clear()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if self._open:
-            self._end("cancelled")
-
-    def _end(self, reason: FinishReason) -> None:
-        if not self._open:
-            return
-        self._open = False
-        try:
-            self._rounds.close()  # type: ignore[attr-defined]
-            self._request.checker.finish(reason)
-            self.result = self._engine._finished(self._request)
-        finally:
-            self._engine._release()
-
-
 def reach_of(context: int) -> int:
     """Tokens that rounds for a sequence of `context` tokens reach: 512, 1024, 2048, ... positions less a tree's."""
     positions = CONTEXT_STEP
@@ -873,14 +749,3 @@ class _NoText:
 
     def flush(self) -> str:
         return ""
-
-
-def _event(emission: Emission, origin: Origin) -> Event:
-    return Event(
-        text=emission.text,
-        token_id=emission.token_id,
-        drafted=origin.exit_layer is not None,
-        exit_layer=origin.exit_layer,
-        entropy=origin.entropy,
-        logprob=None if origin.logprobs is None else origin.logprobs.logprob,
-    )

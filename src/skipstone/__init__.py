@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.cache import ContextTooLong
-    from .engine.engine import Engine, Event, Generation, LosslessReport, Stream
+    from .engine.engine import Engine
     from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit, from_text
+    from .engine.generation import Event, Generation, LosslessReport, Stream
     from .engine.load import load
     from .engine.sampling import SamplingParams, TokenLogprobs
     from .engine.statistics import Statistics
@@ -46,7 +47,8 @@ __all__ = [
 # Imported at first use: torch takes seconds, and `skipstone --help` needs none of it.
 _PLACES = {
     "engine.cache": ("ContextTooLong",),
-    "engine.engine": ("Engine", "Event", "Generation", "LosslessReport", "Stream"),
+    "engine.engine": ("Engine",),
+    "engine.generation": ("Event", "Generation", "LosslessReport", "Stream"),
     "engine.gate": (
         "ALWAYS",
         "PLAIN",

@@ -21,8 +21,9 @@ import typer
 from . import __version__
 
 if TYPE_CHECKING:
-    from .engine.engine import Engine, Generation, Stream
+    from .engine.engine import Engine
     from .engine.gate import DraftPolicy
+    from .engine.generation import Generation, Stream
 
 app = typer.Typer(
     add_completion=False,

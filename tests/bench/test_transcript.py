@@ -7,7 +7,7 @@ import re
 
 import pytest
 from skipstone.bench.transcript import Transcript, is_tinted
-from skipstone.engine.engine import Event
+from skipstone.engine.generation import Event
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 EVENTS = [

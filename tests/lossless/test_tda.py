@@ -58,79 +58,42 @@ def masks(engine, count=3):
     ]
 
 
-def observe(engine, given, **options):
-    """Everything that must not depend on drafting or batch mates: what a user sees, committed keys and values."""
-    outs, seen = engine.generate(given, max_new_tokens=NEW, logprobs=1, **options), []
-    for i, out in enumerate(outs):
-        length = len(out.prompt_ids) + len(out.token_ids) - 1
-        stores = [
-            torch.stack(engine._cache.read(layer, i, length)) for layer in range(engine.decoder.config.num_layers)
-        ]
-        seen.append((out.token_ids, out.logprobs, out.error, torch.stack(stores).clone()))
-    return seen
-
-
-def solo(engine, heads, given, sampling):
-    """Each prompt alone and plainly; the planned heads learn from it what is right.
-
-    They are asked in every round of that run, also where a refresh leaves no room for a draft: none is made.
-    """
-    found = []
-    for i, ids in enumerate(given):
-        if heads is not None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(SparseTarget, "clip", lambda target, row: row)
-                heads.learn(ids, seed=i, max_new_tokens=NEW, **sampling)
-        found += observe(engine, [ids], seeds=[i], speculation=False, **sampling)
-    return found
-
-
-def differing(engine, given, expected, sampling, policies=POLICIES):
-    """Policies whose batch differs from the solo plain runs."""
-    seeds, found = list(range(len(given))), set()
-    for name, policy in policies.items():
-        for own, plain in zip(observe(engine, given, seeds=seeds, policy=policy, **sampling), expected, strict=True):
-            if own[:3] != plain[:3] or not torch.equal(own[3], plain[3]):
-                found.add(name)
-    return found
-
-
 @pytest.mark.hazard(6, 23, 24)
 @pytest.mark.parametrize(("sampling", "options"), [({}, ONCE), (SAMPLED, AGAIN)], ids=["greedy", "sampled-refreshed"])
-def test_batches_of_chains_and_trees_equal_solo_plain(family, options, sampling, engine_of, planned, sparse):
+def test_batches_of_chains_and_trees_equal_solo_plain(family, options, sampling, engine_of, planned, sparse, runs):
     engine = engine_of(family)
     given = sparse(engine, options)
     heads = planned(engine)
-    expected = solo(engine, heads, given, sampling)
-    assert differing(engine, given, expected, sampling) == set()
+    expected = runs.solo(engine, heads, given, sampling)
+    assert runs.differing(engine, given, expected, sampling) == set()
     drafted = engine.generate(given, seeds=[0, 1, 2], policy=POLICIES["chain"], max_new_tokens=NEW, **sampling)
     assert sum(out.stats.num_accepted for out in drafted) >= 8, "the heads should often be right"
     kept = masks(engine)
     assert kept[0] != kept[1] and (options is AGAIN or kept[2] == {})
-    together = observe(engine, given, seeds=list(range(len(given))), speculation=False, **sampling)
+    together = runs.observe(engine, given, seeds=list(range(len(given))), speculation=False, **sampling)
     assert [own[:3] for own in together] == [own[:3] for own in expected]
 
 
 @pytest.mark.parametrize("family", ["llama_linear", "gemma2", "gpt_neox"])
-def test_in_bfloat16(family, engine_of, planned, sparse):
+def test_in_bfloat16(family, engine_of, planned, sparse, runs):
     engine = engine_of(family, torch.bfloat16)
     given = sparse(engine, AGAIN)
-    assert differing(engine, given, solo(engine, planned(engine), given, SAMPLED), SAMPLED) == set()
+    assert runs.differing(engine, given, runs.solo(engine, planned(engine), given, SAMPLED), SAMPLED) == set()
 
 
 @pytest.mark.parametrize("policy", [fixed_exit(0, 4), best_first(4, 3, 4)], ids=["chain", "best_first"])
-def test_a_head_with_memory(policy, engine_of, stateful, sparse):
+def test_a_head_with_memory(policy, engine_of, stateful, sparse, runs):
     engine = engine_of("llama2")
     given = sparse(engine, AGAIN)
-    expected = solo(engine, None, given, {})
+    expected = runs.solo(engine, None, given, {})
     stateful(engine, "recurrent", prompts=given)
-    assert differing(engine, given, expected, {}, {"recurrent": policy}) == set()
+    assert runs.differing(engine, given, expected, {}, {"recurrent": policy}) == set()
 
 
-def test_griffin_too(engine_of, planned, sparse):
+def test_griffin_too(engine_of, planned, sparse, runs):
     engine = engine_of("llama2")
     given = sparse(engine, selection=Griffin(0.5, ONCE))
-    assert differing(engine, given, solo(engine, planned(engine), given, {}), {}) == set()
+    assert runs.differing(engine, given, runs.solo(engine, planned(engine), given, {}), {}) == set()
     assert engine.generate(given[0], max_new_tokens=2).verify == "griffin"
 
 
@@ -180,14 +143,14 @@ def test_early_exit_refuses_a_refresh(engine_of, planned, sparse):
 
 
 @pytest.fixture
-def setting(engine_of, planned, sparse):
+def setting(engine_of, planned, sparse, runs):
     engine = engine_of("llama2")
     given = sparse(engine)
-    return engine, given, solo(engine, planned(engine), given, {})
+    return engine, given, runs.solo(engine, planned(engine), given, {})
 
 
 @pytest.mark.hazard(24)
-def test_a_union_of_masks_is_caught(setting, monkeypatch):
+def test_a_union_of_masks_is_caught(setting, monkeypatch, runs):
     """All sequences of a batch run what any of them keeps."""
     engine, given, expected = setting
     original = loop.read_prompts
@@ -202,11 +165,13 @@ def test_a_union_of_masks_is_caught(setting, monkeypatch):
                 on.cache.mlps[request.sequence] = own
 
     monkeypatch.setattr(loop, "read_prompts", read_prompts)
-    assert differing(engine, given, expected, {}) == set(POLICIES)
-    assert observe(engine, given[:1], seeds=[0], speculation=False)[0][:3] == expected[0][:3], "alone nothing differs"
+    assert runs.differing(engine, given, expected, {}) == set(POLICIES)
+    assert runs.observe(engine, given[:1], seeds=[0], speculation=False)[0][:3] == expected[0][:3], (
+        "alone nothing differs"
+    )
 
 
-def test_drafts_on_the_whole_model_are_caught(setting, monkeypatch):
+def test_drafts_on_the_whole_model_are_caught(setting, monkeypatch, runs):
     """Verification goes on from a draft's rows, so these must be the target's."""
     engine, given, expected = setting
     own_mlps, draft, drafting = forward._own_mlps, loop.draft, [False]
@@ -220,14 +185,14 @@ def test_drafts_on_the_whole_model_are_caught(setting, monkeypatch):
 
     monkeypatch.setattr(loop, "draft", dense_draft)
     monkeypatch.setattr(forward, "_own_mlps", lambda *args: None if drafting[0] else own_mlps(*args))
-    assert differing(engine, given, expected, {}) == set(POLICIES)
+    assert runs.differing(engine, given, expected, {}) == set(POLICIES)
 
 
 @pytest.mark.parametrize("bug", ["unclipped", "by round"])
-def test_a_refresh_that_depends_on_rounds_is_caught(bug, engine_of, planned, sparse, monkeypatch):
+def test_a_refresh_that_depends_on_rounds_is_caught(bug, engine_of, planned, sparse, monkeypatch, runs):
     engine = engine_of("llama2")
     given = sparse(engine, AGAIN)
-    expected = solo(engine, planned(engine, "right"), given, {})
+    expected = runs.solo(engine, planned(engine, "right"), given, {})
     monkeypatch.setattr(SparseTarget, "clip", lambda target, row: row)
     original = SparseTarget.next_refresh
     bugs = {
@@ -236,7 +201,7 @@ def test_a_refresh_that_depends_on_rounds_is_caught(bug, engine_of, planned, spa
         "by round": lambda target, i: engine._cache.lens[i],
     }
     monkeypatch.setattr(SparseTarget, "next_refresh", bugs[bug])
-    assert differing(engine, given, expected, {})
+    assert runs.differing(engine, given, expected, {})
 
 
 def test_keeping_the_next_strongest():

@@ -41,38 +41,6 @@ def thin():
     return build
 
 
-def observe(engine, given, **options):
-    """Everything that must not depend on drafting or batch mates: what a user sees, committed keys and values."""
-    outs, seen = engine.generate(given, max_new_tokens=NEW, logprobs=1, **options), []
-    for i, out in enumerate(outs):
-        length = len(out.prompt_ids) + len(out.token_ids) - 1
-        stores = [
-            torch.stack(engine._cache.read(layer, i, length)) for layer in range(engine.decoder.config.num_layers)
-        ]
-        seen.append((out.token_ids, out.logprobs, out.error, torch.stack(stores).clone()))
-    return seen
-
-
-def solo(engine, heads, given, sampling):
-    """Each prompt alone and plainly; planned heads learn from it what is right."""
-    found = []
-    for i, ids in enumerate(given):
-        if heads is not None:
-            heads.learn(ids, seed=i, max_new_tokens=NEW, **sampling)
-        found += observe(engine, [ids], seeds=[i], speculation=False, **sampling)
-    return found
-
-
-def differing(engine, given, expected, sampling, policies=POLICIES):
-    """Policies whose batch differs from the solo plain runs."""
-    seeds, found = list(range(len(given))), set()
-    for name, policy in policies.items():
-        for own, plain in zip(observe(engine, given, seeds=seeds, policy=policy, **sampling), expected, strict=True):
-            if own[:3] != plain[:3] or not torch.equal(own[3], plain[3]):
-                found.add(name)
-    return found
-
-
 def accepted(engine, given, sampling):
     outs = engine.generate(given, seeds=[0, 1, 2], policy=POLICIES["chain"], max_new_tokens=NEW, **sampling)
     return sum(out.stats.num_accepted for out in outs)
@@ -82,50 +50,50 @@ def accepted(engine, given, sampling):
 
 
 @pytest.mark.hazard(6, 23, 24)
-def test_thinned_out_drafts_change_nothing(family, families, engine_of, planned, thin):
+def test_thinned_out_drafts_change_nothing(family, families, engine_of, planned, thin, runs):
     engine, sampling = engine_of(family), SAMPLED if families.index(family) % 2 else {}
     heads = planned(engine)
     given, level = thin(engine)
-    expected = solo(engine, None, given, sampling)
+    expected = runs.solo(engine, None, given, sampling)
     engine.drop_inputs(draft=level)
-    assert solo(engine, heads, given, sampling)[0][:3] == expected[0][:3]
+    assert runs.solo(engine, heads, given, sampling)[0][:3] == expected[0][:3]
     assert (engine.verify, engine.draft) == ("dense", "teal 0.5")
-    assert differing(engine, given, expected, sampling) == set()
+    assert runs.differing(engine, given, expected, sampling) == set()
     assert accepted(engine, given, sampling) >= 4, "the heads should be right now and then"
 
 
 @pytest.mark.parametrize("family", ["llama_linear", "gpt_neox"])
-def test_in_bfloat16(family, engine_of, planned, thin):
+def test_in_bfloat16(family, engine_of, planned, thin, runs):
     engine = engine_of(family, torch.bfloat16)
     heads = planned(engine)
     given, level = thin(engine)
-    expected = solo(engine, heads, given, SAMPLED)
+    expected = runs.solo(engine, heads, given, SAMPLED)
     engine.drop_inputs(draft=level)
-    assert differing(engine, given, expected, SAMPLED) == set()
+    assert runs.differing(engine, given, expected, SAMPLED) == set()
     engine.drop_inputs(verify=level)
-    assert differing(engine, given, solo(engine, heads, given, SAMPLED), SAMPLED) == set()
+    assert runs.differing(engine, given, runs.solo(engine, heads, given, SAMPLED), SAMPLED) == set()
 
 
-def test_a_head_with_memory(engine_of, stateful, thin):
+def test_a_head_with_memory(engine_of, stateful, thin, runs):
     engine = engine_of("llama2")
     given, level = thin(engine)
-    expected = solo(engine, None, given, {})
+    expected = runs.solo(engine, None, given, {})
     stateful(engine, "recurrent", "block", prompts=given)
     engine.drop_inputs(draft=level)
     policies = {"block": fixed_exit(2, 4), "recurrent": fixed_exit(0, 4), "both": every((0, 2), Gate(0.5, 0.5))}
-    assert differing(engine, given, expected, {}, policies) == set()
+    assert runs.differing(engine, given, expected, {}, policies) == set()
 
 
-def test_under_a_target_that_skips_neurons(engine_of, planned, thin):
+def test_under_a_target_that_skips_neurons(engine_of, planned, thin, runs):
     engine = engine_of("llama2")
     heads = planned(engine)
     given, level = thin(engine)
     engine.sparse = SparseTarget(engine.decoder, Griffin(0.5, MaskOptions(first_dense=1, min_tokens=8, round_to=4)))
-    expected = solo(engine, None, given, {})
+    expected = runs.solo(engine, None, given, {})
     engine.drop_inputs(draft=level)
-    solo(engine, heads, given, {})
+    runs.solo(engine, heads, given, {})
     assert (engine.verify, engine.draft) == ("griffin", "teal 0.5")
-    assert differing(engine, given, expected, {}) == set()
+    assert runs.differing(engine, given, expected, {}) == set()
     assert accepted(engine, given, {}) >= 4
 
 
@@ -152,29 +120,29 @@ def test_layers_that_drafted_are_counted(engine_of, planned, thin):
 @pytest.mark.parametrize(
     ("family", "sampling"), [("llama_linear", {}), ("gemma2", SAMPLED), ("gpt_neox", {}), ("qwen3", SAMPLED)]
 )
-def test_the_thinned_out_model_speculates_as_it_decodes(family, sampling, engine_of, planned, thin):
+def test_the_thinned_out_model_speculates_as_it_decodes(family, sampling, engine_of, planned, thin, runs):
     engine = engine_of(family)
     heads = planned(engine)
     given, level = thin(engine)
-    dense = solo(engine, None, given, sampling)
+    dense = runs.solo(engine, None, given, sampling)
     engine.drop_inputs(verify=level)
-    expected = solo(engine, heads, given, sampling)
-    assert differing(engine, given, expected, sampling) == set()
+    expected = runs.solo(engine, heads, given, sampling)
+    assert runs.differing(engine, given, expected, sampling) == set()
     assert accepted(engine, given, sampling) >= 8
     assert [own[0] for own in expected] != [own[0] for own in dense], "the thresholds should matter"
-    together = observe(engine, given, seeds=[0, 1, 2], speculation=False, **sampling)
+    together = runs.observe(engine, given, seeds=[0, 1, 2], speculation=False, **sampling)
     assert [own[:3] for own in together] == [own[:3] for own in expected]
     out = engine.generate(given[0], max_new_tokens=2)
     assert out.verify == engine.draft == "teal 0.5"
 
 
-def test_prompts_are_read_densely(engine_of, thin):
+def test_prompts_are_read_densely(engine_of, thin, runs):
     """Keys of a prompt are those of the whole model; the pending token's are not."""
     engine = engine_of("llama2")
     given, level = thin(engine)
-    (dense,) = observe(engine, given[:1])
+    (dense,) = runs.observe(engine, given[:1])
     engine.drop_inputs(verify=level)
-    (own,) = observe(engine, given[:1])
+    (own,) = runs.observe(engine, given[:1])
     read = len(given[0]) - 1
     assert torch.equal(dense[3][..., :read, :], own[3][..., :read, :])
     assert not torch.equal(dense[3][..., read, :], own[3][..., read, :])
@@ -184,13 +152,13 @@ def test_prompts_are_read_densely(engine_of, thin):
 
 
 @pytest.fixture
-def setting(engine_of, planned, thin):
+def setting(engine_of, planned, thin, runs):
     engine = engine_of("llama2")
     heads = planned(engine)
     given, level = thin(engine)
-    expected = solo(engine, None, given, {})
+    expected = runs.solo(engine, None, given, {})
     engine.drop_inputs(draft=level)
-    solo(engine, heads, given, {})
+    runs.solo(engine, heads, given, {})
     return engine, given, expected
 
 
@@ -212,13 +180,13 @@ def without_the_root(work, decoder):
 
 
 @pytest.mark.parametrize("bug", [going_on, from_its_states, without_the_root])
-def test_reusing_a_thinned_out_drafts_work_is_caught(bug, setting, monkeypatch):
+def test_reusing_a_thinned_out_drafts_work_is_caught(bug, setting, monkeypatch, runs):
     engine, given, expected = setting
     monkeypatch.setattr(Working, "start_over", bug)
-    assert differing(engine, given, expected, {}) == set(POLICIES)
+    assert runs.differing(engine, given, expected, {}) == set(POLICIES)
 
 
-def test_verifying_by_thresholds_is_caught(setting, monkeypatch):
+def test_verifying_by_thresholds_is_caught(setting, monkeypatch, runs):
     engine, given, expected = setting
     original = loop.verify
 
@@ -226,17 +194,17 @@ def test_verifying_by_thresholds_is_caught(setting, monkeypatch):
         return original(loop.replace(on, decoder=on.drafter), works)
 
     monkeypatch.setattr(loop, "verify", verify)
-    assert differing(engine, given, expected, {}) == set(POLICIES)
+    assert runs.differing(engine, given, expected, {}) == set(POLICIES)
 
 
-def test_one_mask_for_a_whole_tile_is_caught(engine_of, planned, thin, monkeypatch):
+def test_one_mask_for_a_whole_tile_is_caught(engine_of, planned, thin, monkeypatch, runs):
     engine = engine_of("llama2")
     heads = planned(engine)
     given, level = thin(engine)
     engine.drop_inputs(verify=level)
-    expected = solo(engine, heads, given, {})
+    expected = runs.solo(engine, heads, given, {})
     original = thresholded.channel_linear
     monkeypatch.setattr(
         thresholded, "channel_linear", lambda x, w, keep, parts: original(x, w, keep.any(0).expand_as(keep), parts)
     )
-    assert differing(engine, given, expected, {}) == set(POLICIES)
+    assert runs.differing(engine, given, expected, {}) == set(POLICIES)
