@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantised_linear import QuantisedWeight, quantise, quantised_linear, quantised_linear_reference
-from ..kernels.sparse_linear import Shares, sparse_linear, sparse_linear_reference
+from ..kernels.sparse_linear import MOST_PARTS, Shares, sparse_linear, sparse_linear_reference
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
 from .kernel_ops import COLD_BYTES
@@ -94,14 +94,19 @@ class Arm:
     settings: tuple[Settings | None, ...] = (None,)
 
 
-def _blocks(columns: Sequence[int], ends: Sequence[int], k: int, warps: Sequence[int], block: int) -> list[Settings]:
+# (BK, UNROLL, warps) of a try
+BLOCKS = ((32, 4, 8), (32, 2, 4), (64, 2, 8), (16, 4, 4))
+QUANTISED_BLOCKS = ((32, 2, 8), (32, 4, 8), (32, 2, 4))
+
+
+def _blocks(columns: Sequence[int], ends: Sequence[int], k: int, blocks: Sequence[tuple[int, ...]]) -> list[Settings]:
     """Settings worth a try: whole segments, no more parts than blocks of k."""
     return [
-        {"BN": bn, "BK": block, "PARTS": parts, "num_warps": w, "num_stages": 2}
+        {"BN": bn, "BK": bk, "UNROLL": unroll, "PARTS": parts, "num_warps": warps, "num_stages": 1}
         for bn in columns
-        for w in warps
-        for parts in (2, 4, 8, 16)
-        if all(end % bn == 0 for end in ends[:-1]) and bn <= ends[-1] and parts * block <= k
+        for bk, unroll, warps in blocks
+        for parts in (4, 8, 16, 32)
+        if all(end % bn == 0 for end in ends[:-1]) and bn <= ends[-1] and parts * bk <= k
     ]
 
 
@@ -113,7 +118,7 @@ def arms(projection: Projection, levels: Sequence[float], device: torch.device, 
     copies = max(2, -(-COLD_BYTES // (k * width * 2))) if device.type == "cuda" else 1
     by_row = [(torch.randn(width, k, generator=generator, device=device) / k**0.5).to(dtype) for _ in range(copies)]
     by_channel = [weight.T.contiguous() for weight in by_row]
-    out, shares = torch.empty(width, dtype=dtype, device=device), Shares(width, 16, device)
+    out, shares = torch.empty(width, dtype=dtype, device=device), Shares(k, width, MOST_PARTS, device)
     limits = {level: x.float().abs().quantile(level).expand(len(ends)).contiguous() for level in levels}
     rows = _OneRow.empty(1, device)
     rows.live.fill_(1)
@@ -133,7 +138,7 @@ def arms(projection: Projection, levels: Sequence[float], device: torch.device, 
         for bn, bk in ((4, 512), (8, 512), (4, 1024))
         for parts in (1,)
     )
-    tried = tuple(_blocks((128, 256), ends, k, (4,), 32)) or (None,)
+    tried = tuple(_blocks((256,), ends, k, BLOCKS)) or (None,)
     found = [
         Arm("rows", "rows", None, of_rows, wide.view(-1), dense, size, copies, row_settings),
         Arm("channels", "channels", None, of_channels(None), out, dense, size, copies, tried),
@@ -167,8 +172,8 @@ def _quantised(
     own = quantise(weight, bits)
     copies = max(2, -(-COLD_BYTES // own.nbytes)) if x.is_cuda else 1
     several = [own, *(QuantisedWeight(own.values.clone(), own.scales.clone(), bits) for _ in range(copies - 1))]
-    columns = (256, 512) if bits == 8 else (512, 1024)
-    tried = tuple(_blocks(columns, ends, own.shape[0], (4, 8), 32)) or (None,)
+    columns = (256,) if bits == 8 else (512,)
+    tried = tuple(_blocks(columns, ends, own.shape[0], QUANTISED_BLOCKS)) or (None,)
 
     def launch(limit: Tensor | None) -> Callable[[int, Settings | None], None]:
         return lambda i, settings: quantised_linear(x, several[i], limit, ends, out, shares, settings)
@@ -222,12 +227,13 @@ def fastest(arm: Arm) -> tuple[Settings | None, list[dict[str, Any]]]:
     return best, failed
 
 
-def measure(name: str, levels: Sequence[float], device: torch.device) -> dict[str, Any]:
-    """One model: each projection's arms, and layers of them."""
+def measure(name: str, levels: Sequence[float], device: torch.device, only: Sequence[str] = ()) -> dict[str, Any]:
+    """One model: each projection's arms (or those of `only`), and layers of them."""
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     layer: dict[str, float] = {}
-    for projection in MODELS[name]:
+    projections = [p for p in MODELS[name] if not only or p.name in only]
+    for projection in projections:
         best: dict[str, Settings | None] = {}
         own = arms(projection, levels, device, torch.bfloat16)
         # Settings of a kind are chosen once: thresholded arms at the level nearest to TUNED_AT.
@@ -251,7 +257,7 @@ def measure(name: str, levels: Sequence[float], device: torch.device) -> dict[st
         for row in rows[-len(found) :]:
             row["speedup"] = speedup(row["arm"], {arm: us.p50 for arm, us in found.items()})
         note(f"{name} {projection.name}: " + ", ".join(f"{arm} {us.p50:.1f}" for arm, us in found.items()))
-    complete = {arm: us for arm, us in layer.items() if sum(row["arm"] == arm for row in rows) == len(MODELS[name])}
+    complete = {arm: us for arm, us in layer.items() if sum(row["arm"] == arm for row in rows) == len(projections)}
     return {
         "model": name,
         "projections": rows,
@@ -275,6 +281,7 @@ def note(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["llama-3-8b", "llama-2-7b"], choices=sorted(MODELS))
+    parser.add_argument("--projections", nargs="*", default=[], help="only these of qkv, o, up, down")
     parser.add_argument("--levels", type=float, nargs="*", default=list(LEVELS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -287,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for name in options.models:
         with torch.inference_mode():
-            document["models"].append(measure(name, options.levels, device))
+            document["models"].append(measure(name, options.levels, device, options.projections))
         options.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         torch.cuda.empty_cache()
     return 0

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_linear import Shares, checked_ends, keep_reference, parts_of, share_of
+from .sparse_linear import Shares, checked_ends, keep_reference, launched_with, parts_of
 
 try:
     import triton
     import triton.language as tl
 
-    from .sparse_linear import is_kept, limit_of, parts_added
+    from .sparse_linear import kept_channels, limit_of, parts_added
 except ImportError:
     triton = None
 
@@ -99,44 +99,57 @@ def quantised_linear_reference(
 if triton is not None:
 
     @triton.jit
+    def _halves(q, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """fp32 values of stored ones: (even columns, odd columns) of 4 bits, the same twice of 8."""
+        if BITS == 8:
+            return q.to(tl.float32), q.to(tl.float32)
+        else:
+            return (q & 15).to(tl.float32) - 8.0, (q >> 4).to(tl.float32) - 8.0
+
+    @triton.jit
     def _quantised_kernel(  # type: ignore[no-untyped-def]
-        x, values, scales, limits, out, parts, arrived,
+        x, values, scales, limits, out, parts, arrived, lists,
         K: tl.constexpr, M: tl.constexpr, END_0: tl.constexpr, END_1: tl.constexpr,
-        SPARSE: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr, GROUP: tl.constexpr,
+        SPARSE: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, SHARE_PLACES: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
+        GROUP: tl.constexpr,
     ):  # fmt: skip
-        """BN columns; of 4 bits their bytes are BN / 2, and the even and the odd ones are summed apart."""
+        """BN columns; of 4 bits their bytes are BN / 2, and the even and the odd ones are summed apart. Without a
+        threshold a block is whole groups, each with its scale; with one, each kept channel looks its group's up."""
         EACH: tl.constexpr = BN if BITS == 8 else BN // 2
         STORED: tl.constexpr = M if BITS == 8 else M // 2
-        GROUPS: tl.constexpr = BK // GROUP
+        GROUPS: tl.constexpr = 1 if SPARSE else BK // GROUP
         place = tl.program_id(0) * EACH + tl.arange(0, EACH)
-        inside = place < STORED
+        inside = (place < STORED)[None, None, :]
         first = tl.program_id(1) * SHARE
+        count = tl.minimum(SHARE, tl.maximum(K - first, 0))
+        kept = lists + (tl.program_id(0) * PARTS + tl.program_id(1)) * SHARE
         if SPARSE:
             limit = limit_of(limits, tl.program_id(0) * BN, END_0, END_1)
-        low = tl.zeros([GROUPS, GROUP, EACH], tl.float32)
+            count = kept_channels(x, limit, first, K, SHARE, SHARE_PLACES, kept)
+        low = tl.zeros([GROUPS, BK // GROUPS, EACH], tl.float32)
         high = low
-        for start in range(0, SHARE, BK):
-            group = (first + start) // GROUP + tl.arange(0, GROUPS)
-            k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-            real = k < K
-            value = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
-            if SPARSE:
-                real = real & is_kept(value, limit)
-                value = tl.where(real, value, 0.0)
-            q = tl.load(
-                values + k[:, :, None].to(tl.int64) * STORED + place[None, None, :],
-                mask=real[:, :, None] & inside[None, None, :], other=0,
-            )  # fmt: skip
-            of_group = scales + group[:, None] * M + place[None, :]
-            scaled = (group < K // GROUP)[:, None] & inside[None, :]
-            s = tl.load(of_group, mask=scaled, other=0.0).to(tl.float32)
-            if BITS == 8:
-                low += value[:, :, None] * (q.to(tl.float32) * s[:, None, :])
-            else:
-                t = tl.load(of_group + STORED, mask=scaled, other=0.0).to(tl.float32)
-                low += value[:, :, None] * (((q & 15).to(tl.float32) - 8.0) * s[:, None, :])
-                high += value[:, :, None] * (((q >> 4).to(tl.float32) - 8.0) * t[:, None, :])
+        for start in range(0, count, BK * UNROLL):
+            for step in tl.static_range(UNROLL):
+                begin = start + step * BK
+                at = begin + tl.reshape(tl.arange(0, BK), [GROUPS, BK // GROUPS])
+                real = at < count
+                k = first + at
+                group = (first + begin) // GROUP + tl.arange(0, GROUPS)[:, None]
+                scaled = group * GROUP < K
+                if SPARSE:
+                    k = tl.load(kept + at, mask=real, other=0)
+                    group, scaled = k // GROUP, real
+                value = tl.load(x + k, mask=real, other=0.0).to(tl.float32)[:, :, None]
+                q_at = values + k[:, :, None].to(tl.int64) * STORED + place[None, None, :]
+                q = tl.load(q_at, mask=real[:, :, None] & inside, other=0)
+                s_at = scales + group[:, :, None] * M + place[None, None, :]
+                s = tl.load(s_at, mask=scaled[:, :, None] & inside, other=0.0).to(tl.float32)
+                even, odd = _halves(q, BITS)
+                low += value * (even * s)
+                if BITS == 4:
+                    t = tl.load(s_at + STORED, mask=scaled[:, :, None] & inside, other=0.0).to(tl.float32)
+                    high += value * (odd * t)
         y = tl.sum(tl.sum(low, 1), 0)
         cols = place
         if BITS == 4:
@@ -152,7 +165,8 @@ if triton is not None:
 def _settings(k: int, width: int, bits: int) -> dict[str, int]:
     """As in `sparse_linear`; of 4 bits with as many accumulators for even and odd columns, so with more warps."""
     columns = (256 if bits == 8 else 512) * (2 if width >= 16384 else 1) if width >= 1024 else 64
-    return {"BN": columns, "BK": 32, "PARTS": parts_of(k, width, columns), "num_warps": 8, "num_stages": 2}
+    parts = parts_of(k, width, columns)
+    return {"BN": columns, "BK": 32, "UNROLL": 2, "PARTS": parts, "num_warps": 8, "num_stages": 1}
 
 
 def quantised_linear(
@@ -174,9 +188,8 @@ def quantised_linear(
     if chosen["BK"] % GROUP:
         raise ValueError(f"blocks of {chosen['BK']} channels are no whole groups of {GROUP}")
     first, second = checked_ends(ends, width, chosen["BN"])
-    parts = chosen["PARTS"]
-    _quantised_kernel[(triton.cdiv(width, chosen["BN"]), parts)](
+    _quantised_kernel[(triton.cdiv(width, chosen["BN"]), chosen["PARTS"])](
         x, weight.values, weight.scales, x if limits is None else limits, out, shares.sums, shares.arrived,
-        K=k, M=width, END_0=first, END_1=second, SPARSE=limits is not None, BITS=bits,
-        SHARE=share_of(k, parts, chosen["BK"]), PLACES=triton.next_power_of_2(parts), GROUP=GROUP, **chosen,
+        shares.lists, END_0=first, END_1=second, SPARSE=limits is not None, BITS=bits, GROUP=GROUP,
+        **launched_with(k, width, chosen),
     )  # fmt: skip

@@ -3,9 +3,9 @@
     y[n] = sum over k with |x[k]| > t(n) of x[k] W[k, n]
 
 The weight is input-channel-major, `[K, M]`: a dropped channel is a row that no load touches. A program makes BN
-columns from a share of k; where BN fills a warp's 16-byte loads, a whole load instruction is kept or dropped. Columns
-may lie in up to three segments (q, k, v, or gate, up), each with its own threshold. The comparison happens in the
-program: no index list, no second kernel. An input that is NaN is kept, so that it shows.
+columns from a share of k: it lists the channels of its share that it keeps, then reads and multiplies those alone, so
+that neither bytes nor arithmetic are spent on the others. Columns may lie in up to three segments (q, k, v, or gate,
+up), each with its own threshold. There is no second kernel. An input that is NaN is kept, so that it shows.
 
 PARTS programs share the k of a tile; the one that finishes last (an integer counter tells) adds the parts by a fixed
 tree, so no number depends on which one it was, and there are no float atomics: those of TEAL's own kernel give other
@@ -26,7 +26,8 @@ except ImportError:  # no wheel for this platform: the PyTorch paths run
     triton = None
 
 MOST_SEGMENTS = 3
-PROGRAMS, MOST_PARTS = 528, 16  # what a launch aims at: four programs for each multiprocessor of an H100
+PROGRAMS, MOST_PARTS = 528, 32  # what a launch aims at: four programs for each multiprocessor of an H100
+LEAST_COLUMNS, MOST_CHANNELS = 16, 256  # of a block
 
 
 def keep_reference(x: Tensor, limits: Tensor | None, ends: Sequence[int]) -> Tensor:
@@ -78,27 +79,42 @@ if triton is not None:
         return last, y
 
     @triton.jit
+    def kept_channels(x, limit, first, K: tl.constexpr, SHARE: tl.constexpr, PLACES: tl.constexpr, kept):  # type: ignore[no-untyped-def]
+        """List the kept channels of first .. first + SHARE - 1 in `kept [SHARE]`, rising; their number."""
+        at = tl.arange(0, PLACES)
+        real = (at < SHARE) & (first + at < K)
+        value = tl.load(x + first + at, mask=real, other=0.0).to(tl.float32)
+        keep = (real & is_kept(value, limit)).to(tl.int32)
+        tl.store(kept + tl.cumsum(keep, 0) - 1, first + at, mask=keep != 0)
+        tl.debug_barrier()
+        return tl.sum(keep, 0)
+
+    @triton.jit
     def _sparse_kernel(  # type: ignore[no-untyped-def]
-        x, weight, bias, limits, out, parts, arrived,
+        x, weight, bias, limits, out, parts, arrived, lists,
         K: tl.constexpr, M: tl.constexpr, END_0: tl.constexpr, END_1: tl.constexpr,
-        SPARSE: tl.constexpr, HAS_BIAS: tl.constexpr, SHARE: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
+        SPARSE: tl.constexpr, HAS_BIAS: tl.constexpr, SHARE: tl.constexpr, SHARE_PLACES: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
     ):  # fmt: skip
         cols = tl.program_id(0) * BN + tl.arange(0, BN)
         inside = (cols < M)[None, :]
         first = tl.program_id(1) * SHARE
+        count = tl.minimum(SHARE, tl.maximum(K - first, 0))
+        kept = lists + (tl.program_id(0) * PARTS + tl.program_id(1)) * SHARE
         if SPARSE:
             limit = limit_of(limits, tl.program_id(0) * BN, END_0, END_1)
+            count = kept_channels(x, limit, first, K, SHARE, SHARE_PLACES, kept)
         total = tl.zeros([BK, BN], tl.float32)
-        for start in range(0, SHARE, BK):
-            k = first + start + tl.arange(0, BK)
-            real = k < K
-            value = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
-            if SPARSE:
-                real = real & is_kept(value, limit)
-                value = tl.where(real, value, 0.0)
-            w = tl.load(weight + k[:, None].to(tl.int64) * M + cols[None, :], mask=real[:, None] & inside, other=0.0)
-            total += value[:, None] * w.to(tl.float32)
+        for start in range(0, count, BK * UNROLL):
+            for step in tl.static_range(UNROLL):  # all their loads are on the way before one of them is used
+                at = start + step * BK + tl.arange(0, BK)
+                real = at < count
+                k = first + at
+                if SPARSE:
+                    k = tl.load(kept + at, mask=real, other=0)
+                value = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
+                w_at = weight + k[:, None].to(tl.int64) * M + cols[None, :]
+                total += value[:, None] * tl.load(w_at, mask=real[:, None] & inside, other=0.0).to(tl.float32)
         y = tl.sum(total, 0)
         last = True
         if PARTS > 1:
@@ -110,18 +126,22 @@ if triton is not None:
 
 
 class Shares:
-    """Where programs that share a tile leave their sums; counters are zero between launches. One for each stream."""
+    """What programs of a launch leave for each other and for themselves: the sums of those that share a tile, and lists
+    of kept channels. Counters are zero between launches. One for each stream."""
 
-    def __init__(self, width: int, most: int, device: torch.device | str) -> None:
-        """Args: `width`, the most columns of a launch; `most`, the largest PARTS."""
+    def __init__(self, k: int, width: int, most: int, device: torch.device | str) -> None:
+        """Args: `k` and `width`, the most channels and columns of a launch; `most`, the largest PARTS."""
         self.sums = torch.empty(most * width, device=device)
-        self.arrived = torch.zeros(-(-width // 16), dtype=torch.int32, device=device)
+        tiles = -(-width // LEAST_COLUMNS)
+        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.lists = torch.empty(tiles * (k + most * MOST_CHANNELS), dtype=torch.int32, device=device)
 
 
 def _settings(k: int, width: int) -> dict[str, int]:
-    """Columns and channels of a block, programs a tile, warps. A rule, not tuned: no GPU was at hand."""
+    """Columns and channels of a block, blocks on the way at once, programs a tile, warps. A rule."""
     columns = 256 if width >= 1024 else 64
-    return {"BN": columns, "BK": 32, "PARTS": parts_of(k, width, columns), "num_warps": 4, "num_stages": 2}
+    parts = parts_of(k, width, columns)
+    return {"BN": columns, "BK": 32, "UNROLL": 4, "PARTS": parts, "num_warps": 8, "num_stages": 1}
 
 
 def parts_of(k: int, width: int, columns: int) -> int:
@@ -133,6 +153,25 @@ def parts_of(k: int, width: int, columns: int) -> int:
 def share_of(k: int, parts: int, block: int) -> int:
     """Channels of one program: whole blocks."""
     return -(-k // (parts * block)) * block
+
+
+def launched_with(k: int, width: int, chosen: dict[str, int]) -> dict[str, int]:
+    """The sizes that follow from the settings, and the settings.
+
+    Raises:
+        ValueError: blocks of too many channels or too few columns for `Shares`.
+    """
+    if chosen["BK"] > MOST_CHANNELS or chosen["BN"] < LEAST_COLUMNS:
+        raise ValueError(f"settings {chosen}: BK at most {MOST_CHANNELS}, BN at least {LEAST_COLUMNS}")
+    share, parts = share_of(k, chosen["PARTS"], chosen["BK"]), triton.next_power_of_2(chosen["PARTS"])
+    return {
+        "K": k,
+        "M": width,
+        "SHARE": share,
+        "SHARE_PLACES": triton.next_power_of_2(share),
+        "PLACES": parts,
+        **chosen,
+    }
 
 
 def checked_ends(ends: Sequence[int], width: int, block: int) -> tuple[int, int]:
@@ -174,9 +213,8 @@ def sparse_linear(
     """
     (k, width), chosen = weight.shape, settings or _settings(*weight.shape)
     first, second = checked_ends(ends, width, chosen["BN"])
-    parts = chosen["PARTS"]
-    _sparse_kernel[(triton.cdiv(width, chosen["BN"]), parts)](
+    _sparse_kernel[(triton.cdiv(width, chosen["BN"]), chosen["PARTS"])](
         x, weight, x if bias is None else bias, x if limits is None else limits, out, shares.sums, shares.arrived,
-        K=k, M=width, END_0=first, END_1=second, SPARSE=limits is not None, HAS_BIAS=bias is not None,
-        SHARE=share_of(k, parts, chosen["BK"]), PLACES=triton.next_power_of_2(parts), **chosen,
+        shares.lists, END_0=first, END_1=second, SPARSE=limits is not None, HAS_BIAS=bias is not None,
+        **launched_with(k, width, chosen),
     )  # fmt: skip

@@ -21,7 +21,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # fp32: another order of sums. Half types: the result is rounded; sums are fp32 (a bf16 load widened to fp32 is exact,
 # also in the interpreter, whose way back to bf16 truncates).
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SETTINGS = {"BN": 16, "BK": 32, "PARTS": 3, "num_warps": 4, "num_stages": 2}
+SETTINGS = {"BN": 16, "BK": 32, "UNROLL": 2, "PARTS": 3, "num_warps": 4, "num_stages": 2}
 CASES = [((40,), 80, 3), ((32, 48, 64), 160, 1), ((32, 56), 33, 4)]
 
 
@@ -34,9 +34,10 @@ def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert (found.float() - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max().clamp_min(1e-3)
 
 
-def poisoned(width: int, parts: int) -> Shares:
-    shares = Shares(width, parts, DEVICE)
+def poisoned(k: int, width: int, parts: int) -> Shares:
+    shares = Shares(k, width, parts, DEVICE)
     shares.sums.fill_(torch.nan)
+    shares.lists.fill_(-(1 << 30))
     return shares
 
 
@@ -51,7 +52,7 @@ def test_sparse(sparse: bool, ends: tuple[int, ...], k: int, parts: int, dtype: 
     x, weight = drawn(k, seed=1).to(dtype), drawn(k, width, seed=2).to(dtype)
     bias = drawn(width, seed=3).to(dtype) if len(ends) > 1 else None
     limits = torch.tensor([0.4, 0.9, 1.5], device=DEVICE)[: len(ends)] if sparse else None
-    expected, shares = sparse_linear_reference(x, weight, limits, ends, bias), poisoned(width, parts)
+    expected, shares = sparse_linear_reference(x, weight, limits, ends, bias), poisoned(k, width, parts)
     if sparse:
         weight[x.float().abs() <= 0.4] = torch.nan  # dropped in every segment
     for _ in range(2):
@@ -70,7 +71,7 @@ def test_quantised(sparse: bool, ends: tuple[int, ...], k: int, parts: int, bits
     width, settings = ends[-1], SETTINGS | {"PARTS": parts, "BK": 32 * (1 + parts % 2)}
     x, weight = drawn(k, seed=1).to(dtype), quantise(drawn(width, k, seed=2), bits)
     limits = torch.tensor([0.4, 0.9, 1.5], device=DEVICE)[: len(ends)] if sparse else None
-    expected, shares = quantised_linear_reference(x, weight, limits, ends), poisoned(width, parts)
+    expected, shares = quantised_linear_reference(x, weight, limits, ends), poisoned(k, width, parts)
     for _ in range(2):
         out = torch.full((width,), torch.nan, dtype=dtype, device=DEVICE)
         quantised_linear(x, weight, limits, ends, out, shares, settings)
@@ -87,9 +88,9 @@ def test_nothing_kept_and_nothing_hidden(bits: int | None) -> None:
     def run() -> Tensor:
         out = torch.full((32,), 7.0, device=DEVICE)
         if bits is None:
-            sparse_linear(x, weight.T.contiguous(), limits, ends, out, Shares(32, 3, DEVICE), settings=SETTINGS)
+            sparse_linear(x, weight.T.contiguous(), limits, ends, out, Shares(64, 32, 3, DEVICE), settings=SETTINGS)
         else:
-            quantised_linear(x, quantise(weight, bits), limits, ends, out, Shares(32, 3, DEVICE), settings=SETTINGS)
+            quantised_linear(x, quantise(weight, bits), limits, ends, out, Shares(64, 32, 3, DEVICE), settings=SETTINGS)
         return out
 
     assert (run() == 0).all()
@@ -110,7 +111,7 @@ def test_rounding_is_to_the_nearest_of_a_groups_steps(bits: int, step: float) ->
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    x, weight, out, shares = torch.ones(64), torch.ones(64, 32), torch.ones(32), Shares(32, 3, "cpu")
+    x, weight, out, shares = torch.ones(64), torch.ones(64, 32), torch.ones(32), Shares(64, 32, 3, "cpu")
     for ends in ((16,), (16, 8, 32), (8, 16, 24, 32)):
         with pytest.raises(ValueError, match="rising ends up to 32"):
             sparse_linear(x, weight, None, ends, out, shares, settings=SETTINGS)
@@ -131,7 +132,7 @@ def test_bits_repeat_on_a_gpu(bits: int | None) -> None:
     k, width = 4096, 6144
     x, weight = drawn(k, seed=1).bfloat16(), drawn(width, k, seed=2).bfloat16() / 64
     limits, ends = torch.tensor([0.5, 0.7, 0.3], device=DEVICE), (4096, 5120, 6144)
-    shares = Shares(width, 64, DEVICE)
+    shares = Shares(k, width, 64, DEVICE)
     own = weight.T.contiguous() if bits is None else quantise(weight, bits)
     outs = []
     for _ in range(50):
