@@ -121,15 +121,17 @@ class HeadMemory:
         Args:
             states: layer -> `[n, D]` fp32, for all of `layers`.
         """
-        num_rows = len(states[self.layers[0]])
-        for first in range(0, num_rows, WAITING):
-            count = min(WAITING, num_rows - first)
-            if self._waiting[sequence] + count > WAITING:
-                self._take_in(sequence)
-            at = 1 + self._waiting[sequence]
-            for layer in self.layers:
-                self._states[layer][sequence, at : at + count] = states[layer][first : first + count]
-            self._waiting[sequence] += count
+        count = len(states[self.layers[0]])
+        if self._waiting[sequence] + count > WAITING:
+            self._take_in(sequence)
+        if count > WAITING:  # of a prompt: at once
+            before = ((layer, own[sequence, :1]) for layer, own in self._states.items())
+            self._take_in(sequence, {layer: torch.cat([last, states[layer]]) for layer, last in before})
+            return
+        at = 1 + self._waiting[sequence]
+        for layer in self.layers:
+            self._states[layer][sequence, at : at + count] = states[layer]
+        self._waiting[sequence] += count
 
     def hand_over(self, sequence: int) -> dict[int, Tensor]:
         """Make the entries of all tokens that wait, for a caller that goes on by itself from there.
@@ -150,7 +152,7 @@ class HeadMemory:
                     f"sequence {work.sequence} has {work.base} verified tokens, its head was given "
                     f"{self.length(work.sequence)}: every verification must be followed by take()"
                 )
-            true, context = self._true_rows(work.sequence)
+            true, context = self._true_rows(work.sequence, self._waiting_states(work.sequence))
             hidden += [true, work.kept[exit_layer][:1]]
             contexts.append(context)
             slots = range(work.base - len(true), work.base + 1)
@@ -160,7 +162,7 @@ class HeadMemory:
         for work, made in zip(works, entries, strict=True):
             last += len(made.slots)
             self._out[work.sequence, 0] = out[last]
-            self._settle(work.sequence)
+            self._settle(work.sequence, self._waiting_states(work.sequence))
             self._made[work.sequence] = self._lengths[work.sequence] + 1
         return [Paths(work.sequence, work.base, [[0]]) for work in works]
 
@@ -205,39 +207,43 @@ class HeadMemory:
         own = self._rounds[work.sequence]
         return own is not None and own.work is work
 
-    def _true_rows(self, sequence: int) -> tuple[Tensor, Tensor]:
-        """States at the exit `[n, D]` of the waiting tokens without an entry, and `[n + 1, D]` contexts: theirs and the
-        next token's."""
-        first, count = self._lengths[sequence], self._waiting[sequence]
+    def _waiting_states(self, sequence: int) -> dict[int, Tensor]:
+        """Layer -> `[1 + n, D]`: of the last token taken in, and of those that wait."""
+        return {layer: own[sequence, : 1 + self._waiting[sequence]] for layer, own in self._states.items()}
+
+    def _true_rows(self, sequence: int, states: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of `states` as `_waiting_states` gives them: those at the exit `[n, D]` of the tokens without an entry, and
+        `[n + 1, D]` contexts: theirs and the next token's."""
+        own, first = states[self.head.spec.exit_layer], self._lengths[sequence]
         # the last round's root has its entry already; a root that is asked again after a failed round gets it anew
-        done = min(self._made[sequence] - first, count)
-        hidden = self._states[self.head.spec.exit_layer][sequence, 1 + done : 1 + count]
+        done = min(self._made[sequence] - first, len(own) - 1)
+        hidden = own[1 + done :]
         if not self.head.taps:
             return hidden, hidden[:0]
-        taps = torch.stack([self._states[layer][sequence, done : 1 + count] for layer in self.head.taps], 1)
-        context = self.head.context(taps)
+        context = self.head.context(torch.stack([states[layer][done:] for layer in self.head.taps], 1))
         if first + done == 0:
             context[0] = 0.0
         return hidden, context
 
-    def _take_in(self, sequence: int) -> None:
-        """Make the entries of all tokens that wait."""
-        hidden, context = self._true_rows(sequence)
-        last = self.length(sequence)
+    def _take_in(self, sequence: int, states: Mapping[int, Tensor] | None = None) -> None:
+        """Make the entries of all tokens that wait, or of those with these states while none waits."""
+        states = self._waiting_states(sequence) if states is None else states
+        hidden, context = self._true_rows(sequence, states)
+        self._settle(sequence, states)
+        last = self._made[sequence] = self._lengths[sequence]
         slots = range(last - len(hidden), last)
         if len(hidden):
             entries = [Entries(sequence, slots, slots)]
-            self.head.extend(hidden, context[:-1] if self.head.taps else None, entries, self.cache)
-        self._settle(sequence)
-        self._made[sequence] = last
+            self.head.extend(hidden, context[:-1] if self.head.taps else None, entries, self.cache, outputs=False)
 
-    def _settle(self, sequence: int) -> None:
-        """What waited is taken in; the last state stays, as context of the token after it."""
-        count, self._waiting[sequence] = self._waiting[sequence], 0
+    def _settle(self, sequence: int, states: Mapping[int, Tensor]) -> None:
+        """These are taken in and none waits; the last state stays, as context of the token after it."""
+        count = len(states[self.layers[0]]) - 1
+        self._waiting[sequence] = 0
         self._lengths[sequence] += count
         if count:
-            for states in self._states.values():
-                states[sequence, 0] = states[sequence, count]
+            for layer, own in self._states.items():
+                own[sequence, 0] = states[layer][count]
 
 
 @dataclass

@@ -153,7 +153,14 @@ class StatefulHead(ExitHead):
         """The layers' input `[..., D]` fp32 from a token's own hidden state and the context of the token before it."""
         return hidden
 
-    def extend(self, hidden: Tensor, context: Tensor | None, entries: Sequence[Entries], state: HeadCache) -> Tensor:
+    def extend(
+        self,
+        hidden: Tensor,
+        context: Tensor | None,
+        entries: Sequence[Entries],
+        state: HeadCache,
+        outputs: bool = True,
+    ) -> Tensor:
         """Make entries; within a sequence, rows may see each other as `visible` says.
 
         Args:
@@ -161,6 +168,8 @@ class StatefulHead(ExitHead):
             context: `[N, D]` fp32: `context(taps of the token before)` where that is verified (zeros for position 0),
                 the output of the parent's entry where it is a draft. None for kinds without `taps`.
             entries: where the rows stand, N in all.
+            outputs: False leaves out what only outputs need, the last layer's attention and MLP; then what is returned
+                means nothing.
 
         Returns:
             The entries' outputs `[N, D]` fp32, for `draft_logits` and as context of drafted children.
@@ -172,6 +181,7 @@ class StatefulHead(ExitHead):
         for index, layer in enumerate(self._layers()):
             products = None if self._products is None else self._products[index]
             q, k, v = layer.project(out, rotary, products)
+            needed = outputs or index + 1 < len(self.layers)
             attended, first = [], 0
             for own, reach in zip(entries, reaches, strict=True):
                 rows = slice(first, first + len(own.slots))
@@ -180,8 +190,11 @@ class StatefulHead(ExitHead):
                 # a NaN shows in the row's own output; stored, it would reach rows that must not see it
                 keys[:, reach.place] = k[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(keys.dtype)
                 values[:, reach.place] = v[rows].transpose(0, 1).nan_to_num(0.0, 0.0, 0.0).to(values.dtype)
-                attended.append(_attend(q[rows], keys[:, : reach.num_slots], values[:, : reach.num_slots], reach.mask))
-            out = layer.finish(out, torch.cat(attended), products)
+                if needed:
+                    seen = keys[:, : reach.num_slots], values[:, : reach.num_slots]
+                    attended.append(_attend(q[rows], *seen, reach.mask))
+            if needed:
+                out = layer.finish(out, torch.cat(attended), products)
         return out
 
     def draft_logits(self, out: Tensor) -> Tensor:

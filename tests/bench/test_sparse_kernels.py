@@ -9,7 +9,7 @@ from skipstone.bench import sparse_kernels as bench
 from skipstone.bench.device_time import Spread
 
 pytestmark = pytest.mark.interpreter
-SMALL = bench.Projection("qkv", 64, (512, 1024))
+SMALL = bench.Projection("qkv", 128, (512, 1024))
 
 
 @pytest.fixture(scope="module")

@@ -170,22 +170,22 @@ def test_planted_bugs_in_the_memory_are_caught(bug, engine_of, stateful, monkeyp
         monkeypatch.setattr(loop, "_commit", wrong_rows)
     elif bug == "never taken in":
 
-        def only_counted(memory, sequence):
-            hidden, context = true_rows(memory, sequence)
+        def only_counted(*args):
+            hidden, context = true_rows(*args)
             return hidden * 0, context
 
         monkeypatch.setattr(HeadMemory, "_true_rows", only_counted)
     elif bug == "context late":
 
-        def no_carry(memory, sequence):
-            memory._lengths[sequence] += memory._waiting[sequence]
+        def no_carry(memory, sequence, states):
+            memory._lengths[sequence] += len(states[memory.layers[0]]) - 1
             memory._waiting[sequence] = 0
 
         monkeypatch.setattr(HeadMemory, "_settle", no_carry)
     elif bug == "drafts stay":
 
-        def trusting(memory, sequence):
-            hidden, context = true_rows(memory, sequence)
+        def trusting(*args):
+            hidden, context = true_rows(*args)
             return hidden[len(hidden) :], context[-1:]
 
         monkeypatch.setattr(HeadMemory, "_true_rows", trusting)
