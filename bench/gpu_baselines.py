@@ -12,6 +12,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `compile` | one token's forward over a static cache through torch.compile, captured in one CUDA graph (gpt-fast's scheme, less its work on the host) |
 | `compile-host` | the same through `mode="reduce-overhead"`, called from Python, as gpt-fast does |
 | `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
+| `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
 Weights are random of the exact shapes unless given; a row's `weights` says which.
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
+from ..engine.engine import reach_of
+from ..engine.forward import prefill
 from ..engine.fused import FusedWeights
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
+from ..engine.prompt_reader import PromptReader
 from .baselines import as_transformers
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
 from .profile import step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
-ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "cublas-1", "cublas-16")
+ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "prefill", "cublas-1", "cublas-16")
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 # Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
 TOLERANCE = 0.05
+PROMPT_LENGTHS = (64, 256, 1024, 4096)
 
 
 class StaticDecoder(torch.nn.Module):
@@ -241,6 +248,27 @@ def products(weights: Mapping[str, Tensor], config: ModelConfig, rows: int) -> C
     return step
 
 
+def prompt_readers(decoder: Decoder, length: int) -> dict[str, Callable[[], float]]:
+    """By way, what reads a prompt of `length` random tokens and returns its wall time in us; both have run before."""
+    cache = KVCache(plan_cache(decoder.config, 1, length, decoder.device, decoder.dtype), decoder.device)
+    ids = torch.randint(decoder.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    reader = PromptReader(FusedWeights(decoder), cache, reach_of)
+    ways = {"sdpa": lambda: prefill(decoder, cache, 0, ids), "fused": lambda: reader.read(0, ids)}
+
+    def timed(read: Callable[[], None]) -> float:
+        cache.restart(0)
+        _synchronise(decoder.device)
+        start = time.perf_counter()
+        read()
+        _synchronise(decoder.device)
+        return 1e6 * (time.perf_counter() - start)
+
+    found = {way: partial(timed, read) for way, read in ways.items()}
+    for warm_up in found.values():
+        warm_up()
+    return found
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to measure: `source` is "random weights" or where they come from."""
@@ -338,6 +366,13 @@ def measure_model(
                 start = time.perf_counter()
                 add(f"step-{live}", step_us(fused, context, live), start, context=context)
         del fused
+    if "prefill" in arms:
+        own = Decoder(config, weights, weights["embed.weight"].dtype, device)
+        for length in PROMPT_LENGTHS:
+            for way, read_us in prompt_readers(own, length).items():
+                start = time.perf_counter()
+                add(f"prefill-{way}", Spread.of([read_us() for _ in range(repeats)]), start, context=length)
+        del own
     for arm, count in (("cublas-1", 1), ("cublas-16", 16)):
         if arm in arms:
             start = time.perf_counter()

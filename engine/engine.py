@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
-Prefill = Literal["sdpa", "flash", "fused"]
+Prefill = Literal["auto", "sdpa", "flash", "fused"]
 Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
@@ -68,7 +68,7 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
-            of the decode step (`engine/prompt_reader.py`).
+            of the decode step (`engine/prompt_reader.py`); "auto" is "fused" where these decode, else "sdpa".
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
@@ -97,7 +97,7 @@ class Engine:
         deterministic: bool = True,
         model_id: str = "",
         fused: bool | None = None,
-        prefill: str = "sdpa",
+        prefill: str = "auto",
         sparsity: Selection | TealLevel | None = None,
         draft: TealLevel | None = None,
     ) -> None:
@@ -105,7 +105,6 @@ class Engine:
             raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
         self.flash: FlashAttention | None = None
-        self._reads_fused = prefill == "fused"
         if prefill == "flash":
             config = decoder.config
             self.flash = find_flash(decoder.device, decoder.dtype, config.head_dim, config.attention_softcap)
@@ -117,7 +116,8 @@ class Engine:
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
             self.fused = self._fuse(wanted)
             self.fused_refused = wanted and self.fused is None
-            if self._reads_fused and (self.fused is None or sparsity is not None):
+            self._reads_fused = prefill in ("auto", "fused") and self.fused is not None and sparsity is None
+            if prefill == "fused" and not self._reads_fused:
                 raise ValueError(
                     "prefill is 'fused', but this engine does not decode the whole model by the fused kernels, which "
                     "need a GPU with Triton and rows that agree there: leave it out"

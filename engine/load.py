@@ -31,7 +31,7 @@ def load(
     draft: str = "dense",
     teal: str | os.PathLike[str] | Teal | None = None,
     teal_level: float | None = None,
-    prefill: str = "sdpa",
+    prefill: str = "auto",
     plan: str = "cached",
     revision: str | None = None,
     allow_base_mismatch: bool = False,
@@ -56,7 +56,8 @@ def load(
         teal: of verify="teal" and draft="teal": a folder of `skipstone calibrate --sparsity teal`, or thresholds.
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), "flash" (flash-attn 2, 3 or 4, where it is installed,
-            on a GPU and in half precision), or "fused" (the decode step's kernels, on a GPU with Triton).
+            on a GPU and in half precision), "fused" (the decode step's kernels, on a GPU with Triton), or "auto":
+            "fused" where the target is the whole model and such kernels decode it, else "sdpa".
         plan: how drafting is chosen: "cached" follows the plan that `skipstone plan` kept for this machine, model and
             heads, if there is one, else the heads' calibration; "now" measures one (seconds) where none was kept, and
             keeps it; "none" looks for none.

@@ -270,7 +270,7 @@ def test_prefill_attention_is_chosen_or_refused_in_a_sentence(run: Run) -> None:
         refused = run(*command, "--prefill", "flash")
         assert refused.exit_code == 2
         assert "skipstone: prefill='flash' needs an NVIDIA GPU, and the model is on 'cpu'" in refused.stderr
-    assert "expected one of ('sdpa', 'flash', 'fused')" in run("inspect", "--prefill", "fast").stderr
+    assert "expected one of ('auto', 'sdpa', 'flash', 'fused')" in run("inspect", "--prefill", "fast").stderr
 
 
 def accept_everything(tree: Any, targets: Any) -> Acceptance:

@@ -47,7 +47,12 @@ Heads = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32: weights and matmuls.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken if there is one.")]
-Prefill = Annotated[str, typer.Option(help="What reads prompts: sdpa, flash (flash-attn, GPU, half) or fused (GPU).")]
+Prefill = Annotated[
+    str,
+    typer.Option(
+        help="What reads prompts: sdpa, flash (flash-attn, GPU, half), fused (GPU), or auto: fused where it can."
+    ),
+]
 Verify = Annotated[
     str,
     typer.Option(
@@ -176,7 +181,7 @@ def generate(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
     draft: Draft = "dense",
@@ -237,7 +242,7 @@ def chat(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
     draft: Draft = "dense",
@@ -307,7 +312,7 @@ def inspect(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
     ] = None,
@@ -333,7 +338,7 @@ def doctor(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     no_transformers: Annotated[
         bool, typer.Option("--no-transformers", help="Leave out the comparison that loads the weights twice.")
     ] = False,
@@ -531,7 +536,7 @@ def plan(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="To measure for; two rounds at least.")] = 5.0,
     check: Annotated[
         int, typer.Option(min=0, help="Answer so many questions with the best policies, and compare.")
@@ -638,7 +643,7 @@ def bench(
     heads: Heads = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
-    prefill: Prefill = "sdpa",
+    prefill: Prefill = "auto",
     verify: Verify = "dense",
     sparsity: Sparsity = None,
     draft: Draft = "dense",

@@ -16,6 +16,7 @@ from skipstone.bench.gpu_baselines import (
     main,
     measure_model,
     products,
+    prompt_readers,
 )
 from skipstone.bench.shapes import FAMILIES, SHAPES, random_weights, shape_config, tiny_config, weight_bytes
 from skipstone.engine.model import Decoder
@@ -122,3 +123,11 @@ def test_small_models_of_every_family(family):
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="sees none"):
         main([])
+
+
+@pytest.mark.interpreter
+def test_both_ways_of_reading_a_prompt_are_timed():
+    config = tiny_config("llama")
+    decoder = Decoder(config, random_weights(config, torch.float32, "cpu"), torch.float32, "cpu")
+    ways = prompt_readers(decoder, 40)
+    assert list(ways) == ["sdpa", "fused"] and all(read() > 0 for read in ways.values())

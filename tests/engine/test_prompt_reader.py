@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from skipstone.bench.arms import bare_heads, with_heads
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.engine import Engine, reach_of
 from skipstone.engine.forward import prefill
@@ -83,6 +84,19 @@ def test_speculative_output_is_plain_decodings(
     drafted = engine.generate(prompt, policy=best_first(2, 2, 2) if ON_GPU else fixed_exit(0, 1), max_new_tokens=2)
     assert_same_output(drafted, plain)
     assert plain.token_ids == slow.token_ids and drafted.stats.num_drafted > 0
+
+
+def test_it_is_the_default_where_these_kernels_decode(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of an engine made from another one, which would else write other keys than the one it is compared with."""
+    config, weights = tiny("llama2")
+    monkeypatch.setattr("skipstone.engine.engine.fused_rows_agree", lambda weights: True)
+    for fused, expected in ((True, "fused"), (False, "sdpa")):
+        engine = Engine(Decoder(config, weights), fused=fused)
+        assert engine.prefill == expected == with_heads(engine, bare_heads(config, (2,))).prefill
+    assert (
+        with_heads(Engine(Decoder(config, weights), fused=True, prefill="sdpa"), bare_heads(config, (2,))).prefill
+        == "sdpa"
+    )
 
 
 def test_without_fused_kernels_it_is_refused(tiny: Callable) -> None:
