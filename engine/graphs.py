@@ -24,6 +24,7 @@ from ..kernels.draw import Penalties, count_tokens, pick, process_and_draw
 from ..kernels.embed_rows import lay_rows
 from ..kernels.grow_tree import Sequences, Trees
 from ..kernels.lm_head import lm_head, num_tiles
+from ..kernels.publish import publish
 from .cache import KVCache
 from .device_draft import RecurrentDraft
 from .device_state import fill
@@ -203,7 +204,7 @@ class Rounds:
         self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
-        self._slot = 0
+        self._slot, self._next_slot = 0, whole(1)  # the host's count and the device's
         self._since = self.now()
 
     def prepare(self, kinds: Sequence[Kind]) -> None:
@@ -236,7 +237,7 @@ class Rounds:
         for target, values in (
             (self.sequences.active, active), (self.sequences.base, base), (self.sequences.end, end),
             (self.min_end, min_end), (self.seeds, seeds), (self.trees.tokens[:, 0], pending),
-            (self.trees.count, active),
+            (self.trees.count, active), (self._next_slot, [self._slot]),
         ):  # fmt: skip
             target.copy_(torch.tensor(values, dtype=target.dtype))
         for zeroed in (self.trees.depths, self.trees.paths, self.trees.parents[:, 1:]):
@@ -281,7 +282,6 @@ class Rounds:
         """Start a round. At most `AHEAD` may be unread, or their records are overwritten."""
         slot, self._slot = self._slot, (self._slot + 1) % len(self._ring)
         self.replay(kind)
-        self._ring[slot].copy_(self._report, non_blocking=True)
         ticket = Ticket(self, kind, slot, self._since)
         self._since = ticket.end
         return ticket
@@ -292,7 +292,7 @@ class Rounds:
         return records.view(self.batch, RECORD), refused
 
     def replay(self, kind: Kind) -> None:
-        """Enqueue a round that `prepare` has made, without its record."""
+        """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
         graph = self._graphs[kind] if self.cache.device.type == "cuda" else None
         if graph is None:
             self._body(kind)
@@ -356,3 +356,4 @@ class Rounds:
             count_tokens(self.record, self.penalties, pdl=pdl)
         if self.draft is not None:
             self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)
+        publish(self._report, self._ring, self._next_slot, pdl=pdl)
