@@ -2,7 +2,7 @@
 
     o = sum_p softmax_p(cap(scale * q . k_p)) v_p,    p over the positions that the row sees
 
-One program takes one row and the query heads of one KV head (the 16 rows of its products), and keys by absolute
+One program takes one row and the query heads of one KV head (the rows of its products), and keys by absolute
 position: position p lies in slot p if it is committed (p < base), else in slot base + path[p - base]. Keys are read in
 blocks at fixed absolute positions, with a running maximum over the row's own keys, and contexts are cut into splits
 at fixed absolute positions, whose partial results are put together one after the other. So a row's bits depend on
@@ -11,8 +11,15 @@ its own tokens and positions only: not on the tree, the place in it, the round's
 are rounded to the cache's dtype before their product with v, and the denominator is the product of the same weights
 with ones.
 
-A split's program that finishes last (an integer counter tells) puts the parts together; no number depends on which one
-it was. Keys that a row must not see are not read.
+Rows of one sequence read most of their keys together. A split is closed if all rows of the sequence see all of it:
+its positions are committed and in everybody's window. If a tile of 16 has more rows of the sequence than a KV head has
+query heads, a program takes those rows with one query head in place of one row with all heads. It is the same
+code on the same number of product rows, and what a product row holds does not depend on its place or on the others, so
+bits do not tell. Which splits are closed is decided on the device; the grid is the same, and programs without work
+leave.
+
+The program that adds a row's last part (an integer counter for each row and query head tells) puts the parts together;
+no number depends on which one it was. Keys that a row must not see are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from torch import Tensor
 
 from .layer_shape import LayerShape
 from .rows import PATH, Rows
-from .tile import precision
+from .tile import BLOCK_ROWS, precision
 
 try:
     import triton
@@ -60,6 +67,39 @@ def tree_attention_reference(
 
 if triton is not None:
 
+    @triton.jit
+    def _part(part_acc, part_max, part_sum, first, num_parts, i, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Part i of pairs whose parts lie from `first` [G] on; if there is none, what changes nothing."""
+        largest = tl.load(part_max + first + i, mask=i < num_parts, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(part_sum + first + i, mask=i < num_parts, other=0.0, cache_modifier=".cg")
+        at = (first.to(tl.int64)[:, None] + i) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        acc = tl.load(part_acc + at, mask=i < num_parts[:, None], other=0.0, cache_modifier=".cg")
+        return largest, total, acc
+
+    @triton.jit
+    def _put_together(  # type: ignore[no-untyped-def]
+        part_acc, part_max, part_sum, first, num_parts, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr
+    ):
+        """Results [G, D] of pairs that have `num_parts` [G] parts from `first` on, one part after the other.
+
+        Loads of AHEAD parts are issued together, so that there is one wait for all of them. Pairs that are not complete
+        give something, which nobody may store."""
+        largest, total, acc = _part(part_acc, part_max, part_sum, first, num_parts, 0, BLOCK_D)
+        largest = tl.where(num_parts > 0, largest, 0.0)  # pairs without parts give zeros
+        total = tl.where(num_parts > 0, total, 1.0)
+        for i in range(1, tl.max(num_parts, 0), AHEAD):
+            parts = ()
+            for j in tl.static_range(AHEAD):
+                parts = parts + (_part(part_acc, part_max, part_sum, first, num_parts, i + j, BLOCK_D),)
+            for j in tl.static_range(AHEAD):
+                m, s, a = parts[j]
+                highest = tl.maximum(largest, m)
+                old, new = tl.exp2(largest - highest), tl.exp2(m - highest)
+                total = total * old + s * new
+                acc = acc * old[:, None] + a * new[:, None]
+                largest = highest
+        return acc / total[:, None]
+
     @triton.jit(do_not_specialize=["num_splits"])  # one kernel for caches of all sizes
     def _tree_attention_kernel(  # type: ignore[no-untyped-def]
         q, k_cache, v_cache, out, part_acc, part_max, part_sum, arrived,
@@ -67,29 +107,56 @@ if triton is not None:
         cache_sequence, cache_head, cache_slot, scale, softcap, window, num_splits,
         NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr, SPLIT_LEN: tl.constexpr,
+        SHARE: tl.constexpr, AHEAD: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
-        row = tl.program_id(0)
-        kv_head = tl.program_id(1)
+        # Rows come last: programs start in this order, and the first rows of a tile have the most to do.
+        kv_head, row = tl.program_id(1), tl.program_id(2)
         live = tl.load(live_of + row)
         position = tl.load(position_of + row)
         base = tl.load(base_of + row)
-        sequence = tl.load(sequence_of + row).to(tl.int64)
-        g = tl.arange(0, BLOCK_G)
+        sequence = tl.load(sequence_of + row)
         d = tl.arange(0, BLOCK_D)
-        of_head = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-        q_at = row * (NUM_KV * GROUP * HEAD_DIM) + (kv_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
-        queries = tl.load(q + q_at, mask=of_head, other=0.0)
+        inside = (d < HEAD_DIM)[None, :]
+        # A row of the products is a pair of a row and a query head: here this row with the query heads of the KV head.
+        place = tl.arange(0, BLOCK_G)
+        real = place < GROUP
+        pair = row * (NUM_KV * GROUP) + kv_head * GROUP + place
+        queries = tl.load(q + pair[:, None] * HEAD_DIM + d[None, :], mask=real[:, None] & inside, other=0.0)
         first_key = tl.maximum(position - window + 1, 0)
         first_split = first_key // SPLIT_LEN
-        num_parts = position // SPLIT_LEN - first_split + 1
-        if (live == 0) | (tl.program_id(2) >= num_parts):
+        split = tl.maximum(base - window + 1, 0) // SPLIT_LEN + tl.program_id(0)
+        start = split * SPLIT_LEN
+        idle = (live == 0) | (split < first_split) | (split > position // SPLIT_LEN)
+        pair_position = position + tl.zeros_like(place)
+        if SHARE:
+            tile = row // 16 * 16 + place
+            mate = (tl.load(live_of + tile) != 0) & (tl.load(base_of + tile) == base)
+            mate &= tl.load(sequence_of + tile) == sequence
+            tile_position = tl.load(position_of + tile)
+            counted = tl.sum(tl.where(mate, tl.where(tile < row, 17, 16), 0), 0)
+            num_mates, rank = counted // 16, counted % 16  # rank: of this row among its mates
+            closed = (start + SPLIT_LEN <= base) & (start >= base + PATH - window)
+            shared = closed & (num_mates > GROUP)
+            idle |= shared & (rank >= GROUP)
+        if idle:
             return
-        keys_of = k_cache + sequence * cache_sequence + kv_head * cache_head
-        values_of = v_cache + sequence * cache_sequence + kv_head * cache_head
+        if SHARE:
+            if shared:  # all mates with one query head
+                queries = tl.load(
+                    q + (tile[:, None] * (NUM_KV * GROUP) + kv_head * GROUP + rank) * HEAD_DIM + d[None, :],
+                    mask=mate[:, None] & inside, other=0.0,
+                )  # fmt: skip
+            # written as arithmetic, for which Triton needs no exchange between threads further down
+            pair = tl.where(shared, tile, row) * (NUM_KV * GROUP) + kv_head * GROUP + tl.where(shared, rank, place)
+            real = tl.where(shared, mate, real)
+            pair_position = tl.where(shared, tile_position, pair_position)
+        pair_first = tl.maximum(pair_position - window + 1, 0) // SPLIT_LEN
+        pair_parts = tl.where(real, pair_position // SPLIT_LEN - pair_first + 1, 0)
+        keys_of = k_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
+        values_of = v_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
 
-        start = (first_split + tl.program_id(2)) * SPLIT_LEN
         stop = tl.minimum(start + SPLIT_LEN, position + 1)
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
@@ -121,33 +188,22 @@ if triton is not None:
             largest = highest
         pdl_next(PDL)
         denominator = tl.max(total, 1)  # sixteen equal columns
-        if num_parts == 1:
-            tl.store(out + q_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=of_head)
+        out_at = pair[:, None] * HEAD_DIM + d[None, :]
+        if position // SPLIT_LEN == first_split:  # the only part
+            tl.store(out + out_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=real[:, None] & inside)
         else:
-            own = (row * NUM_KV + kv_head) * num_splits
-            at = (own + tl.program_id(2)).to(tl.int64)
-            tl.store(part_max + at * BLOCK_G + g, largest)
-            tl.store(part_sum + at * BLOCK_G + g, denominator)
-            tl.store(part_acc + (at * BLOCK_G + g[:, None]) * BLOCK_D + d[None, :], acc)
+            own = pair * num_splits
+            at = own + split - pair_first
+            tl.store(part_max + at, largest, mask=real)
+            tl.store(part_sum + at, denominator, mask=real)
+            tl.store(part_acc + at.to(tl.int64)[:, None] * BLOCK_D + d[None, :], acc, mask=real[:, None])
             tl.debug_barrier()
-            counter = arrived + row * NUM_KV + kv_head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+            last = real & (tl.atomic_add(arrived + pair, 1, mask=real, sem="acq_rel") == pair_parts - 1)
+            if tl.max(last.to(tl.int32), 0) == 1:
                 tl.debug_barrier()
-                tl.store(counter, 0)
-                largest = tl.load(part_max + own * BLOCK_G + g, cache_modifier=".cg")
-                denominator = tl.load(part_sum + own * BLOCK_G + g, cache_modifier=".cg")
-                to = (own.to(tl.int64) * BLOCK_G + g[:, None]) * BLOCK_D + d[None, :]
-                acc = tl.load(part_acc + to, cache_modifier=".cg")
-                for i in range(1, num_parts):
-                    m = tl.load(part_max + (own + i) * BLOCK_G + g, cache_modifier=".cg")
-                    highest = tl.maximum(largest, m)
-                    old, new = tl.exp2(largest - highest), tl.exp2(m - highest)
-                    s = tl.load(part_sum + (own + i) * BLOCK_G + g, cache_modifier=".cg")
-                    denominator = denominator * old + s * new
-                    to = ((own + i).to(tl.int64) * BLOCK_G + g[:, None]) * BLOCK_D + d[None, :]
-                    acc = acc * old[:, None] + tl.load(part_acc + to, cache_modifier=".cg") * new[:, None]
-                    largest = highest
-                tl.store(out + q_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=of_head)
+                tl.store(arrived + pair, 0, mask=last)
+                result = _put_together(part_acc, part_max, part_sum, own, pair_parts, BLOCK_D, AHEAD)
+                tl.store(out + out_at, result.to(out.dtype.element_ty), mask=last[:, None] & inside)
 
 
 class AttentionScratch:
@@ -155,12 +211,11 @@ class AttentionScratch:
 
     def __init__(self, num_rows: int, context: int, shape: LayerShape, device: torch.device | str) -> None:
         self.num_splits = -(-context // SPLIT_LEN)
-        block_g, block_d = _blocks(shape)
-        size = num_rows * shape.num_kv_heads
-        parts = size * self.num_splits if self.num_splits > 1 else 1
-        self.acc = torch.empty(parts, block_g, block_d, device=device)
-        self.largest, self.total = torch.empty(2, parts, block_g, device=device).unbind()
-        self.arrived = torch.zeros(size, dtype=torch.int32, device=device)
+        pairs = num_rows * shape.num_heads
+        parts = pairs * self.num_splits if self.num_splits > 1 else 1
+        self.acc = torch.empty(parts, _blocks(shape)[1], device=device)
+        self.largest, self.total = torch.empty(2, parts, device=device).unbind()
+        self.arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
 
 
 def _blocks(shape: LayerShape) -> tuple[int, int]:
@@ -198,6 +253,7 @@ def tree_attention(
     shape: LayerShape,
     window: int | None = None,
     *,
+    share: bool = True,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -211,6 +267,7 @@ def tree_attention(
         rows: where each row stands.
         shape: of the layer.
         window: a row at p sees p - window + 1 .. p; None all.
+        share: let rows of a sequence read what they all see together; the bits are the same, only times are not.
         pdl, settings: as in `qkv`.
     """
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
@@ -218,13 +275,14 @@ def tree_attention(
     chosen = _settings(shape, q.dtype) if settings is None else settings
     block_g, block_d = _blocks(shape)
     splits = scratch.num_splits
-    if window is not None:
-        splits = min(splits, -(-(window - 1) // SPLIT_LEN) + 1)
-    _tree_attention_kernel[(len(rows), shape.num_kv_heads, splits)](
+    if window is not None:  # of all rows that may stand on one root
+        splits = min(splits, -(-(window + PATH - 2) // SPLIT_LEN) + 1)
+    _tree_attention_kernel[(splits, shape.num_kv_heads, len(rows))](
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
         scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
-        BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl, **chosen, **({"launch_pdl": True} if pdl else {}),
+        SHARE=share and shape.group_size < BLOCK_ROWS, AHEAD=8 if block_d <= 128 else 4, BLOCK_G=block_g,
+        BLOCK_D=block_d, PDL=pdl, **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
