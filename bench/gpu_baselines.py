@@ -12,6 +12,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `compile` | one token's forward over a static cache through torch.compile, captured in one CUDA graph (gpt-fast's scheme, less its work on the host) |
 | `compile-host` | the same through `mode="reduce-overhead"`, called from Python, as gpt-fast does |
 | `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
+| `step-unshared` | the same where attention reads its keys for each row, and whether all bits are those of `step` and of each row alone |
 | `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
@@ -38,17 +39,17 @@ from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
 from ..engine.engine import reach_of
 from ..engine.forward import prefill
-from ..engine.fused import FusedWeights
+from ..engine.fused import FusedStep, FusedWeights
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from ..engine.prompt_reader import PromptReader
 from .baselines import as_transformers
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
-from .profile import step_us
+from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
-ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "prefill", "cublas-1", "cublas-16")
+ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "prefill", "cublas-1", "cublas-16")
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 # Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
 TOLERANCE = 0.05
@@ -359,12 +360,17 @@ def measure_model(
                 add(arm, spread, start, logits_error=round(error, 5), tokens_equal_to_hf=equal)
                 del loop
                 torch._dynamo.reset()
-    if "step" in arms:
+    if {"step", "step-unshared"} & set(arms):
         fused = FusedWeights(Decoder(config, weights, weights["embed.weight"].dtype, device))
         for context in contexts:
-            for live in (1, 16):
-                start = time.perf_counter()
-                add(f"step-{live}", step_us(fused, context, live), start, context=context)
+            for arm, step_of in (("step", FusedStep), ("step-unshared", partial(FusedStep, share=False))):
+                if arm not in arms:
+                    continue
+                more = {} if arm == "step" else {"rows_that_differ": rows_that_differ(fused, context)}
+                for live in (1, 16):
+                    start = time.perf_counter()
+                    spread = step_us(fused, context, live, step_of=step_of)
+                    add(f"{arm}-{live}", spread, start, context=context, **more)
         del fused
     if "prefill" in arms:
         own = Decoder(config, weights, weights["embed.weight"].dtype, device)
@@ -387,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
-    parser.add_argument("--contexts", default="64,4096", help="of the arm step: tokens before the rows")
+    parser.add_argument("--contexts", default="64,4096", help="of the arms step, step-unshared: tokens before the rows")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -416,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))
-    return 0
+    return int(any(row.get("rows_that_differ") for row in document["rows"]))
 
 
 if __name__ == "__main__":

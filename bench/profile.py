@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
@@ -26,7 +27,7 @@ from ..engine.config import ModelConfig
 from ..engine.engine import Engine
 from ..engine.fused import FusedStep, FusedWeights
 from ..engine.generation import Generation
-from ..engine.graphs import Kind, Rounds, Start
+from ..engine.graphs import Kind, Rounds, Start, has_dependent_launch
 from ..engine.sampling import SamplingParams
 from ..kernels.draw import pick
 from .device_time import Spread, bandwidth, capture, events_us, replay_us
@@ -174,14 +175,7 @@ def step_us(
         num_rows, step_of, kernels: the step to time, in place of the engine's.
     """
     config, device, dtype = weights.config, weights.decoder.device, weights.decoder.dtype
-    length = context + num_rows
-    cache = KVCache(plan_cache(config, 1, length, device, dtype), device)
-    cache.k.normal_()
-    cache.v.normal_()
-    step = step_of(weights, cache, num_rows, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
-    wanted = chain_rows(length, device, num_rows)
-    for name, tensor in vars(step.rows).items():
-        tensor.copy_(getattr(wanted, name))
+    step = _chain_step(weights, random_cache(weights, context + num_rows), num_rows, step_of)
     step.rows.live.copy_((torch.arange(num_rows) < live).int())
     head = weights.head
     value = torch.zeros(num_rows, kernels.lm_head.num_tiles(config.vocab_size, dtype), device=device)
@@ -200,6 +194,47 @@ def step_us(
 
     with torch.inference_mode():
         return replay_us(capture(body))
+
+
+def random_cache(weights: FusedWeights, length: int) -> KVCache:
+    """A cache of one sequence, full of noise."""
+    device = weights.decoder.device
+    cache = KVCache(plan_cache(weights.config, 1, length, device, weights.decoder.dtype), device)
+    cache.k.normal_()
+    cache.v.normal_()
+    return cache
+
+
+def _chain_step(
+    weights: FusedWeights, cache: KVCache, num_rows: int, step_of: Callable[..., FusedStep] = FusedStep
+) -> FusedStep:
+    """A step over the last tokens that a cache holds, all rows live."""
+    step = step_of(weights, cache, num_rows, pdl=has_dependent_launch(cache.device))
+    wanted = chain_rows(cache.plan.context, cache.device, num_rows)
+    for name, tensor in vars(step.rows).items():
+        tensor.copy_(getattr(wanted, name))
+    return step
+
+
+@torch.inference_mode()
+def rows_that_differ(weights: FusedWeights, context: int) -> int:
+    """Rows of a step whose residual stream has other bits where attention shares keys than where it does not, or than
+    that of the row alone; for a chain of 16 after `context` tokens, 0 is right."""
+    cache = random_cache(weights, context + NUM_ROWS)
+    ids = torch.arange(NUM_ROWS, device=cache.device) * 7 % weights.config.vocab_size
+    each = torch.arange(NUM_ROWS, device=cache.device)
+
+    def run(live: Tensor, share: bool) -> Tensor:
+        step = _chain_step(weights, cache, NUM_ROWS, partial(FusedStep, share=share))
+        step.rows.live.copy_(live)
+        step.ids.copy_(ids)
+        step.embed()
+        return step.run(0, weights.config.num_layers).clone()
+
+    shared = run(each >= 0, True)
+    alone = torch.stack([run(each == r, True)[r] for r in range(NUM_ROWS)])
+    different = (shared != run(each >= 0, False)) | (shared != alone)
+    return int(different.any(1).sum())
 
 
 def round_times(

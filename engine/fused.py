@@ -132,6 +132,7 @@ class FusedStep:
         num_rows: R, a multiple of 16.
         reach: tokens that a sequence may hold; None: as many as the cache.
         pdl: programmatic dependent launch (Hopper and newer).
+        share: whether attention may read keys once for several rows (`tree_attention`); bits are the same.
 
     Attributes:
         rows, ids: int32 metadata and tokens of the rows, to be filled before a step.
@@ -140,9 +141,16 @@ class FusedStep:
     """
 
     def __init__(
-        self, weights: FusedWeights, cache: KVCache, num_rows: int, *, reach: int | None = None, pdl: bool = False
+        self,
+        weights: FusedWeights,
+        cache: KVCache,
+        num_rows: int,
+        *,
+        reach: int | None = None,
+        pdl: bool = False,
+        share: bool = True,
     ) -> None:
-        self.weights, self.cache, self.num_rows, self.pdl = weights, cache, num_rows, pdl
+        self.weights, self.cache, self.num_rows, self.pdl, self._share = weights, cache, num_rows, pdl, share
         config, shape, device, dtype = weights.config, weights.shape, cache.device, weights.decoder.dtype
         width, wide = config.hidden_size, config.num_heads * config.head_dim
         self.rows = Rows.empty(num_rows, device)
@@ -203,8 +211,9 @@ class FusedStep:
                 self._q, keys, values, rows, shape, pdl=pdl,
             )  # fmt: skip
             tree_attention(
-                self._q, keys, values, self._attended, self._scratch, rows, shape, config.windows[index], pdl=pdl
-            )
+                self._q, keys, values, self._attended, self._scratch, rows, shape, config.windows[index],
+                share=self._share, pdl=pdl,
+            )  # fmt: skip
             if config.parallel_residual:
                 up_linear(
                     self._x_mlp, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape, pdl=pdl

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.embed_rows import lay_rows
 from ..kernels.grow_tree import Trees
 from ..kernels.lm_head import lm_head
+from ..kernels.tree_attention import SPLIT_LEN
 from .cache import KVCache, plan_cache
 from .device_state import fill
 from .forward import RowTiles, Working, advance, node_logits
@@ -23,6 +24,7 @@ from .model import Decoder
 from .tree import MAX_NODES, DraftTree
 
 PREFIX = 70  # committed keys in the test: more than one group of positions
+LONG_PREFIX = SPLIT_LEN + 14  # on a GPU: a split whose keys attention reads once for several rows
 LAYERS = 2  # layers run end to end; all layers of a model have the same shapes
 
 
@@ -125,7 +127,8 @@ def _trees(vocab_size: int) -> tuple[DraftTree, DraftTree, list[int]]:
 
 def _filled_cache(decoder: Decoder, batch: int) -> tuple[KVCache, int]:
     """A cache whose sequences hold the same keys and values, and how many."""
-    context = min(PREFIX + MAX_NODES, decoder.config.max_context)
+    prefix = LONG_PREFIX if decoder.device.type == "cuda" else PREFIX
+    context = min(prefix + MAX_NODES, decoder.config.max_context)
     cache = KVCache(plan_cache(decoder.config, batch, context, decoder.device, decoder.dtype), decoder.device)
     generator = torch.Generator().manual_seed(1)
     for store in (cache.k, cache.v):

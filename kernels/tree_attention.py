@@ -275,6 +275,8 @@ def tree_attention(
     chosen = _settings(shape, q.dtype) if settings is None else settings
     block_g, block_d = _blocks(shape)
     splits = scratch.num_splits
+    # more heads than that: no tile has more rows; no whole tile: rows of other kernels (bench/one_row.py)
+    share = share and shape.group_size < BLOCK_ROWS and len(rows) % BLOCK_ROWS == 0
     if window is not None:  # of all rows that may stand on one root
         splits = min(splits, -(-(window + PATH - 2) // SPLIT_LEN) + 1)
     _tree_attention_kernel[(splits, shape.num_kv_heads, len(rows))](
@@ -283,6 +285,6 @@ def tree_attention(
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
         scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
-        SHARE=share and shape.group_size < BLOCK_ROWS, AHEAD=8 if block_d <= 128 else 4, BLOCK_G=block_g,
-        BLOCK_D=block_d, PDL=pdl, **chosen, **({"launch_pdl": True} if pdl else {}),
+        SHARE=share, AHEAD=8 if block_d <= 128 else 4, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
+        **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

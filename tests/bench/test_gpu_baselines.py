@@ -18,6 +18,7 @@ from skipstone.bench.gpu_baselines import (
     products,
     prompt_readers,
 )
+from skipstone.bench.profile import random_cache
 from skipstone.bench.shapes import FAMILIES, SHAPES, random_weights, shape_config, tiny_config, weight_bytes
 from skipstone.engine.model import Decoder
 
@@ -69,10 +70,11 @@ def test_rows_without_a_gpu(subject, capsys):
 
 def test_our_own_step_at_each_context_and_width(subject, monkeypatch):
     subject, _ = subject
-    asked = []
+    asked, shares = [], []
 
-    def timed(weights, context, live):
+    def timed(weights, context, live, *, step_of):
         asked.append((weights.config, context, live))
+        shares.append(step_of(weights, random_cache(weights, 40), 16)._share)
         return Spread(1.0, 2.0 + live, 30.0)
 
     monkeypatch.setattr("skipstone.bench.gpu_baselines.step_us", timed)
@@ -81,6 +83,13 @@ def test_our_own_step_at_each_context_and_width(subject, monkeypatch):
     assert [(row["arm"], row["context"], row["us_per_token"]) for row in rows] == [
         (f"step-{live}", context, 2.0 + live) for context in (8, 40) for live in (1, 16)
     ]
+    assert all(shares)
+    monkeypatch.setattr("skipstone.bench.gpu_baselines.rows_that_differ", lambda weights, context: context // 40)
+    rows = measure_model(subject, ("step-unshared",), prompt_len=5, num_new=4, repeats=2, read=1.0, contexts=(8, 40))
+    assert [(row["arm"], row["rows_that_differ"]) for row in rows] == [
+        (f"step-unshared-{live}", context // 40) for context in (8, 40) for live in (1, 16)
+    ]
+    assert not any(shares[4:])
 
 
 def test_products_are_all_of_a_step(subject):
