@@ -8,7 +8,7 @@ BLAS, whose rows are not independent of their place, so there products are taken
 
 Planted bugs that these tests were seen to catch: a split closed one position too early, or one position too near to a
 window's edge; rows of other sequences, or dead ones, taken for mates; a mate's parts counted from this row's position;
-a query head too many.
+the next query head's queries.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BATCHES = {
     "chain": (16, [(CHAIN, 2 * SHORT)]),
     "edge": (16, [(CHAIN, 3 * SHORT - 3)]),
     "bushy": (16, [(BUSHY, 2 * SHORT + 5)]),
-    "star": (16, [(STAR, 2 * SHORT - 1), (CHAIN[:5], SHORT)]),
+    "star": (16, [(STAR, 2 * SHORT - 2), (CHAIN[:5], SHORT)]),
     "eights": (8, [(BUSHY[:8], 70), (CHAIN[:5], 70), ([-1], 90), (CHAIN[:8], 31)]),
     "fours": (4, [(CHAIN[:4], 40), (STAR[:4], 40), (CHAIN[:3], 32), (STAR[:4], 95)]),
     "twos": (2, [(CHAIN[:2], 31 + b) for b in range(3)]),
@@ -148,6 +148,25 @@ def test_more_heads(group: int, num_kv: int, softcap: float | None, dtype: torch
     width, batch = BATCHES["bushy"]
     case = Case(rows_of(batch, width), shape_of(group, num_kv, softcap=softcap), dtype)
     case.check([0, -1], SMALL | {"BLOCK": SHORT // 2})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "window"), [("edge", None), ("bushy", 67), ("eights", None)])
+def test_last_programs_first(
+    name: str, window: int | None, short_splits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever program comes last puts the parts together; the interpreter runs them in one order, here the other."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    width, batch = BATCHES[name]
+    case = Case(rows_of(batch, width), shape_of(3, 1), torch.float16, window)
+    expected = case.attend(False, settings=SMALL)
+
+    def set_grid_idx(self, x: int, y: int, z: int) -> None:  # type: ignore[no-untyped-def]
+        self.grid_idx = tuple(n - 1 - i for n, i in zip(self.grid_dim, (x, y, z), strict=True))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+    assert torch.equal(case.attend(True, settings=SMALL)[case.live], expected[case.live])
 
 
 @pytest.mark.parametrize("window", [8, 47, 48, 49, 64, 79, 80, 81])
