@@ -279,12 +279,14 @@ def tree_attention(
     share = share and shape.group_size < BLOCK_ROWS and len(rows) % BLOCK_ROWS == 0
     if window is not None:  # of all rows that may stand on one root
         splits = min(splits, -(-(window + PATH - 2) // SPLIT_LEN) + 1)
+    # parts on their way take 64 registers a thread at most
+    ahead = max(1, min(8, 64 * 32 * chosen["num_warps"] // (block_g * block_d)))
     _tree_attention_kernel[(splits, shape.num_kv_heads, len(rows))](
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
         scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
-        SHARE=share, AHEAD=8 if block_d <= 128 else 4, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
+        SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
         **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
