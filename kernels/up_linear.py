@@ -4,7 +4,8 @@
     plain:  a = act(norm(h) W_up^T + b)
 
 with the norm deferred (see `tile.py`). One program makes some neurons of 16 rows, gate and up of the same ones. One
-pass.
+pass. Where each tile of rows has a list of neurons (`kept.py`), place i of `a` holds the i-th of them, and programs
+whose places lie beyond the list leave at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kept import Kept
 from .layer_shape import LayerShape
 from .qkv import normed_product
 from .rows import Rows
@@ -58,16 +60,21 @@ if triton is not None:
 
     @triton.jit
     def _up_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, out, live_of, eps,
+        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
-        X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+        KEPT: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         both = tl.arange(0, WAYS * BN)
         neuron = tl.program_id(1) * BN + both % BN
+        if KEPT:
+            count = tl.load(count_of + tl.program_id(0))
+            if tl.program_id(1) * BN >= count:
+                return
+            neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=FF)
         cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
         ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT)
         inside = cols < WAYS * FF
@@ -125,6 +132,7 @@ def up_linear(
     rows: Rows,
     shape: LayerShape,
     *,
+    kept: Kept | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -134,15 +142,18 @@ def up_linear(
         x, stats, shift: as in `qkv`.
         weight: `[2 FF, D]`, gate rows first, or `[FF, D]` for a plain MLP.
         bias: of the same length, or None; for LayerNorm with the norm's own bias multiplied in.
-        out: `[R, FF]` in the model's dtype, overwritten.
+        out: `[R, FF]` in the model's dtype, overwritten; with `kept` only the places in front of each tile's count, and
+            few behind it.
+        kept: the neurons of each tile of rows; None: all.
         rows, shape, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
     _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
-        x, stats, weight, bias, shift, out, rows.live, shape.norm_eps,
+        x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
+        None if kept is None else kept.count, shape.norm_eps,
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
-        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        KEPT=kept is not None, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
