@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+ZEROS = 16  # an activation is zero from its tile's count to the next multiple of this
+
+
 @dataclass(frozen=True)
 class Kept:
     """Of one layer.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kept import Kept
+from .kept import ZEROS, Kept
 from .residual_linear import Parts, residual_linear_reference
 from .rows import Rows
 from .tile import BLOCK_ROWS, precision, x_scale
@@ -49,7 +49,7 @@ if triton is not None:
     def _kept_down_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
         ids, count_of,
-        FF: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+        FF: tl.constexpr, D: tl.constexpr, ZEROS: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
         STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
         PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
@@ -76,6 +76,8 @@ if triton is not None:
         if RESIDUAL:
             to_before = hidden + rows[:, None].to(tl.int64) * D + cols[None, :]
             before = tl.load(to_before, mask=inside[None, :], other=0.0)
+        # Whole vectors, up to where `up_linear` leaves zeros: a ragged mask would load value by value.
+        stop = tl.cdiv(end, ZEROS) * ZEROS if FF % ZEROS == 0 else end
         ids += tl.program_id(0) * FF
         a_rows = a + rows.to(tl.int64) * FF
         place = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
@@ -84,7 +86,7 @@ if triton is not None:
             at = start + place
             real = at < end
             neuron = tl.load(ids + at, mask=real, other=0)
-            x = tl.load(a_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+            x = tl.load(a_rows[None, :, None] + at[:, None, :], mask=(at < stop)[:, None, :], other=0.0)
             w = tl.load(
                 weight + neuron[:, :, None].to(tl.int64) * D + cols[None, None, :],
                 mask=real[:, :, None] & inside[None, None, :], other=0.0,
@@ -130,12 +132,13 @@ def kept_parts(width: int, num_neurons: int, dtype: torch.dtype) -> int:
 
 def _settings(width: int, num_neurons: int, dtype: torch.dtype) -> dict[str, int]:
     """Columns a program, depth of a product, partial products, programs a tile, warps, stages. A rule, not tuned: a
-    program's part of a weight's row is a whole line of 128 bytes."""
+    program's part of a weight's row is a whole line of 128 bytes. The weights in flight are of half the stages, for the
+    list is read so far ahead of them."""
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "PARTS": 2, "num_warps": 4, "num_stages": 2}
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, triton.cdiv(width, 64)))
     parts = max(1, min(MOST_PARTS, wanted, num_neurons // 64))
-    return {"BN": 64, "BK": 64, "SPLIT": 1, "PARTS": parts, "num_warps": 4, "num_stages": 4}
+    return {"BN": 64, "BK": 64, "SPLIT": 1, "PARTS": parts, "num_warps": 4, "num_stages": 8}
 
 
 def kept_down(
@@ -177,7 +180,7 @@ def kept_down(
     _kept_down_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats, parts.sums, parts.arrived,
         rows.live, kept.ids, kept.count,
-        FF=num_neurons, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
+        FF=num_neurons, D=width, ZEROS=ZEROS, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
         STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
         PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),

@@ -5,7 +5,7 @@
 
 with the norm deferred (see `tile.py`). One program makes some neurons of 16 rows, gate and up of the same ones. One
 pass. Where each tile of rows has a list of neurons (`kept.py`), place i of `a` holds the i-th of them, and programs
-whose places lie beyond the list leave at once.
+whose places lie beyond the list leave at once: before they wait, for they write nothing, and the first ones do wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kept import Kept
+from .kept import ZEROS, Kept
 from .layer_shape import LayerShape
 from .qkv import normed_product
 from .rows import Rows
@@ -63,16 +63,16 @@ if triton is not None:
         x, stats, weight, bias, shift, out, live_of, kept, count_of, eps,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
-        KEPT: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+        ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         both = tl.arange(0, WAYS * BN)
         neuron = tl.program_id(1) * BN + both % BN
-        if KEPT:
+        if ZEROS > 0:  # each tile has a list
             count = tl.load(count_of + tl.program_id(0))
-            if tl.program_id(1) * BN >= count:
+            if tl.program_id(1) * BN >= tl.cdiv(count, ZEROS) * ZEROS:
                 return
             neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=FF)
         cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
@@ -142,8 +142,8 @@ def up_linear(
         x, stats, shift: as in `qkv`.
         weight: `[2 FF, D]`, gate rows first, or `[FF, D]` for a plain MLP.
         bias: of the same length, or None; for LayerNorm with the norm's own bias multiplied in.
-        out: `[R, FF]` in the model's dtype, overwritten; with `kept` only the places in front of each tile's count, and
-            few behind it.
+        out: `[R, FF]` in the model's dtype, overwritten; with `kept` the places in front of each tile's count, and
+            zeros behind it up to a multiple of `ZEROS`.
         kept: the neurons of each tile of rows; None: all.
         rows, shape, pdl, settings: as in `qkv`.
     """
@@ -154,6 +154,7 @@ def up_linear(
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
-        KEPT=kept is not None, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl,
+        BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
