@@ -4,6 +4,10 @@ The host runs a round or two behind the device. The device ends sequences by its
 what only the host can see (stop strings, a closed stream) it tells the device, and rounds that were in flight by then
 are overshoot: their records are dropped. So the text is the one of the loop that waits for every round
 (`engine/loop.py`), whose trees, acceptance and statistics these are.
+
+Where neurons are skipped and masks are read again (`sparsity/target.py`), the position of the next reading is the end
+that the device knows: it clips drafts there and stops. The host reads the text once no round is in flight, and the
+sequence goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +22,18 @@ import torch
 from ..kernels.grow_tree import Shape
 from .gate import PLAIN, DraftPolicy
 from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
-from .loop import Machinery, Origin, Released, Request, begin, grow, is_out_of_memory, keep_pace, read_prompts
+from .loop import (
+    Machinery,
+    Origin,
+    Released,
+    Request,
+    begin,
+    grow,
+    is_out_of_memory,
+    keep_pace,
+    read_prompts,
+    read_text,
+)
 from .pacing import Pace
 from .stopping import Emission
 from .tree import Acceptance, DraftTree
@@ -83,22 +98,25 @@ def decode_on_device(
             gives trees.
     """
     by_host = policy.drafts and rounds.draft is None
+    if on.sparse is not None:
+        on = replace(on, keep=rounds.keep)
     read_prompts(on, requests)
     with torch.inference_mode():
-        rounds.begin([_start(request) for request in requests])
+        rounds.begin([_start(on, request) for request in requests])
         if rounds.draft is not None:
             for request in requests:
                 rounds.draft.start(request.sequence, on.memories[0])
     rounds.start_clock()
     queue = _Queue(rounds, deque())
     given: dict[int, _Given] = {}
+    stopped: list[Request] = []  # whose texts are read again before they go on
     try:
         while active := [request for request in requests if not request.checker.finished]:
             with torch.inference_mode():
                 room = max(request.checker.num_remaining for request in active)
                 # a host that drafts, or feeds memories from a round's states, has to see each round's end first
                 ahead = 1 if by_host else AHEAD
-                while len(queue.tickets) < min(ahead, room):
+                while not stopped and len(queue.tickets) < min(ahead, room):
                     drafting = policy.drafts and room > 1 and (pace is None or pace.drafting())
                     try:
                         given = _launch(on, queue, active, policy, drafting, by_host)
@@ -116,6 +134,8 @@ def decode_on_device(
                 for request in active:
                     record = records[request.sequence]
                     request.statistics.decode_ms += elapsed
+                    if record is None and request in stopped:
+                        continue
                     if record is None:
                         released.append((request, _lose(request)))
                         continue
@@ -125,6 +145,13 @@ def decode_on_device(
                     num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:
                         rounds.drop(request.sequence)
+                    if not request.checker.finished and record.status == 2:
+                        stopped.append(request)
+                if stopped and not queue.tickets:
+                    for request in stopped:
+                        read_text(on, request, None)
+                        rounds.resume(request.sequence, _end(on, request))
+                    stopped, queue.waiting = [], MOST_UNREAD
             if pace is not None and policy.drafts:
                 keep_pace(pace, active, num_tokens / len(active), ticket.kind != "plain", elapsed)
             left = time.perf_counter()
@@ -167,7 +194,7 @@ def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: R
     host knows of its own tree."""
     on.cache.lens[request.sequence] += len(record.nodes) + 1
     if on.memories:
-        each = 1 if kind == "plain" else rounds.width
+        each = rounds.rows_each(kind)
         path = [0, *record.nodes]
         rows = torch.tensor([request.sequence * each + node for node in path], device=on.cache.device)
         states = {layer: states[rows] for layer, states in rounds.taps[each].items()}
@@ -178,10 +205,17 @@ def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: R
     return record if given is None else replace(record, tree=given.tree, num_refused=given.num_refused)
 
 
-def _start(request: Request) -> Start:
-    ids = request.history.token_ids
-    end = len(ids) + request.checker.num_remaining
-    return Start(request.sequence, ids, request.history.prompt_len, end, request.sampler.params)
+def _start(on: Machinery, request: Request) -> Start:
+    history = request.history
+    return Start(request.sequence, history.token_ids, history.prompt_len, _end(on, request), request.sampler.params)
+
+
+def _end(on: Machinery, request: Request) -> int:
+    """The length at which the device stops: where the budget ends, or with as many tokens committed as its text is read
+    again at (and one pending)."""
+    end = len(request.history) + request.checker.num_remaining
+    again = None if on.sparse is None else on.sparse.next_refresh(request.sequence)
+    return end if again is None else min(end, again + 1)
 
 
 def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
@@ -199,7 +233,7 @@ def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
             "banned; check the weights, the dtype (float16 overflows where bfloat16 does not) and the options"
         )
         released += request.checker.finish("error")
-    elif record.status != 0 and not request.checker.finished:
+    elif record.status != 0 and not request.checker.finished and not _stops_to_read(on, request, record):
         released += _lose(request)
     request.history.extend(kept)
     request.origins += [Origin(tree.exit_layers[node], tree.entropies[node], None) for node in record.nodes]
@@ -209,6 +243,12 @@ def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
     grown = len(request.checker.token_ids) - before
     request.statistics.record_round(tree, acceptance, grown, gate_stops=record.num_refused)
     return released
+
+
+def _stops_to_read(on: Machinery, request: Request, record: Record) -> bool:
+    """Whether a sequence stands, after this record, where its text is read again."""
+    again = None if on.sparse is None else on.sparse.next_refresh(request.sequence)
+    return record.status == 2 and request.committed_len + len(record.tokens) == again
 
 
 def _lose(request: Request) -> list[Emission]:

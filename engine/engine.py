@@ -112,9 +112,10 @@ class Engine:
         self.warning: str | None = None
         self.observer: Observer | None = None
         with torch.inference_mode(), self.here():
-            self.tiles = self._find_tiles()
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
-            self.fused = self._fuse(wanted)
+            skips = sparsity is not None and not isinstance(sparsity, TealLevel)
+            self.fused = self._fuse(wanted, skips)  # may store weights another way, so before tiles are looked for
+            self.tiles = self._find_tiles()
             self.fused_refused = wanted and self.fused is None
             self._reads_fused = prefill in ("auto", "fused") and self.fused is not None and sparsity is None
             if prefill == "fused" and not self._reads_fused:
@@ -152,10 +153,17 @@ class Engine:
             self.warning = str(error)
             return RowTiles()
 
-    def _fuse(self, wanted: bool) -> FusedWeights | None:
+    def _fuse(self, wanted: bool, skips: bool) -> FusedWeights | None:
         """The model for fused kernels, if its rows have the same bits in every tile and tree on this machine."""
-        weights = FusedWeights(self.decoder) if wanted else None
+        weights = FusedWeights(self.decoder, by_neuron=skips) if wanted else None
         return weights if weights is not None and fused_rows_agree(weights) else None
+
+    def _on_device(self, params: Sequence[SamplingParams]) -> FusedWeights | None:
+        """The weights of rounds on the device for requests with these options; None: the waiting loop decodes them."""
+        weights = self.fused
+        if weights is None or self.teal is not None or weights.by_neuron != (self.sparse is not None):
+            return None
+        return weights if params and all(map(samples_on_device, params)) else None
 
     @property
     def prefill(self) -> str:
@@ -324,7 +332,8 @@ class Engine:
         with self._claimed():
             requests = self._requests([[1]] * batch, None, True, sampling)
             params, cache = requests[0].sampler.params, self._cache
-            if self.fused is None or self.teal is not None or cache is None or not samples_on_device(params):
+            fused = self._on_device([params])
+            if fused is None or cache is None:
                 return time.perf_counter() - start
             for policy in policies:
                 reach = 0
@@ -336,7 +345,7 @@ class Engine:
                         with torch.inference_mode():
                             for size in reader.sizes:
                                 reader.step(size, reach, tuple(sorted(taps)))
-                    self._rounds_for(self.fused, cache, batch, policy, needs_processing(params), reach)
+                    self._rounds_for(fused, cache, batch, policy, needs_processing(params), reach)
         return time.perf_counter() - start
 
     def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
@@ -375,7 +384,8 @@ class Engine:
         parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
         thinned = self._teal_target or self._teal_drafter
         parts += [] if thinned is None else [thinned.arithmetic()]
-        return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch)])
+        lists = self.fused is not None
+        return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch, lists)])
 
     def memory_plans(self, policy: DraftPolicy, batch: int, context: int) -> dict[int, MemoryPlan]:
         """Sizes of the memories that a policy needs, by exit layer of the stateful heads that it asks."""
@@ -416,8 +426,7 @@ class Engine:
         unfinished = [request for request in requests if not request.checker.finished]
         params = [request.sampler.params for request in unfinished]
         drafter = self._teal_drafter if any(chosen.exits) else None
-        waits = self.observer is not None or drafter is not None or self.teal is not None
-        fused = self.fused if params and not waits and all(map(samples_on_device, params)) else None
+        fused = None if self.observer is not None or drafter is not None else self._on_device(params)
         processed = any(map(needs_processing, params))
         pace = None
         if speculation is True and policy is None:

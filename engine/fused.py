@@ -7,18 +7,24 @@ norm needs. Prompts are read by the decoder itself.
 
     FusedWeights   what the kernels read, once a model
     FusedStep      buffers for a number of rows, and the step itself
+
+For a target that skips neurons (TDA) the down projections are stored by neuron, and each tile of rows has a list of the
+neurons it uses in every layer: data in device memory, so one captured step serves every list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels import tile
 from ..kernels.embed_rows import embed_rows
+from ..kernels.kept import Kept, KeptNeurons
+from ..kernels.kept_down import kept_down, kept_parts, kept_tiles
 from ..kernels.layer_shape import LayerShape
 from ..kernels.linear import PackedLinear
 from ..kernels.qkv import qkv
@@ -89,11 +95,16 @@ class FusedLayer:
 
 
 class FusedWeights:
-    """A decoder's weights as the kernels take them; they share its memory."""
+    """A decoder's weights as the kernels take them; they share its memory.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Args:
+        by_neuron: down projections `[FF, D]`, for steps that skip neurons; the decoder's own are views of these from
+            then on, where they are not packed.
+    """
+
+    def __init__(self, decoder: Decoder, by_neuron: bool = False) -> None:
         config = decoder.config
-        self.decoder, self.config, self.shape = decoder, config, layer_shape(decoder)
+        self.decoder, self.config, self.shape, self.by_neuron = decoder, config, layer_shape(decoder), by_neuron
         decoder.reserve_rotary(config.max_context + tile.BLOCK_ROWS)
         self.layers = []
         for layer in decoder.layers:
@@ -108,7 +119,7 @@ class FusedWeights:
                     both,
                     (plain(layer.o), layer.o.bias),
                     NormedLinear.of(layer.mlp_norm, plain(layer.up), layer.up.bias),
-                    (plain(layer.down), layer.down.bias),
+                    (neuron_rows(layer.down) if by_neuron else plain(layer.down), layer.down.bias),
                     None if layer.attn_post_norm is None else layer.attn_post_norm.weight,
                     None if layer.mlp_post_norm is None else layer.mlp_post_norm.weight,
                 )
@@ -120,7 +131,15 @@ class FusedWeights:
 
 def plain(linear: PackedLinear) -> Tensor:
     """A projection's weight `[M, K]`, row by row."""
-    return linear.weight.to_dense() if linear.packed else linear.weight
+    return (linear.weight.to_dense() if linear.packed else linear.weight).contiguous()
+
+
+def neuron_rows(down: PackedLinear) -> Tensor:
+    """A down projection's weight with a row for each neuron, `[FF, D]`, stored once where it is not packed."""
+    rows = (down.weight.to_dense() if down.packed else down.weight).t().contiguous()
+    if not down.packed:
+        down.weight = rows.t()
+    return rows
 
 
 class FusedStep:
@@ -138,6 +157,7 @@ class FusedStep:
         rows, ids: int32 metadata and tokens of the rows, to be filled before a step.
         hidden: `[R, D]` fp32, where the residual stream runs.
         x, stats: what the deferred norm after the last layer run needs, the LM head's after all layers.
+        kept: the neurons that each tile of rows uses, all at first; None where the weights are not stored by neuron.
     """
 
     def __init__(
@@ -163,16 +183,22 @@ class FusedStep:
         self._stats_embed = torch.zeros(num_rows, 2, 1, device=device)
         self.stats = self._stats_embed
 
-        def stats(k: int) -> Tensor:
-            return torch.zeros(num_rows, 2, column_tiles(width, k, dtype), device=device)
+        inner, skips = config.intermediate_size, weights.by_neuron
+        self.kept: KeptNeurons | None = None
+        if skips:
+            self.kept = KeptNeurons(config.num_layers, num_rows // tile.BLOCK_ROWS, inner, device)
 
-        self._stats_attn, self._stats_mlp = stats(wide), stats(config.intermediate_size)
+        def stats(tiles: int) -> Tensor:
+            return torch.zeros(num_rows, 2, tiles, device=device)
+
+        self._stats_attn = stats(column_tiles(width, wide, dtype))
+        self._stats_mlp = stats((kept_tiles if skips else column_tiles)(width, inner, dtype))
         self._raw = torch.zeros(num_rows, width, device=device) if config.post_norms else None
         block = max(16, 1 << (width - 1).bit_length() >> 3)
         self._stats_post = torch.zeros(num_rows, 2, -(-width // block), device=device) if config.post_norms else None
         positions = cache.plan.num_slots if reach is None else reach + tile.BLOCK_ROWS
         self._scratch = AttentionScratch(num_rows, positions, shape, device)
-        most = max(most_parts(width, k, dtype) for k in (wide, config.intermediate_size))
+        most = max(most_parts(width, wide, dtype), (kept_parts if skips else most_parts)(width, inner, dtype))
         self._parts = Parts(num_rows, width, most, device)
 
     def embed(self) -> None:
@@ -206,6 +232,7 @@ class FusedStep:
             cos, sin = weights.rotary[index]
             keys, values = self.cache.k[index], self.cache.v[index]
             after = taps.get(index + 1, self.hidden)
+            kept = None if self.kept is None else self.kept.layers[index]
             qkv(
                 self.x, stats, layer.qkv.weight, layer.qkv.bias, layer.qkv.shift, layer.qk_norm, cos, sin,
                 self._q, keys, values, rows, shape, pdl=pdl,
@@ -216,19 +243,23 @@ class FusedStep:
             )  # fmt: skip
             if config.parallel_residual:
                 up_linear(
-                    self._x_mlp, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape, pdl=pdl
-                )
+                    self._x_mlp, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape,
+                    kept=kept, pdl=pdl,
+                )  # fmt: skip
                 residual_linear(self._attended, *layer.o, hidden, self.hidden, rows, parts=self._parts, pdl=pdl)
-                stats = self._leave(self._act, layer.down, None, self.hidden, after, norms, self._stats_mlp)
+                stats = self._leave(self._act, layer.down, None, self.hidden, after, norms, self._stats_mlp, kept)
             else:
                 stats = self._leave(
                     self._attended, layer.o, layer.attn_post, hidden, self.hidden, ((layer.up.norm, self.x),),
                     self._stats_attn,
                 )  # fmt: skip
                 up_linear(
-                    self.x, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape, pdl=pdl
+                    self.x, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape,
+                    kept=kept, pdl=pdl,
+                )  # fmt: skip
+                stats = self._leave(
+                    self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp, kept
                 )
-                stats = self._leave(self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp)
             hidden = after
         self.stats = stats
         return hidden
@@ -242,15 +273,17 @@ class FusedStep:
         after: Tensor,
         norms: tuple[tuple[Tensor, Tensor], ...],
         stats: Tensor,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """Back to the residual stream; returns the stats of what was written."""
+        """Back to the residual stream, from all of `a` or from kept neurons; returns the stats of what was written."""
+        back = residual_linear if kept is None else partial(kept_down, kept=kept)
         if post is None:
-            residual_linear(
+            back(
                 a, *projection, hidden, after, self.rows, next_norms=norms, stats=stats, parts=self._parts, pdl=self.pdl
             )
             return stats
         assert self._raw is not None and self._stats_post is not None
-        residual_linear(a, *projection, None, self._raw, self.rows, stats=stats, parts=self._parts, pdl=self.pdl)
+        back(a, *projection, None, self._raw, self.rows, stats=stats, parts=self._parts, pdl=self.pdl)
         post_norm(
             self._raw, stats, post, hidden, after, self.rows, self.weights.config.norm_eps,
             next_norm=norms[0], stats=self._stats_post, pdl=self.pdl,

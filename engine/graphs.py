@@ -138,7 +138,8 @@ class Rounds:
         cache: the KV cache.
         batch: B, sequences 0..B-1 of the cache.
         processed: whether options other than the temperature are applied (`needs_processing`).
-        width: rows a sequence has in a round that drafts: 2, 4, 8 or 16.
+        width: rows a sequence has in a round that drafts: 2, 4, 8 or 16. Where weights are stored by neuron every round
+            has 16: a tile has one list of neurons, so its rows are of one sequence.
         taps: layers whose residual streams are kept for heads that read them.
         draft: drafts on the device; None verifies trees that the host gives.
         exit_layer: of the drafting head, for the records.
@@ -161,7 +162,8 @@ class Rounds:
         reach: int | None = None,
         pdl: bool | None = None,
     ) -> None:
-        self.weights, self.cache, self.width, self.exit_layer = weights, cache, width, exit_layer
+        self.weights, self.cache, self.exit_layer = weights, cache, exit_layer
+        self.width = MAX_NODES if weights.by_neuron else width
         self.reach = cache.plan.context if reach is None else reach
         device, config = cache.device, weights.config
         on_gpu = device.type == "cuda"
@@ -191,7 +193,7 @@ class Rounds:
         self._targets: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Tensor, ...]] = {}
         head = weights.head.weight
-        for rows_each in {1, width}:
+        for rows_each in {self.rows_each("plain"), self.width}:
             rows = -(-batch * rows_each // 16) * 16
             self.steps[rows_each] = FusedStep(weights, cache, rows, reach=self.reach, pdl=self.pdl)
             self.taps[rows_each] = {layer: torch.zeros(rows, config.hidden_size, device=device) for layer in taps}
@@ -206,6 +208,16 @@ class Rounds:
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
         self._slot, self._next_slot = 0, whole(1)  # the host's count and the device's
         self._since = self.now()
+
+    def rows_each(self, kind: Kind) -> int:
+        """Rows that a sequence has in such a round."""
+        return 1 if kind == "plain" and not self.weights.by_neuron else self.width
+
+    def keep(self, sequence: int, kept: Mapping[int, Tensor]) -> None:
+        """Set the neurons that a sequence uses from the next round on, by layer; all of layers that are left out."""
+        neurons = self.steps[self.width].kept
+        assert neurons is not None, "these weights are not stored by neuron"
+        neurons.keep(sequence, kept)
 
     def prepare(self, kinds: Sequence[Kind]) -> None:
         """Capture rounds; before `begin`, because a captured round must find no sequence active."""
@@ -303,6 +315,12 @@ class Rounds:
         """The trees that a "given" round verifies, by sequence; others stay out."""
         fill(self.trees, trees)
 
+    def resume(self, sequence: int, end: int) -> None:
+        """Go on with a sequence that stands at its end, up to another one."""
+        self.sequences.end[sequence : sequence + 1].fill_(end)
+        self.sequences.active[sequence : sequence + 1].fill_(1)
+        self.trees.count[sequence : sequence + 1].fill_(1)
+
     def drop(self, sequence: int) -> None:
         """End a sequence on the device, after the rounds in flight."""
         self.sequences.active[sequence : sequence + 1].zero_()
@@ -320,7 +338,7 @@ class Rounds:
             assert self.draft is not None
             self.draft.absorb()
             self.draft.draft()
-        self._verify(1 if kind == "plain" else self.width)
+        self._verify(self.rows_each(kind))
 
     def _verify(self, rows_each: int) -> None:
         """Every node through all layers, the target's token after each, the accepted path into place."""

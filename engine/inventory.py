@@ -109,7 +109,8 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
     shape, width, taps = engine.round_shape(engine.policy)
     cache = KVCache(plan, torch.device("meta"))
-    counts = sorted({_tiled(batch * rows_each) for rows_each in {1, width}})
+    widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
+    counts = sorted({_tiled(batch * rows_each) for rows_each in widths})
     held = sum(_held_bytes(FusedStep(engine.fused, cache, count)) for count in counts)
     held += sum(counts) * len(taps) * config.hidden_size * 4
     each = held // sum(counts)
@@ -138,7 +139,7 @@ def _tiled(rows: int) -> int:
 
 def _held_bytes(step: FusedStep) -> int:
     """Bytes of a step's own tensors, views counted once."""
-    own = [vars(part) for part in (step, step.rows, step._scratch, step._parts)]
+    own = [vars(part) for part in (step, step.rows, step._scratch, step._parts, step.kept) if part is not None]
     stores = {t.untyped_storage()._cdata: t for part in own for t in part.values() if isinstance(t, Tensor)}
     return sum(t.untyped_storage().nbytes() for t in stores.values())
 

@@ -93,6 +93,8 @@ class Machinery:
     reader: Decoder | None = None  # reads prompts; None: `decoder`, the target
     drafter: Decoder | None = None  # runs the layers before an exit, and verification runs them again; None: `decoder`
     prompts: PromptReader | None = None  # reads prompts by the step's own kernels, in place of `reader`
+    # takes the neurons that a sequence keeps, by layer, where rounds run on the device; None: it gets MLPs of its own
+    keep: Callable[[int, Mapping[int, Tensor]], None] | None = None
 
     @property
     def kept_layers(self) -> list[int]:
@@ -183,7 +185,7 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
 
 
 def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tensor]], None] | None) -> None:
-    """Read a request's tokens, all but the pending one, through the whole model, and give the sequence the MLPs that
+    """Read a request's tokens, all but the pending one, through the whole model, and give the sequence the neurons that
     follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
     sequence, ids, reader = request.sequence, request.history.token_ids[:-1], on.reader or on.decoder
     layers = () if take is None else on.kept_layers
@@ -195,7 +197,11 @@ def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tens
         return
     watch = on.sparse.watch(sequence, again=take is None)
     prefill(reader, on.cache, sequence, ids, layers, take, on.flash, watch.num_rows, watch)
-    on.cache.mlps[sequence] = on.sparse.mlps(watch)
+    kept = on.sparse.finish(watch)
+    if on.keep is not None:
+        on.keep(sequence, kept)
+    else:
+        on.cache.mlps[sequence] = on.sparse.mlps(kept)
 
 
 def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:

@@ -93,14 +93,19 @@ def _run_fused(weights: FusedWeights, trees: list[DraftTree], width: int, first:
     config, decoder = weights.config, weights.decoder
     stop = min(LAYERS, config.num_layers)
     cache, base = _filled_cache(decoder, len(trees))
-    size = -(-len(trees) * width // MAX_NODES) * MAX_NODES
+    rows_each = MAX_NODES if weights.by_neuron else width  # a list of neurons is a tile's
+    size = -(-len(trees) * rows_each // MAX_NODES) * MAX_NODES
     step = FusedStep(weights, cache, size)
+    if step.kept is not None:
+        some = torch.arange(0, config.intermediate_size, 2, device=decoder.device)
+        for tile in range(len(trees)):
+            step.kept.keep(tile, dict.fromkeys(range(1, stop), some))
     logits = torch.zeros(size, config.vocab_size, device=decoder.device)
     for node in range(first + 1) if width == 1 else [0]:
         state = Trees.empty(len(trees), decoder.device)
         at = torch.full((len(trees),), base + node, dtype=torch.int32, device=decoder.device)
         fill(state, {b: DraftTree(tree.tokens[node]) if width == 1 else tree for b, tree in enumerate(trees)})
-        lay_rows(state.tokens, state.depths, state.paths, state.count, at, step.rows, step.ids, width)
+        lay_rows(state.tokens, state.depths, state.paths, state.count, at, step.rows, step.ids, rows_each)
         step.embed()
         step.run(0, stop)
     head = weights.head
@@ -108,7 +113,9 @@ def _run_fused(weights: FusedWeights, trees: list[DraftTree], width: int, first:
         step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
         softcap=config.logit_softcap, logits=logits,
     )  # fmt: skip
-    return torch.cat([step.hidden, logits], 1)[: len(trees) * width]
+    return torch.cat([step.hidden, logits], 1).view(-1, rows_each, logits.shape[1] + config.hidden_size)[
+        : len(trees), :width
+    ].flatten(0, 1)
 
 
 def _trees(vocab_size: int) -> tuple[DraftTree, DraftTree, list[int]]:

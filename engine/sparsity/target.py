@@ -1,4 +1,5 @@
-"""The target model of an engine that skips neurons: every sequence with MLPs of its own.
+"""The target model of an engine that skips neurons: every sequence with neurons of its own, as MLPs that hold copies of
+their weights, or on a GPU as lists that its kernels follow (`kernels/kept.py`).
 
 A prompt is read densely; what its tokens' neurons did gives the sequence one mask a layer, and from then on its rows
 run the kept neurons only: plain steps, drafts and verification alike, which is why they still agree token for token.
@@ -9,6 +10,7 @@ prompt's length and the position, never of rounds or batch mates; rounds are cli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -50,7 +52,7 @@ class SparseTarget:
             (`rows.least_rows`), once a shape.
 
     Raises:
-        ValueError: more dense layers than the model has, or a model on a GPU.
+        ValueError: more dense layers than the model has, or thresholds of another number of layers.
     """
 
     def __init__(self, decoder: Decoder, selection: Selection, deterministic: bool = True) -> None:
@@ -64,10 +66,14 @@ class SparseTarget:
         """What a reading runs through; `again` goes on from the sequence's last one."""
         return Watch(self.decoder, self.selection, sequence, self._watches[sequence] if again else None)
 
-    def mlps(self, watch: Watch) -> dict[int, ReducedMlp]:
-        """The MLPs of a text that was read to its end, by layer; layers that keep all neurons are left out."""
+    def finish(self, watch: Watch) -> dict[int, Tensor]:
+        """The neurons kept by a text that was read to its end, as of `kept`; a second reading goes on from here."""
         self._watches[watch.sequence] = watch
-        return {layer: self._reduced(layer, kept) for layer, kept in self.kept(watch).items()}
+        return self.kept(watch)
+
+    def mlps(self, kept: Mapping[int, Tensor]) -> dict[int, ReducedMlp]:
+        """MLPs of these neurons, by layer."""
+        return {layer: self._reduced(layer, own) for layer, own in kept.items()}
 
     def kept(self, watch: Watch) -> dict[int, Tensor]:
         """The neurons that a text keeps, long `[k]`, of each layer that drops some."""
@@ -89,9 +95,16 @@ class SparseTarget:
         at = self.next_refresh(row.work.sequence)
         return row if at is None else replace(row, max_depth=min(row.max_depth, at - 1 - row.work.base))
 
-    def arithmetic(self, batch: int) -> str:
-        """The most that kept neurons take, in words and factors: every sequence has copies of the weights it reads."""
+    def arithmetic(self, batch: int, lists: bool = False) -> str:
+        """The most that kept neurons take, in words and factors: every sequence has copies of the weights it reads, or
+        only lists where the device skips what is not on them."""
         config, itemsize = self.decoder.config, self.decoder.dtype.itemsize
+        if lists:
+            size = config.num_layers * batch * (config.intermediate_size + 1) * 4
+            return (
+                f"lists of kept neurons {config.num_layers} layers x {batch} sequences x "
+                f"({config.intermediate_size} + 1) x 4 bytes = {size / 2**20:.1f} MiB"
+            )
         layers = config.num_layers - self.selection.options.first_dense
         matrices = 3 if config.gated_mlp else 2
         size = batch * layers * matrices * config.hidden_size * config.intermediate_size * itemsize
@@ -125,8 +138,3 @@ def _check(selection: Selection, decoder: Decoder) -> None:
         raise ValueError(f"first_dense is {dense}, the model has {layers} layers")
     if selection.num_layers not in (None, layers):
         raise ValueError(f"{selection.name} was made for {selection.num_layers} layers, the model has {layers}")
-    if decoder.device.type != "cpu":
-        raise ValueError(
-            f"neurons are skipped on the CPU only, and the model is on {decoder.device}: the GPU's kernels are dense "
-            "for now. Load with device='cpu', or with verify='dense'"
-        )
