@@ -13,6 +13,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `compile-host` | the same through `mode="reduce-overhead"`, called from Python, as gpt-fast does |
 | `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
 | `step-unshared` | the same where attention reads its keys for each row, and whether all bits are those of `step` and of each row alone |
+| `tda` | the same step over the weights of neurons on a random list of its own in each layer (`verify="tda"`), at each of `--shares`; 1.0 beside `step` is what the lists cost |
 | `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
@@ -49,8 +50,11 @@ from .environment import describe_device, versions
 from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
-ARMS = ("floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "prefill", "cublas-1", "cublas-16")
+ARMS = (
+    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "prefill", "cublas-1", "cublas-16"
+)  # fmt: skip
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
+SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of each layer's neurons that are kept
 # Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
 TOLERANCE = 0.05
 PROMPT_LENGTHS = (64, 256, 1024, 4096)
@@ -322,6 +326,7 @@ def measure_model(
     repeats: int,
     read: float,
     contexts: tuple[int, ...] = (64, 4096),
+    shares: tuple[float, ...] = SHARES,
 ) -> list[dict[str, Any]]:
     """Rows of one model; each is printed to stderr as it comes. `read` is the bandwidth in GB/s."""
     config, weights = subject.config, subject.weights
@@ -372,6 +377,15 @@ def measure_model(
                     spread = step_us(fused, context, live, step_of=step_of)
                     add(f"{arm}-{live}", spread, start, context=context, **more)
         del fused
+    if "tda" in arms:
+        fused = FusedWeights(Decoder(config, weights, weights["embed.weight"].dtype, device), by_neuron=True)
+        for context in contexts:
+            for live in (1, 16):
+                for share in shares:
+                    start = time.perf_counter()
+                    spread = step_us(fused, context, live, share=share)
+                    add(f"tda-{live}", spread, start, context=context, kept_share=share)
+        del fused
     if "prefill" in arms:
         own = Decoder(config, weights, weights["embed.weight"].dtype, device)
         for length in PROMPT_LENGTHS:
@@ -393,12 +407,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
-    parser.add_argument("--contexts", default="64,4096", help="of the arms step, step-unshared: tokens before the rows")
+    parser.add_argument("--contexts", default="64,4096", help="of the arms step... and tda: tokens before the rows")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the arm tda: kept shares of neurons")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     arms, paths = tuple(args.arms.split(",")), dict(pair.split("=", 1) for pair in args.weights)
     contexts = tuple(int(context) for context in args.contexts.split(","))
+    shares = tuple(float(share) for share in args.shares.split(","))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"unknown arms {unknown}; expected some of {', '.join(ARMS)}")
     if not torch.cuda.is_available():
@@ -416,7 +432,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name in args.models.split(","):
         subject = load_subject(name, paths.get(name), torch.bfloat16, device)
-        document["rows"] += measure_model(subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts)
+        document["rows"] += measure_model(
+            subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts, shares
+        )
         del subject
         torch.cuda.empty_cache()
         if args.out:

@@ -29,6 +29,7 @@ from ..engine.fused import FusedStep, FusedWeights
 from ..engine.generation import Generation
 from ..engine.graphs import Kind, Rounds, Start, has_dependent_launch
 from ..engine.sampling import SamplingParams
+from ..engine.sparsity.selection import ROUND_TO
 from ..kernels.draw import pick
 from .device_time import Spread, bandwidth, capture, events_us, replay_us
 from .environment import describe_device, versions
@@ -44,6 +45,7 @@ KERNEL_OPS = {
     "_tree_attention_kernel": ("attention",),
     "_residual_kernel": ("o", "down"),
     "_up_kernel": ("up",),
+    "_kept_down_kernel": (),  # how many bytes, its lists say
     "_post_norm_kernel": (),
     "_lm_head_kernel": ("lm_head",),
 }
@@ -167,15 +169,19 @@ def step_us(
     num_rows: int = NUM_ROWS,
     step_of: Callable[..., FusedStep] = FusedStep,
     kernels: Kernels = KERNELS,
+    share: float = 1.0,
 ) -> Spread:
     """Device time of a step up to the draw, for a chain of so many live rows, over replays of one CUDA graph.
 
     Args:
         context: tokens before the chain.
         num_rows, step_of, kernels: the step to time, in place of the engine's.
+        share: of each layer's neurons that the rows use, where weights are stored by neuron; random ones.
     """
     config, device, dtype = weights.config, weights.decoder.device, weights.decoder.dtype
     step = _chain_step(weights, random_cache(weights, context + num_rows), num_rows, step_of)
+    if share != 1.0:
+        keep_some(step, share)
     step.rows.live.copy_((torch.arange(num_rows) < live).int())
     head = weights.head
     value = torch.zeros(num_rows, kernels.lm_head.num_tiles(config.vocab_size, dtype), device=device)
@@ -235,6 +241,20 @@ def rows_that_differ(weights: FusedWeights, context: int) -> int:
     alone = torch.stack([run(each == r, True)[r] for r in range(NUM_ROWS)])
     different = (shared != run(each >= 0, False)) | (shared != alone)
     return int(different.any(1).sum())
+
+
+def keep_some(step: FusedStep, share: float) -> None:
+    """Give the first tile of rows random neurons of every layer, rounded as masks are."""
+    if step.kept is None or not 0 < share <= 1:
+        raise ValueError(f"share is {share}, expected a number above 0 and at most 1, and weights stored by neuron")
+    config = step.weights.config
+    size = min(config.intermediate_size, -(-round(share * config.intermediate_size) // ROUND_TO) * ROUND_TO)
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for layer in range(config.num_layers):
+        order = torch.randperm(config.intermediate_size, generator=generator)
+        found[layer] = order[:size].sort().values.to(step.cache.device)
+    step.kept.keep(0, found)
 
 
 def round_times(

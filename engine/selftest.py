@@ -113,9 +113,11 @@ def _run_fused(weights: FusedWeights, trees: list[DraftTree], width: int, first:
         step.x, step.stats, head.weight, head.bias, head.shift, step.rows, eps=config.norm_eps,
         softcap=config.logit_softcap, logits=logits,
     )  # fmt: skip
-    return torch.cat([step.hidden, logits], 1).view(-1, rows_each, logits.shape[1] + config.hidden_size)[
-        : len(trees), :width
-    ].flatten(0, 1)
+    return (
+        torch.cat([step.hidden, logits], 1)
+        .view(-1, rows_each, logits.shape[1] + config.hidden_size)[: len(trees), :width]
+        .flatten(0, 1)
+    )
 
 
 def _trees(vocab_size: int) -> tuple[DraftTree, DraftTree, list[int]]:

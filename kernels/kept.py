@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 ZEROS = 16  # an activation is zero from its tile's count to the next multiple of this
 
 

@@ -49,9 +49,9 @@ if triton is not None:
     def _kept_down_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
         ids, count_of,
-        FF: tl.constexpr, D: tl.constexpr, ZEROS: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-        STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-        PDL: tl.constexpr,
+        FF: tl.constexpr, D: tl.constexpr, ZEROS: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr,
+        RESIDUAL: tl.constexpr, STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
+        PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -18,8 +18,10 @@ from skipstone.bench.gpu_baselines import (
     products,
     prompt_readers,
 )
-from skipstone.bench.profile import random_cache
+from skipstone.bench.profile import keep_some, random_cache
 from skipstone.bench.shapes import FAMILIES, SHAPES, random_weights, shape_config, tiny_config, weight_bytes
+from skipstone.engine.cache import KVCache, plan_cache
+from skipstone.engine.fused import FusedStep
 from skipstone.engine.model import Decoder
 
 
@@ -90,6 +92,30 @@ def test_our_own_step_at_each_context_and_width(subject, monkeypatch):
         (f"step-unshared-{live}", context // 40) for context in (8, 40) for live in (1, 16)
     ]
     assert not any(shares[4:])
+
+
+def test_our_own_step_over_listed_neurons(subject, monkeypatch):
+    """Timed with weights stored by neuron, whose decoder is still the same model; lists as long as the share says."""
+    subject, _ = subject
+    asked = []
+
+    def timed(weights, context, live, share):
+        step = FusedStep(
+            weights, KVCache(plan_cache(weights.config, 1, 8, torch.device("cpu"), torch.float32), "cpu"), 16
+        )
+        keep_some(step, share)
+        lists = [sorted(set(one.ids[0, : one.count[0]].tolist())) for one in step.kept.layers]
+        assert lists[0] != lists[1] or share == 1.0
+        asked.append((live, [len(own) for own in lists]))
+        return Spread(1.0, 2.0, 3.0)
+
+    monkeypatch.setattr("skipstone.bench.gpu_baselines.step_us", timed)
+    rows = measure_model(subject, ("tda",), 5, 4, 2, 100.0, contexts=(8,), shares=(1.0, 0.5))
+    assert [(row["arm"], row["kept_share"]) for row in rows] == [
+        (f"tda-{live}", share) for live in (1, 16) for share in (1.0, 0.5)
+    ]
+    size, layers = subject.config.intermediate_size, subject.config.num_layers
+    assert asked == [(live, [count] * layers) for live in (1, 16) for count in (size, size // 2)]
 
 
 def test_products_are_all_of_a_step(subject):
