@@ -153,7 +153,7 @@ class Engine:
             self.warning = str(error)
             return RowTiles()
 
-    def _fuse(self, wanted: bool, skips: bool) -> FusedWeights | None:
+    def _fuse(self, wanted: bool, skips: bool = False) -> FusedWeights | None:
         """The model for fused kernels, if its rows have the same bits in every tile and tree on this machine."""
         weights = FusedWeights(self.decoder, by_neuron=skips) if wanted else None
         return weights if weights is not None and fused_rows_agree(weights) else None

@@ -47,8 +47,8 @@ def load(
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
         verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt; "teal"
-            drops every row's small inputs behind the prompt (both lossy against the whole model, lossless against their
-            own plain decoding; on the CPU).
+            drops every row's small inputs behind the prompt, on the CPU (both lossy against the whole model, lossless
+            against their own plain decoding).
         sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds; None: the shipped
             ones of this model.
         draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on

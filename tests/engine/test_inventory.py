@@ -64,6 +64,19 @@ def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> 
     assert item.what == "rows of device rounds of 1 x 1" and item.arithmetic.startswith("16 rows x ")
 
 
+def test_lists_of_neurons_are_in_the_budget(engine_of: Callable) -> None:
+    """Tiles of one sequence each, and the lists themselves."""
+    engine, config = engine_of(), engine_of().decoder.config
+    found = []
+    for by_neuron in (False, True):
+        with torch.inference_mode():
+            engine.fused = FusedWeights(engine.decoder, by_neuron=by_neuron)
+        found += [item for item in memory_items(engine, 3, 100) if "device rounds" in item.what]
+    assert found[1].arithmetic.startswith("48 rows x ")
+    lists = config.num_layers * 3 * (config.intermediate_size + 1) * 4
+    assert found[1].num_bytes > 3 * found[0].num_bytes / 2 + lists
+
+
 def test_the_prefill_attention_is_named(engine_of: Callable) -> None:
     engine = engine_of()
     assert inventory(engine, 1, 100)["model"]["prefill"] == "sdpa"

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from skipstone.engine.engine import Engine
+from skipstone.engine.fused import neuron_rows, plain
+from skipstone.engine.gate import from_text
 from skipstone.engine.load import identity, load
 from skipstone.engine.model import Decoder
 from skipstone.engine.pretrained import load_pretrained
@@ -22,6 +24,7 @@ from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Budget, Tda, calibrate_tda, cut, measure_curves, shipped_for
 from skipstone.heads.artefact import ArtefactError
 from skipstone.heads.fingerprint import BaseIdentity
+from skipstone.kernels.linear import PackedLinear
 
 OPTIONS = MaskOptions(first_dense=1, min_tokens=8, round_to=4)
 
@@ -268,7 +271,39 @@ def test_a_selection_of_another_model_is_refused(decoder):
             SparseTarget(decoder, selection)
 
 
-def test_a_gpu_is_refused_for_now(decoder):
-    decoder.device = torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="on the CPU only"):
-        SparseTarget(decoder, Griffin(0.5))
+def test_weights_by_neuron_are_stored_once():
+    """An unpacked projection reads what kernels read, computes what it did, and gives dense kernels rows again."""
+    down = PackedLinear(torch.zeros(6, 10))
+    down.packed, down.weight = False, torch.arange(60.0).view(6, 10)
+    x = torch.randn(3, 10)
+    expected, weight = down(x), down.weight
+    rows = neuron_rows(down)
+    assert torch.equal(rows, weight.T) and rows.is_contiguous() and torch.allclose(down(x), expected)
+    assert rows.data_ptr() == down.weight.data_ptr() == neuron_rows(down).data_ptr()
+    assert plain(down).is_contiguous() and torch.equal(plain(down), weight)
+
+
+def test_lists_take_little(decoder):
+    target = SparseTarget(decoder, Griffin(0.5))
+    size, layers = decoder.config.intermediate_size, decoder.config.num_layers
+    assert target.arithmetic(3, lists=True) == (
+        f"lists of kept neurons {layers} layers x 3 sequences x ({size} + 1) x 4 bytes = "
+        f"{layers * 3 * (size + 1) * 4 / 2**20:.1f} MiB"
+    )
+    assert "copies" not in target.arithmetic(3) and f"x {size} x 4 bytes" in target.arithmetic(3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"logprobs": 1}], ids=["on the device", "waiting"])
+def test_an_engine_on_a_gpu(options, engine_of):
+    """Its self-test passes by lists; drafts (from the text) do not change what it writes, whichever loop decodes."""
+    decoder = engine_of(dtype=torch.bfloat16, device="cuda").decoder
+    engine = Engine(decoder, sparsity=Griffin(0.5, MaskOptions(min_tokens=8, round_to=4, refresh=6)))
+    assert engine.fused is not None and engine.fused.by_neuron and not engine.fused_refused
+    prompt = [(7 * i + 3) % 199 for i in range(21)]
+    written = engine.generate(prompt, speculation=False, max_new_tokens=16, **options).token_ids
+    prompt = (prompt + written) * 2  # so that the text has what comes next
+    written = engine.generate(prompt, speculation=False, max_new_tokens=16, **options).token_ids
+    drafted = engine.generate(prompt, policy=from_text(), max_new_tokens=16, **options)
+    assert drafted.token_ids == written and drafted.verify == "griffin" and drafted.stats.num_drafted > 0
+    assert bool(engine._rounds) == (not options)
