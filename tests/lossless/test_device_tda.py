@@ -177,16 +177,16 @@ def test_families(family: str, skipping: Callable, hang: Callable) -> None:
     assert same(seen(engine, drafted), expected)
 
 
-@pytest.mark.parametrize("policy", [fixed_exit(0, 3), best_first(2, 2, 2, 5)], ids=["chain", "best first"])
-def test_a_head_that_drafts_on_the_device(policy: Any, skipping: Callable, stateful: Callable) -> None:
+def test_a_head_that_drafts_on_the_device(skipping: Callable, stateful: Callable) -> None:
     engine, given = skipping(AGAIN, num_layers=4)
-    given = given[:2]
+    given = given[: 2 if ON_GPU else 1]
     engine.heads = None
     _, expected = alone(engine, given)
     stateful(engine, "recurrent", prompts=given)
-    drafted = engine.generate(given, seeds=SEEDS[:2], policy=policy, max_new_tokens=NEW)
-    assert same(seen(engine, drafted), expected)
-    assert sum(out.stats.num_drafted for out in drafted) > 0
+    for policy in [best_first(2, 2, 2, 5)] + ([fixed_exit(0, 3)] if ON_GPU else []):
+        drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=policy, max_new_tokens=NEW)
+        assert same(seen(engine, drafted), expected)
+        assert sum(out.stats.num_drafted for out in drafted) > 0
 
 
 def test_one_capture_serves_every_list(skipping: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +195,11 @@ def test_one_capture_serves_every_list(skipping: Callable, monkeypatch: pytest.M
     captured = []
     original = Rounds._capture
     monkeypatch.setattr(Rounds, "_capture", lambda rounds, kind: captured.append(kind) or original(rounds, kind))
-    _, expected = alone(engine, given)
+    _, expected = alone(engine, given[:2])
     assert captured == ["plain"]
     fresh, _ = skipping(num_layers=2)
-    again = fresh.generate(given[2], seed=SEEDS[2], speculation=False, max_new_tokens=NEW)
-    assert same(seen(fresh, [again]), expected[2:])
+    again = fresh.generate(given[1], seed=SEEDS[1], speculation=False, max_new_tokens=NEW)
+    assert same(seen(fresh, [again]), expected[1:])
     engine.sparse = None
     dense = engine.generate(given[1], seed=SEEDS[1], speculation=False, max_new_tokens=NEW)
     assert dense.verify == "dense"
@@ -210,18 +210,19 @@ def test_one_capture_serves_every_list(skipping: Callable, monkeypatch: pytest.M
 
 
 @pytest.mark.hazard(24)
-@pytest.mark.parametrize("bug", ["other list", "stale lists"])
-def test_wrong_lists_are_caught(bug: str, skipping: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_lists_are_caught(skipping: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another sequence's, and those of the request before."""
     engine, given = skipping(num_layers=2)
     _, expected = alone(engine, given[:2])
     original = Rounds.keep
-    wrong: dict[str, Callable] = {
-        "other list": lambda rounds, sequence, kept: original(rounds, 1 - sequence, kept),
-        "stale lists": lambda rounds, sequence, kept: None,
-    }
-    monkeypatch.setattr(Rounds, "keep", wrong[bug])
-    together = engine.generate(given[:2], seeds=SEEDS[:2], speculation=False, max_new_tokens=NEW)
-    assert not same(seen(engine, together), expected)
+    wrong: list[Callable] = [
+        lambda rounds, sequence, kept: original(rounds, 1 - sequence, kept),
+        lambda rounds, sequence, kept: None,
+    ]
+    for ids, keep in ((given[:2], wrong[0]), (given[:1], wrong[1])):
+        monkeypatch.setattr(Rounds, "keep", keep)
+        outs = engine.generate(ids, seeds=SEEDS[: len(ids)], speculation=False, max_new_tokens=NEW)
+        assert not same(seen(engine, outs), expected[: len(ids)])
 
 
 def test_a_round_past_a_reading_is_caught(skipping: Callable, hang: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
