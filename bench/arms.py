@@ -162,8 +162,8 @@ def with_bare_heads(engine: Engine, exits: Sequence[int]) -> Engine:
 
 
 def default_arms(engine: Engine) -> str:
-    """The arms that make sense for an engine: with calibrated heads the default policy, else a bare exit."""
-    if engine.policy.exits or engine.plan is not None:
+    """The arms that make sense for an engine: the default policy where it drafts, else a bare exit."""
+    if engine.policy.drafts or engine.plan is not None:
         return "plain,default,always"
     return f"plain,bare:{max(1, 2 * engine.decoder.config.num_layers // 3)}:4"
 
@@ -282,10 +282,10 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
     if name == "plain":
         return EngineArm(name, engine, speculation=False)
     if name in ("default", "always"):
-        if not engine.policy.exits and engine.plan is None:
+        if not engine.policy.drafts and engine.plan is None:
             raise ValueError(
-                f"arm {name!r} needs calibrated heads, and this engine has none ({engine.warning or 'no head set'}); "
-                "give --heads, or arms such as bare:12:4"
+                f"arm {name!r} needs something to draft with, and this engine has nothing "
+                f"({engine.warning or 'no head set'}); give --heads, or arms such as bare:12:4"
             )
         return EngineArm(name, engine, speculation=True if name == "default" else "always")
     if kind == "accuracy" and rest:

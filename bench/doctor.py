@@ -126,8 +126,8 @@ def lossless_checks(engine: Engine) -> Iterator[Check]:
         (f"chains of 4 from the bare exit {middle}", bare, fixed_exit(middle, 4)),
         (f"trees from the bare exit {middle}", bare, every([middle], Gate(0.5, math.inf), branch=2)),
     ]
-    if engine.policy.exits:
-        plans.append(("the heads' own policy", engine, None))
+    if engine.policy.drafts:
+        plans.append(("the default policy", engine, None))
     for name, owner, policy in plans:
         yield _lossless(name, owner, policy)
 

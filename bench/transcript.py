@@ -16,6 +16,7 @@ from rich.text import Text
 from ..engine.engine import Engine
 from ..engine.generation import Event, Generation
 from ..engine.loop import Mode
+from ..engine.tree import FROM_TEXT
 
 TINTS = ("green", "cyan", "blue", "magenta", "yellow", "red")  # shallow exits first
 
@@ -30,7 +31,7 @@ class Transcript:
 
     Args:
         stream: text goes there, flushed after every event.
-        exits: the exit layers that may draft, for the choice of tints.
+        exits: the exit layers that may draft, `FROM_TEXT` for the text, for the choice of tints.
         tinted: None asks `is_tinted`.
     """
 
@@ -64,10 +65,11 @@ class Transcript:
 
     def legend(self, mode: Mode = "lossless") -> Text:
         """What the marks mean."""
-        how = "drafted by an exit head and accepted" if mode == "lossless" else "written by an exit head, unverified"
+        how = "drafted and accepted" if mode == "lossless" else "written by an exit head, unverified"
         legend = Text(f"underlined: {how}; exit layer")
         for exit_layer in self._exits:
-            legend.append(" ").append(str(exit_layer), self.style(exit_layer))
+            name = "(from the text)" if exit_layer == FROM_TEXT else str(exit_layer)
+            legend.append(" ").append(name, self.style(exit_layer))
         return legend.append("; the rest is the full model's own")
 
     def _write(self, text: str, exit_layer: int | None) -> None:
@@ -110,7 +112,7 @@ def speed(out: Generation, engine: Engine, paced: bool) -> dict[str, Any]:
     return {
         "tokens_per_second": rate,
         "speedup": rate * plain_ms / 1e3 if measured and rate is not None and plain_ms is not None else None,
-        "paused": pace is not None and pace.paused,
+        "paused": pace is not None and pace.resting,
     }
 
 

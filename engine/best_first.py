@@ -124,20 +124,12 @@ class Pool:
             self.entropies.append(entropy)
 
     def hang(self) -> None:
-        """Make the likeliest candidates the row's tree. No child is likelier than its parent, so paths stay whole.
-
-        A tree that holds drafts from the text gets what there is room for; tokens that stand there stay one node.
-        """
+        """Make the likeliest candidates the row's tree. No child is likelier than its parent, so paths stay whole."""
         order = sorted(range(1, len(self.tokens)), key=lambda one: -self.log_probs[one])  # ties: the parent first
         tree, nodes = self.row.work.tree, {0: 0}
-        for one in order:
+        for one in order[: self.policy.max_nodes]:
             parent = nodes[self.parents[one]]
-            node = tree.child(parent, self.tokens[one])
-            if node is None:
-                if tree.num_drafted >= self.policy.max_nodes:
-                    break
-                node = tree.add(parent, self.tokens[one], exit_layer=0, entropy=self.entropies[one])
-            nodes[one] = node
+            nodes[one] = tree.add(parent, self.tokens[one], exit_layer=0, entropy=self.entropies[one])
 
     def _path(self, one: int) -> tuple[int, ...]:
         path: list[int] = []

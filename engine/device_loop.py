@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.grow_tree import Shape
-from .gate import PLAIN, DraftPolicy
+from .gate import PLAIN, DraftPolicy, Source
 from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
 from .loop import (
     Machinery,
@@ -33,6 +33,7 @@ from .loop import (
     keep_pace,
     read_prompts,
     read_text,
+    sources_of,
 )
 from .pacing import Pace
 from .stopping import Emission
@@ -117,11 +118,11 @@ def decode_on_device(
                 # a host that drafts, or feeds memories from a round's states, has to see each round's end first
                 ahead = 1 if by_host else AHEAD
                 while not stopped and len(queue.tickets) < min(ahead, room):
-                    drafting = policy.drafts and room > 1 and (pace is None or pace.drafting())
+                    shape = PLAIN if room <= 1 else policy if pace is None else pace.next(policy)
                     try:
-                        given = _launch(on, queue, active, policy, drafting, by_host)
+                        given = _launch(on, queue, active, shape, by_host)
                     except (RuntimeError, MemoryError) as error:
-                        if not (by_host and drafting and is_out_of_memory(error)):
+                        if not (by_host and shape.drafts and is_out_of_memory(error)):
                             raise
                         policy = replace(policy, max_nodes=policy.max_nodes // 2)
                         if policy.max_nodes == 0:
@@ -153,7 +154,10 @@ def decode_on_device(
                         rounds.resume(request.sequence, _end(on, request))
                     stopped, queue.waiting = [], MOST_UNREAD
             if pace is not None and policy.drafts:
-                keep_pace(pace, active, num_tokens / len(active), ticket.kind != "plain", elapsed)
+                asked: set[Source] = {"heads"} if ticket.kind == "draft" else set()
+                if ticket.kind == "given":
+                    asked = sources_of(shape, [own.tree for own in given.values()])
+                keep_pace(pace, active, num_tokens / len(active), asked, elapsed)
             left = time.perf_counter()
             yield released
             # what the device waits for a host that drafts is decoding's time, for a slow reader of the output it is not
@@ -173,20 +177,20 @@ class _Given:
 
 
 def _launch(
-    on: Machinery, queue: _Queue, active: Sequence[Request], policy: DraftPolicy, drafting: bool, by_host: bool
+    on: Machinery, queue: _Queue, active: Sequence[Request], policy: DraftPolicy, by_host: bool
 ) -> dict[int, _Given]:
     """Start the next round; returns the trees that the host drafted for it, by sequence."""
-    if not drafting:
-        queue.launch("plain")
-    elif not by_host:
+    if policy.drafts and not by_host:
         queue.launch("draft")
-    else:
-        works = [begin(on, request) for request in active]
-        refused = grow(on, active, works, policy)
-        queue.rounds.give({work.sequence: work.tree for work in works})
-        queue.launch("given")
-        return {work.sequence: _Given(work.tree, count) for work, count in zip(works, refused, strict=True)}
-    return {}
+        return {}
+    works = [begin(on, request) for request in active] if policy.drafts else []
+    refused = grow(on, active, works, policy) if works else []
+    if not sources_of(policy, [work.tree for work in works]):  # the text suggests nothing, or nothing was asked
+        queue.launch("plain")
+        return {}
+    queue.rounds.give({work.sequence: work.tree for work in works})
+    queue.launch("given")
+    return {work.sequence: _Given(work.tree, count) for work, count in zip(works, refused, strict=True)}
 
 
 def _feed(on: Machinery, rounds: Rounds, kind: Kind, request: Request, record: Record, given: _Given | None) -> Record:

@@ -106,10 +106,7 @@ def draft(
                         refused.append(node)
                     elif room > 0:
                         for token, _ in row.rank(guesses, at, tuple(tree.path_tokens(node)), min(width, room)):
-                            known = tree.child(node, token)  # the text drafted it already
-                            if known is None:
-                                known = tree.add(node, token, exit_layer=exit_layer, entropy=nats)
-                            frontier[i].append(known)
+                            frontier[i].append(tree.add(node, token, exit_layer=exit_layer, entropy=nats))
                     at += 1
                 asked[i] = refused
         stops = [n + len(nodes) for n, nodes in zip(stops, asked, strict=True)]

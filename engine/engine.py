@@ -24,7 +24,7 @@ from .device_loop import decode_on_device, kinds_of, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, DraftPolicy, best_first, calibrated, fixed_exit
+from .gate import PLAIN, DraftPolicy, Lookup, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -133,7 +133,7 @@ class Engine:
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
         self.policy = PLAIN
-        if heads is not None and self.warning is None:
+        if self.warning is None:
             self.policy = _default_policy(heads, self.fused is not None)
         self.plan: Plan | None = None
         self._cache: KVCache | None = None
@@ -231,6 +231,7 @@ class Engine:
         accuracy: float | None = None,
         speculation: Speculation = True,
         policy: DraftPolicy | None = None,
+        lookup: bool | None = None,
         num_return_sequences: int = 1,
         seeds: Sequence[int] | None = None,
         ignore_eos: bool = False,
@@ -247,6 +248,8 @@ class Engine:
             speculation: True drafts where it pays, False never, "always" also where it does not.
             policy: how to draft, in place of the calibrated default; it is followed without asking whether it pays. For
                 early exit, the exits and their gates, in place of `accuracy`.
+            lookup: whether to draft from the text where it repeats itself (`engine/lookup.py`); None: as the policy
+                says.
             num_return_sequences: outputs per prompt, each with its own seed.
             seeds: one per output; without it output i has `derive_seed(seed, i)`, and output 0 has `seed` itself.
             ignore_eos: do not stop at the model's own stop ids.
@@ -267,7 +270,7 @@ class Engine:
         prompts = [ids for ids in prompts for _ in range(num_return_sequences)]
         with self._claimed():
             requests = self._requests(prompts, seeds, ignore_eos, sampling)
-            for _ in self._decode(requests, mode, accuracy, speculation, policy):
+            for _ in self._decode(requests, mode, accuracy, speculation, policy, lookup):
                 pass
             outputs = [self._finished(request) for request in requests]
         return outputs[0] if single and num_return_sequences == 1 else outputs
@@ -292,6 +295,7 @@ class Engine:
         accuracy: float | None = None,
         speculation: Speculation = True,
         policy: DraftPolicy | None = None,
+        lookup: bool | None = None,
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> Stream:
@@ -306,7 +310,7 @@ class Engine:
         try:
             with self.here():
                 request = self._requests(prompts, None, ignore_eos, sampling)[0]
-                rounds = self._decode([request], mode, accuracy, speculation, policy)
+                rounds = self._decode([request], mode, accuracy, speculation, policy, lookup)
         except BaseException:
             self._release()
             raise
@@ -326,7 +330,7 @@ class Engine:
         start = time.perf_counter()
         tokens = min(WARM_PROMPT, self.decoder.config.max_context - 2 * MAX_NODES)
         options = {**sampling, "max_new_tokens": MAX_NODES, "ignore_eos": True}
-        policies = [PLAIN, self.policy] if self.policy.exits else [PLAIN]
+        policies = [PLAIN, self.policy] if self.policy.drafts else [PLAIN]
         for policy in policies:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
         with self._claimed():
@@ -406,9 +410,14 @@ class Engine:
         accuracy: float | None,
         speculation: Speculation,
         policy: DraftPolicy | None,
+        lookup: bool | None,
     ) -> Iterator[list[tuple[Request, list[Emission]]]]:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}, expected one of {get_args(Mode)}")
+        if lookup and (mode == "early_exit" or speculation is False):
+            raise ValueError(
+                f"lookup drafts, and mode {mode!r} with speculation={speculation!r} does not: leave it out"
+            )
         if mode == "early_exit":
             return self._exit_early(requests, accuracy, speculation, policy)
         if accuracy is not None:
@@ -416,6 +425,8 @@ class Engine:
         if speculation not in (True, False, "always"):
             raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
         chosen = PLAIN if speculation is False else (policy or self.policy)
+        if lookup is not None:
+            chosen = dataclasses.replace(chosen, lookup=(chosen.lookup or Lookup()) if lookup else None)
         if chosen.drafts and self.warning is not None:
             raise NotDeterministic(self.warning)
         if chosen.exits and self.heads is None:
@@ -742,12 +753,18 @@ def _longest(requests: Sequence[Request]) -> int:
     return max(len(request.history) + request.checker.num_remaining for request in requests)
 
 
-def _default_policy(heads: HeadSet, fused: bool) -> DraftPolicy:
-    """A head without trunk layers drafts trees where 16 rows cost what one does (fused kernels), else chains; others
-    are asked as their calibration says; else none is."""
-    if 0 in heads.exits:
-        return best_first(*TREE) if fused else fixed_exit(0, CHAIN_LENGTH)
-    return PLAIN if heads.calibration is None else calibrated(heads.calibration)
+def _default_policy(heads: HeadSet | None, fused: bool) -> DraftPolicy:
+    """The text drafts where it repeats itself, else heads do. One without trunk layers drafts trees where 16 rows cost
+    what one does (fused kernels), else chains; others are asked as their calibration says, or not at all.
+
+    Rounds on a GPU are launched before the host has read the tokens of the last ones, so the text is left out there.
+    """
+    policy = PLAIN
+    if heads is not None and 0 in heads.exits:
+        policy = best_first(*TREE) if fused else fixed_exit(0, CHAIN_LENGTH)
+    elif heads is not None and heads.calibration is not None:
+        policy = calibrated(heads.calibration)
+    return policy if fused else dataclasses.replace(policy, lookup=Lookup())
 
 
 class _NoText:

@@ -8,12 +8,14 @@ decoding. All are settings of one `DraftPolicy`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ..heads.calibration import Calibration
 from .tree import MAX_NODES
+
+Source = Literal["text", "heads"]  # of drafts
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class DraftPolicy:
         branch: candidates kept where a gate says branch; in a best-first tree, children of every node.
         beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
             at exit 0, whose drafts cost no trunk layers.
-        lookup: also drafts from the text. Its nodes come first; heads fill what it leaves of `max_nodes`.
+        lookup: drafts from the text. Heads are asked for sequences whose text gives none.
     """
 
     exits: tuple[int, ...] = ()
@@ -102,7 +104,17 @@ class DraftPolicy:
     @property
     def drafts(self) -> bool:
         """Whether anything is drafted at all."""
-        return bool(self.exits) or self.lookup is not None
+        return bool(self.sources)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where its drafts come from."""
+        return (*(("text",) if self.lookup else ()), *(("heads",) if self.exits else ()))  # type: ignore[return-value]
+
+    def without(self, sources: Collection[Source]) -> DraftPolicy:
+        """The same without drafts from these sources."""
+        lookup = None if "text" in sources else self.lookup
+        return replace(self, lookup=lookup, **({"exits": (), "beam": 0} if "heads" in sources else {}))
 
 
 PLAIN = DraftPolicy()

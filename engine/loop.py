@@ -7,7 +7,7 @@ them is a tree, its logits and a committed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -20,7 +20,7 @@ from .best_first import best_first
 from .cache import KVCache
 from .draft import DraftRow, Guesses, Head, draft
 from .forward import RowTiles, Working, advance, node_logits, prefill
-from .gate import PLAIN, DraftPolicy
+from .gate import PLAIN, DraftPolicy, Source
 from .head_memory import HeadMemory
 from .lookup import TextIndex, draft_from_text
 from .model import Decoder
@@ -30,9 +30,10 @@ from .sampling import Context, History, SamplingError, TargetSampler, TokenLogpr
 from .sparsity.target import SparseTarget
 from .statistics import StatisticsRecorder
 from .stopping import Emission, StopChecker
-from .tree import MAX_NODES, Acceptance, DraftTree, accept
+from .tree import FROM_TEXT, MAX_NODES, Acceptance, DraftTree, accept
 
 Mode = Literal["lossless", "early_exit"]
+NO_GAIN: Mapping[Source, str] = {"heads": "drafting does not pay", "text": "drafts from the text do not pay"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
     """Decode all requests to their ends; a request that fails ends alone, with `error` set.
 
     Args:
-        pace: decides round by round whether drafting pays; None drafts always.
+        pace: decides round by round which drafts pay; None drafts always.
 
     Yields:
         After each round, what every active request released.
@@ -148,15 +149,15 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             for request in active:
                 if on.sparse is not None and request.committed_len == on.sparse.next_refresh(request.sequence):
                     read_text(on, request, None)
-        drafting = policy.drafts and max_nodes > 0 and (pace is None or pace.drafting())
-        shape = replace(policy, max_nodes=max_nodes) if drafting else PLAIN
+        shape = policy if pace is None else pace.next(policy)
+        shape = replace(shape, max_nodes=max_nodes) if max_nodes else PLAIN
         try:
             with torch.inference_mode():
                 blocks = play_round(on, active, shape)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not drafting:
+            if not shape.drafts:
                 raise MemoryError(f"out of memory in a plain step; {on.cache.plan.arithmetic()}") from error
             max_nodes //= 2
             if max_nodes == 0:
@@ -170,7 +171,8 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
         for request in active:
             request.statistics.decode_ms += elapsed
         if pace is not None and policy.drafts:
-            keep_pace(pace, active, sum(len(block.tokens) for block in blocks) / len(blocks), drafting, elapsed)
+            committed = sum(len(block.tokens) for block in blocks) / len(blocks)
+            keep_pace(pace, active, committed, sources_of(shape, [block.tree for block in blocks]), elapsed)
         yield released
 
 
@@ -224,7 +226,8 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
 
 
 def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], policy: DraftPolicy) -> list[int]:
-    """Draft every request's tree. Returns per request how many nodes every gate refused."""
+    """Draft every request's tree: from the text, and by heads where it suggests nothing. Returns per request how many
+    nodes every gate refused."""
     rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
     if on.sparse is not None:
         rows = [on.sparse.clip(row) for row in rows]
@@ -235,6 +238,7 @@ def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], p
             request.text.follow(request.history.token_ids)
             draft_from_text(row.work.tree, request.text, policy.lookup, row.max_depth, policy.max_nodes)
             row.work.embed_new(on.decoder)
+        rows = [row if len(row.work.tree) == 1 else replace(row, max_depth=0) for row in rows]
     if not policy.exits:
         return [0] * len(rows)
     if policy.beam:
@@ -324,16 +328,22 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
     return released
 
 
-def keep_pace(pace: Pace, requests: Sequence[Request], committed: float, drafting: bool, elapsed: float) -> None:
+def sources_of(policy: DraftPolicy, trees: Sequence[DraftTree]) -> set[Source]:
+    """Who was asked for these trees: heads where the text gave nothing."""
+    from_text = [FROM_TEXT in tree.exit_layers for tree in trees]
+    asked: set[Source] = {"text"} if any(from_text) else set()
+    return asked | {"heads"} if policy.exits and not all(from_text) else asked
+
+
+def keep_pace(
+    pace: Pace, requests: Sequence[Request], committed: float, sources: Collection[Source], elapsed: float
+) -> None:
     """Account for a round of `elapsed` ms that gave each request `committed` tokens on average."""
-    if not drafting:
-        pace.plain_step(elapsed)
-        return
-    was_paused = pace.paused
-    pace.drafting_round(elapsed, committed)
-    if pace.paused and not was_paused:
+    before = pace.paused
+    pace.round(elapsed, committed, sources)
+    for source in pace.paused - before:
         for request in requests:
-            request.statistics.record_fallback("drafting does not pay")
+            request.statistics.record_fallback(NO_GAIN[source])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

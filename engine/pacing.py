@@ -1,18 +1,22 @@
-"""Whether drafting pays: a budget of regret, kept while running.
+"""Whether drafting pays: a budget of regret for each source of drafts, kept while running.
 
 Speculation must never make a user slower. The pace estimates a plain step's time; a round that drafted is charged what
-it took beyond the plain steps that its tokens would have cost. While the sum stays within what decoding has earned (a
-small share of its time) plus a credit of a few steps, drafting goes on. Once it is overdrawn, drafting pauses
-until plain steps have earned the credit back. Where drafting pays the sum falls and nothing pauses; where it
-never pays it costs the share and no more. Every pause in a row without a gain between them halves what plain steps
-earn, so that trials grow rare: the cost of drafting that never pays falls with the length of the task.
+it took beyond the plain steps that its tokens would have cost, to the account of the source that drafted: the text, or
+heads. While an account stays within what decoding has earned for it (a small share of its time) plus a credit of a few
+steps, its source goes on. Once it is overdrawn, that source pauses until other rounds have earned the credit back:
+heads may rest while the text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses;
+where it never pays it costs the share and no more. Every pause in a row without a gain between them halves what an
+account earns, so that trials grow rare: the cost of drafting that never pays falls with the length of the task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
-SHARE = 0.02  # of decoding time, that trials may cost
+from .gate import PLAIN, DraftPolicy, Source
+
+SHARE = 0.02  # of decoding time, that the trials of all sources may cost
 CREDIT_STEPS = 4.0  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
@@ -21,52 +25,79 @@ REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 
 
 @dataclass
-class Pace:
-    """Running account, in ms; survives from request to request of one engine."""
+class Account:
+    """What one source of drafts has lost, in ms."""
 
-    plain_ms: float | None = None
     owed_ms: float = 0.0
     paused: bool = False
     pauses: int = 0
-    rounds_since_plain: int = 0
-    failures: int = 0  # pauses since drafting last gained
-    _warm: list[float] = field(default_factory=list)
+    failures: int = 0  # pauses since its drafts last gained
 
     @property
     def share(self) -> float:
-        """Of decoding time, what trials may cost now."""
+        """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
 
-    def drafting(self) -> bool:
-        """Whether the next round should draft."""
-        return self.plain_ms is not None and not self.paused and self.rounds_since_plain < REFRESH_ROUNDS
 
-    def plain_step(self, ms: float) -> None:
-        """Account for a step that was not asked to draft."""
-        self.rounds_since_plain = 0
-        if self.plain_ms is None:
-            self._warm.append(ms)
-            if len(self._warm) >= WARM_STEPS:
-                self.plain_ms = min(self._warm)
+@dataclass
+class Pace:
+    """Running accounts; they survive from request to request of one engine."""
+
+    plain_ms: float | None = None
+    rounds_since_plain: int = 0
+    accounts: dict[Source, Account] = field(default_factory=dict)
+    _warm: list[float] = field(default_factory=list)
+
+    @property
+    def paused(self) -> frozenset[Source]:
+        """Sources that do not draft now."""
+        return frozenset(source for source, account in self.accounts.items() if account.paused)
+
+    @property
+    def resting(self) -> bool:
+        """Whether every source is paused."""
+        return bool(self.accounts) and len(self.paused) == len(self.accounts)
+
+    def next(self, policy: DraftPolicy) -> DraftPolicy:
+        """How the next round should draft."""
+        for source in policy.sources:
+            self.accounts.setdefault(source, Account())
+        if self.plain_ms is None or self.rounds_since_plain >= REFRESH_ROUNDS:
+            return PLAIN
+        return policy.without(self.paused)
+
+    def round(self, ms: float, committed: float, sources: Collection[Source] = ()) -> None:
+        """Account for a round: of `sources` that were asked for drafts, or a plain step; `committed` is tokens per
+        sequence of the batch."""
+        if not sources:
+            self._time(ms)
+        if self.plain_ms is None or not self.accounts:
             return
-        # A shared host's outliers would otherwise make drafting look good.
-        self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
-        self._owe(-self.share * ms)
-        self.paused = self.paused and self.owed_ms > 0
+        self.rounds_since_plain = self.rounds_since_plain + 1 if sources else 0
+        lost = (ms - committed * self.plain_ms) / max(1, len(sources))
+        for source, account in self.accounts.items():
+            self._charge(account, ms, lost if source in sources else None)
 
-    def drafting_round(self, ms: float, committed: float) -> None:
-        """Account for a round that drafted; `committed` is tokens per sequence of the batch."""
-        if self.plain_ms is None:
+    def _time(self, ms: float) -> None:
+        if self.plain_ms is not None:
+            # A shared host's outliers would otherwise make drafting look good.
+            self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
             return
-        self.rounds_since_plain += 1
-        self._owe(ms * (1 - self.share) - committed * self.plain_ms)
-        if self.owed_ms <= -GAIN_STEPS * self.plain_ms:
-            self.failures = 0
-        if self.owed_ms > CREDIT_STEPS * self.plain_ms:
-            self.paused = True
-            self.pauses += 1
-            self.failures += 1
+        self._warm.append(ms)
+        if len(self._warm) >= WARM_STEPS:
+            self.plain_ms = min(self._warm)
 
-    def _owe(self, ms: float) -> None:
+    def _charge(self, account: Account, ms: float, lost: float | None) -> None:
+        """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""
         assert self.plain_ms is not None
-        self.owed_ms = max(self.owed_ms + ms, -GAIN_STEPS * self.plain_ms)
+        earned = account.share * ms / len(self.accounts)
+        account.owed_ms = max(account.owed_ms + (lost or 0.0) - earned, -GAIN_STEPS * self.plain_ms)
+        if account.paused:
+            account.paused = account.owed_ms > 0
+        elif lost is not None:
+            if account.owed_ms <= -GAIN_STEPS * self.plain_ms:
+                account.failures = 0
+            if account.owed_ms > CREDIT_STEPS * self.plain_ms:
+                account.paused = True
+                account.pauses += 1
+                account.failures += 1

@@ -30,11 +30,14 @@ stats, pace = drafted.stats, engine.pace()
 
 print(f"You ask {model}: {PROMPT}\n")
 print(f"Plain decoding, {rate(plain):.1f} tokens/s:\n{plain.text.strip()}\n")
-print(f"With exit heads drafting and the full model verifying, {rate(drafted):.1f} tokens/s:\n{drafted.text.strip()}\n")
+print(
+    f"With exit heads and the text itself drafting and the full model verifying, {rate(drafted):.1f} tokens/s:\n"
+    f"{drafted.text.strip()}\n"
+)
 same = plain.token_ids == drafted.token_ids == chosen.token_ids
 print(f"Equal token for token: {'yes' if same else 'NO'} ({len(drafted.token_ids)} tokens)")
 if stats.num_drafted:
-    names = {layer: f"layer {layer}" if layer else "the recurrent head" for layer in stats.tokens_by_exit}
+    names = {layer: f"layer {layer}" for layer in stats.tokens_by_exit} | {0: "the recurrent head", -1: "the text"}
     exits = ", ".join(f"{count} from {names[layer]}" for layer, count in stats.tokens_by_exit.items())
     print(
         f"Acceptance rate {stats.acceptance_rate:.0%} "
@@ -42,8 +45,8 @@ if stats.num_drafted:
         f"{stats.tokens_per_verification:.2f} tokens per verification"
     )
 print(f"Speed against plain: always drafting {rate(drafted) / rate(plain):.2f}x, the engine's own choice ", end="")
-print(f"{rate(chosen) / rate(plain):.2f}x{' (drafting paused: it does not pay here)' if pace and pace.paused else ''}")
-if not engine.policy.exits:
+print(f"{rate(chosen) / rate(plain):.2f}x{' (drafting paused: it does not pay here)' if pace and pace.resting else ''}")
+if not engine.policy.drafts:
     print(f"Nothing was drafted: {engine.warning or 'there are no calibrated exit heads for this model here'}.")
 try:
     sparse = skipstone.load(model, heads=heads, verify="tda")  # another target: skips the neurons a prompt did not use

@@ -91,6 +91,12 @@ MaxNewTokens = Annotated[int, typer.Option()]
 Seed = Annotated[int, typer.Option()]
 NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Plain decoding.")]
 Always = Annotated[bool, typer.Option("--always-speculate", help="Draft also where it does not pay.")]
+FromText = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup", help="Draft from the text where it repeats itself; by default on a CPU, not on a GPU."
+    ),
+]
 Mode = Annotated[
     str, typer.Option(help="lossless, or early_exit: the first sure exit writes the token, unverified (lossy).")
 ]
@@ -206,6 +212,7 @@ def generate(
     mode: Mode = "lossless",
     no_speculation: NoSpeculation = False,
     always_speculate: Always = False,
+    lookup: FromText = None,
     accuracy: Accuracy = None,
     exit_layer: Annotated[
         int | None, typer.Option("--exit", help="Always draft from this exit layer (LayerSkip).")
@@ -221,7 +228,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = _sampling(locals()) | {"ignore_eos": ignore_eos, "logprobs": logprobs}
     engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity, draft, teal, teal_level)
-    drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    drafting = _drafting(engine, mode, no_speculation, always_speculate, lookup, accuracy, exit_layer, length, branch)
     messages = [{"role": "system", "content": system}] if system is not None else []
     given: Any = text
     if chat:
@@ -261,6 +268,7 @@ def chat(
     mode: Mode = "lossless",
     no_speculation: NoSpeculation = False,
     always_speculate: Always = False,
+    lookup: FromText = None,
     accuracy: Accuracy = None,
     exit_layer: Annotated[
         int | None, typer.Option("--exit", help="Always draft from this exit layer (LayerSkip).")
@@ -274,7 +282,7 @@ def chat(
     """Talk with the model. /reset forgets the conversation, /exit or the input's end leaves; piped lines are turns."""
     sampling = _sampling(locals())
     engine = _load(model, heads, dtype, device, prefill, exit_layer, verify, sparsity, draft, teal, teal_level)
-    drafting = _drafting(engine, mode, no_speculation, always_speculate, accuracy, exit_layer, length, branch)
+    drafting = _drafting(engine, mode, no_speculation, always_speculate, lookup, accuracy, exit_layer, length, branch)
     start = [{"role": "system", "content": system}] if system is not None else []
     messages, failed = list(start), False
     if not _tokenizer(engine).has_chat_template:
@@ -775,7 +783,7 @@ def _load(
     if engine.warning is not None:
         note(f"no speculation: {engine.warning}")
     elif engine.heads is None and heads == "default":
-        note("no speculation: no exit heads are shipped for this model; give --heads, or --heads bare with --exit")
+        note("no exit heads are shipped for this model; give --heads, or --heads bare with --exit")
     return engine
 
 
@@ -793,14 +801,15 @@ def _drafting(
     mode: str,
     never: bool,
     always: bool,
+    lookup: bool | None,
     accuracy: float | None,
     exit_layer: int | None,
     length: int | None,
     branch: int | None,
 ) -> dict[str, Any]:
-    """`mode`, `accuracy`, `speculation` and `policy` for the engine."""
+    """`mode`, `accuracy`, `speculation`, `policy` and `lookup` for the engine."""
     if mode != "lossless":
-        shaped_otherwise = never or always or exit_layer is not None or length is not None or branch is not None
+        shaped_otherwise = never or always or any(x is not None for x in (lookup, exit_layer, length, branch))
         if shaped_otherwise:
             raise ValueError(
                 f"--mode {mode} drafts nothing: of the options that shape drafts it takes --accuracy alone"
@@ -808,13 +817,13 @@ def _drafting(
         return {"mode": mode, "accuracy": accuracy, "speculation": True, "policy": None}
     shaped = [value is not None for value in (accuracy, exit_layer, length, branch)]
     if never:
-        if always or any(shaped):
+        if always or lookup or any(shaped):
             raise ValueError("--no-speculation excludes the options that shape drafts")
         return {"speculation": False, "policy": None}
     policy: DraftPolicy | None = None
     if any(shaped):
         policy = _policy(engine, accuracy, exit_layer, length, branch)
-    return {"speculation": "always" if always else True, "policy": policy}
+    return {"speculation": "always" if always else True, "policy": policy, "lookup": lookup}
 
 
 def _policy(
@@ -870,8 +879,10 @@ def _stream(
 ) -> tuple[Generation, bool]:
     """Stream one answer to stdout (unless quiet) and to the trace; whether Ctrl-C ended it."""
     from .bench.transcript import Transcript, last_line
+    from .engine.tree import FROM_TEXT
 
-    exits = (options["policy"] or engine.policy).exits
+    policy = options["policy"] or engine.policy
+    exits = (FROM_TEXT, *policy.exits) if policy.lookup or options.get("lookup") else policy.exits
     if "mode" in options:
         exits = engine.heads.exits if engine.heads else ()
     transcript = None if quiet else Transcript(sys.stdout, exits)

@@ -10,6 +10,7 @@ import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
 from skipstone.bench.baselines import BASELINES, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
+from skipstone.engine.gate import PLAIN
 from skipstone.engine.load import load
 from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.weights import save_converted
@@ -113,10 +114,12 @@ def test_ranges_become_one_arm_a_setting(engine: Engine) -> None:
         expand("bare:*:2", ())
 
 
-def test_without_heads_there_is_a_bare_exit_to_measure(tiny_folder: Path) -> None:
+def test_without_heads_the_text_drafts_and_without_that_there_is_a_bare_exit_to_measure(tiny_folder: Path) -> None:
     engine = load(tiny_folder, heads=None, dtype=torch.float32, device="cpu", progress=False)
+    assert default_arms(engine) == "plain,default,always"
+    engine.policy = PLAIN
     assert default_arms(engine) == "plain,bare:2:4"
-    with pytest.raises(ValueError, match="needs calibrated heads"):
+    with pytest.raises(ValueError, match="needs something to draft with"):
         parse_arms("default", engine)
 
 

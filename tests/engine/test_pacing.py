@@ -4,36 +4,49 @@ Planted bugs seen to fail here: a pause that never ends; an account without a bo
 losses.
 """
 
+from dataclasses import replace
+
 import pytest
-from skipstone.engine.gate import fixed_exit
+from skipstone.engine.gate import PLAIN, Lookup, fixed_exit, from_text
 from skipstone.engine.pacing import CREDIT_STEPS, GAIN_STEPS, MOST_HALVINGS, REFRESH_ROUNDS, SHARE, WARM_STEPS, Pace
+
+HEADS = fixed_exit(2, 4)
+BOTH = replace(HEADS, lookup=Lookup())
 
 
 def play(pace, rounds, plain_ms, draft_ms, tokens):
     """Wall time, tokens and drafting rounds of a run at constant speeds."""
-    spent = written = drafted = 0.0
-    for _ in range(rounds):
-        if pace.drafting():
-            pace.drafting_round(draft_ms, tokens)
-            spent, written, drafted = spent + draft_ms, written + tokens, drafted + 1
-        else:
-            pace.plain_step(plain_ms)
-            spent, written = spent + plain_ms, written + 1
+    spent, written, drafted = play_both(pace, rounds, plain_ms, {"heads": (draft_ms, tokens)}, 0, HEADS)
+    return spent, written, drafted["heads"]
+
+
+def play_both(pace, rounds, plain_ms, drafts, match_every, policy=BOTH):
+    """The same with two sources, source -> ms and tokens; the text drafts in one round of `match_every`."""
+    spent = written = 0.0
+    drafted = dict.fromkeys(drafts, 0)
+    for at in range(rounds):
+        own = pace.next(policy)
+        source = "text" if own.lookup and at % match_every == 0 else "heads" if own.exits else None
+        ms, tokens = drafts[source] if source else (plain_ms, 1.0)
+        pace.round(ms, tokens, (source,) if source else ())
+        spent, written = spent + ms, written + tokens
+        if source:
+            drafted[source] += 1
     return spent, written, drafted
 
 
 def test_plain_steps_are_timed_first():
     pace = Pace()
     for _ in range(WARM_STEPS):
-        assert not pace.drafting()
-        pace.plain_step(10.0)
-    assert pace.drafting() and pace.plain_ms == 10.0
+        assert pace.next(BOTH) == PLAIN
+        pace.round(10.0, 1.0)
+    assert pace.next(BOTH) == BOTH and pace.plain_ms == 10.0
 
 
 def test_drafting_that_pays_goes_on():
     pace = Pace()
     _, _, drafted = play(pace, 1000, 10.0, 15.0, 2.0)
-    assert pace.pauses == 0 and drafted >= 1000 * (1 - 1.5 / REFRESH_ROUNDS) - WARM_STEPS
+    assert pace.accounts["heads"].pauses == 0 and drafted >= 1000 * (1 - 1.5 / REFRESH_ROUNDS) - WARM_STEPS
 
 
 @pytest.mark.parametrize(("draft_ms", "tokens"), [(30.0, 1.0), (20.0, 1.5), (100.0, 1.0)])
@@ -42,7 +55,7 @@ def test_drafting_that_does_not_pay_costs_a_share(draft_ms, tokens):
     spent, written, drafted = play(pace, 4000, 10.0, draft_ms, tokens)
     trial = (CREDIT_STEPS + 1) * draft_ms
     assert spent <= 10.0 * written * (1 + 2 * SHARE) + trial
-    assert pace.pauses > 0 and drafted > 0
+    assert pace.accounts["heads"].pauses > 0 and drafted > 0
 
 
 @pytest.mark.parametrize("draft_ms", [11.0, 13.0, 20.0, 40.0])
@@ -58,23 +71,23 @@ def test_useless_heads_keep_98_percent_of_plain_speed(draft_ms):
 def test_a_gain_restores_the_share():
     pace = Pace()
     play(pace, 3000, 10.0, 40.0, 1.0)
-    assert pace.share == SHARE / 2**MOST_HALVINGS and pace.failures > 3
+    assert pace.accounts["heads"].share == SHARE / 2**MOST_HALVINGS and pace.accounts["heads"].failures > 3
     play(pace, 6000, 10.0, 10.0, 3.0)
-    assert pace.share == SHARE and pace.failures == 0
+    assert pace.accounts["heads"].share == SHARE and pace.accounts["heads"].failures == 0
 
 
 def test_a_long_losing_stretch_is_noticed_after_gains():
     pace = Pace()
     play(pace, 500, 10.0, 10.0, 3.0)
     spent, written, _ = play(pace, 500, 10.0, 30.0, 1.0)
-    assert pace.pauses > 0
+    assert pace.accounts["heads"].pauses > 0
     assert spent - 10.0 * written < (GAIN_STEPS + CREDIT_STEPS) * 10.0 + 2 * 30.0 + 0.03 * spent
 
 
 def test_it_drafts_again_when_it_pays_again():
     pace = Pace()
     play(pace, 300, 10.0, 40.0, 1.0)
-    assert pace.pauses > 0
+    assert pace.accounts["heads"].pauses > 0
     _, _, drafted = play(pace, 3000, 10.0, 10.0, 3.0)
     assert drafted > 1500
 
@@ -82,9 +95,9 @@ def test_it_drafts_again_when_it_pays_again():
 def test_one_slow_step_of_a_shared_host_is_no_measurement():
     pace = Pace()
     for ms in (10.0, 500.0, *[10.0] * (WARM_STEPS - 2)):
-        pace.plain_step(ms)
+        pace.round(ms, 1.0)
     assert pace.plain_ms == 10.0
-    pace.plain_step(1000.0)
+    pace.round(1000.0, 1.0)
     assert pace.plain_ms <= 10.5
 
 
@@ -94,8 +107,9 @@ def test_a_pause_is_in_the_statistics_and_changes_no_token(engine_of, planned, m
     heads = planned(engine, lambda place: {place.wrong: 50.0}, exits=(2,))
     plain = heads.learn([1, 2, 3], max_new_tokens=40)
     engine.policy = fixed_exit(2, 4)
-    original = Pace.drafting_round
-    monkeypatch.setattr(Pace, "drafting_round", lambda pace, ms, committed: original(pace, ms + 1000.0, committed))
+    original = Pace.round
+    slow = lambda pace, ms, committed, asked=(): original(pace, ms + (1000.0 if asked else 0.0), committed, asked)  # noqa: E731
+    monkeypatch.setattr(Pace, "round", slow)
     out = engine.generate([1, 2, 3], max_new_tokens=40)
     assert out.token_ids == plain.token_ids
     assert out.stats.fallbacks == {"drafting does not pay": 1}
@@ -108,10 +122,41 @@ def test_a_pause_is_in_the_statistics_and_changes_no_token(engine_of, planned, m
 def test_the_account_is_kept_in_plain_steps_and_drafting_rounds(monkeypatch, engine_of, planned):
     engine = engine_of()
     planned(engine, "right", exits=(2,)).learn([1, 2, 3], max_new_tokens=20)
-    engine.policy = fixed_exit(2, 4)
-    seen = []
-    monkeypatch.setattr(Pace, "plain_step", lambda pace, ms: (seen.append("plain"), setattr(pace, "plain_ms", 1e9)))
-    monkeypatch.setattr(Pace, "drafting_round", lambda pace, ms, committed: seen.append(committed))
+    engine.policy = replace(fixed_exit(2, 4), lookup=Lookup(min_match=2))
+    seen, original = [], Pace.round
+
+    def round(pace, ms, committed, asked=()):
+        seen.append((committed, tuple(asked)))
+        original(pace, ms, committed, asked)
+
+    monkeypatch.setattr(Pace, "round", round)
     out = engine.generate([1, 2, 3], max_new_tokens=20)
-    assert seen[0] == "plain" and sum(1 if s == "plain" else s for s in seen) == 20
-    assert seen.count("plain") + sum(s != "plain" for s in seen) == out.stats.num_verifications
+    assert all(own == (1, ()) for own in seen[:WARM_STEPS]) and sum(committed for committed, _ in seen) == 20
+    assert len(seen) == out.stats.num_verifications and {asked for _, asked in seen} >= {(), ("heads",)}
+
+
+def test_what_the_text_drafts_goes_on_where_heads_do_not_pay_and_the_other_way_round():
+    for good, bad in (("heads", "text"), ("text", "heads")):
+        pace = Pace()
+        _, _, drafted = play_both(pace, 2000, 10.0, {good: (12.0, 2.0), bad: (14.0, 1.0)}, 3)
+        assert pace.accounts[good].pauses == 0 and pace.accounts[bad].pauses > 0
+        assert drafted[bad] < 150 and drafted[good] > (500 if good == "text" else 1500)
+
+
+@pytest.mark.parametrize("heads_ms", [11.0, 20.0, 40.0])
+@pytest.mark.parametrize("text_ms", [10.5, 13.0, 20.0])
+@pytest.mark.parametrize("match_every", [1, 4])
+def test_two_useless_sources_keep_98_percent_of_plain_speed(heads_ms, text_ms, match_every):
+    """The same task and clock as above. Planted bug: each source with the whole share."""
+    pace, drafts = Pace(), {"heads": (heads_ms, 1.0), "text": (text_ms, 1.0)}
+    spent, written, drafted = play_both(pace, 24 * 64, 10.0, drafts, match_every)
+    assert min(drafted.values()) > 0
+    assert 10.0 * written / spent >= 0.98
+
+
+def test_a_policy_without_a_source_has_no_account_of_it():
+    pace = Pace(plain_ms=10.0)
+    assert pace.next(from_text()) == from_text() and set(pace.accounts) == {"text"} and not pace.resting
+    for _ in range(30):
+        pace.round(30.0, 1.0, ("text",))
+    assert pace.next(from_text()).sources == () and pace.resting and pace.next(BOTH).sources == ("heads",)

@@ -28,7 +28,7 @@ from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.device_state import fill
 from skipstone.engine.forward import prefill
 from skipstone.engine.fused import FusedStep, FusedWeights
-from skipstone.engine.gate import Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import PLAIN, Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import AHEAD, Rounds, Ticket
 from skipstone.engine.tree import DraftTree
 from skipstone.kernels.accept import END, STOP
@@ -731,16 +731,14 @@ def test_drafting_pauses_and_resumes(half: Any, stateful: Callable, assert_same_
     plain = plainly(half, PROMPTS, seeds=[5, 6], max_new_tokens=200)
 
     class Turns:
-        paused, count = False, 0
+        paused: frozenset[str] = frozenset()
+        count = 0
 
-        def drafting(self) -> bool:
+        def next(self, policy: Any) -> Any:
             self.count += 1
-            return self.count % 50 in (0, 1, 2) or self.count > 120
+            return policy if self.count % 50 in (0, 1, 2) or self.count > 120 else PLAIN
 
-        def plain_step(self, ms: float) -> None:
-            assert ms > 0
-
-        def drafting_round(self, ms: float, committed: float) -> None:
+        def round(self, ms: float, committed: float, sources: Any) -> None:
             assert ms > 0 and committed >= 1
 
     half.policy, half._paces[2, True, False] = best_first(4, 4, 4, 15), Turns()

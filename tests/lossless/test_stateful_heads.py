@@ -15,7 +15,7 @@ import pytest
 import torch
 from skipstone.engine import loop
 from skipstone.engine.engine import CHAIN_LENGTH, Engine
-from skipstone.engine.gate import DraftPolicy, Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import PLAIN, DraftPolicy, Gate, best_first, every, fixed_exit
 from skipstone.engine.head_memory import WAITING, HeadMemory
 from skipstone.engine.inventory import inventory
 from skipstone.heads import Entries
@@ -209,16 +209,13 @@ class Pattern:
     """Drafts in some rounds only, as a pace would have it."""
 
     def __init__(self, drafts):
-        self.drafts, self.rounds, self.paused = drafts, 0, False
+        self.drafts, self.rounds, self.paused = drafts, 0, frozenset()
 
-    def drafting(self):
+    def next(self, policy):
         self.rounds += 1
-        return self.drafts(self.rounds)
+        return policy if self.drafts(self.rounds) else PLAIN
 
-    def plain_step(self, ms):
-        pass
-
-    def drafting_round(self, ms, committed):
+    def round(self, ms, committed, sources):
         pass
 
 
