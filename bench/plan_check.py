@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..engine.engine import Engine
-from ..engine.planner import Choice, Plan, rank
+from ..engine.planner import Choice, Plan, lookups_of, rank
 from .arms import Arm, EngineArm
 from .measure import measure
 from .questions import Question
@@ -41,10 +41,10 @@ def check(
     if engine.tokenizer is None:
         raise ValueError("this engine has no tokenizer, so it cannot read questions")
     everything = engine.heads.calibration if engine.heads is not None and arms is None else None
-    others = made.choices[:arms] if everything is None else rank(everything, made.costs)
+    others = made.choices[:arms] if everything is None else rank(everything, made.costs, lookups_of(engine))
     chosen = list({choice.name: choice for choice in (made.plain, made.chosen, *others)}.values())
     run: list[Arm] = [
-        EngineArm(choice.name, engine, "always" if choice.policy.exits else False, choice.policy) for choice in chosen
+        EngineArm(choice.name, engine, "always" if choice.policy.drafts else False, choice.policy) for choice in chosen
     ]
     found = measure(
         run, questions, engine.tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,

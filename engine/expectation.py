@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..heads.rehearsal import Rehearsal
-from .gate import DraftPolicy
+from .gate import DraftPolicy, Lookup
 from .tree import MAX_NODES
+
+Rounds = tuple[np.ndarray, np.ndarray, np.ndarray]  # by the position it starts at: accepted, drafted, ms
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,37 @@ def expect(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
     Raises:
         ValueError: a policy that the rehearsal says nothing about (exits or trees that were not rehearsed).
     """
-    if not policy.exits or not policy.max_depth or not policy.max_nodes:
-        return Expected(1.0, 0.0, costs.plain_ms)
-    if policy.beam:
+    if policy.beam and policy.max_depth and policy.max_nodes:
+        if policy.lookup is not None:
+            raise ValueError("best-first trees are known by their means, so they are not played beside a lookup")
         return _expect_tree(policy, rehearsal, costs)
     if any(policy.gates[e].low != policy.gates[e].high for e in policy.exits) and policy.branch > 1:
         raise ValueError("gates that branch are not played; expected chains (branch=1) or best-first trees")
-    if policy.exits == (0,):
-        return _expect_chain(policy, rehearsal, costs)
-    return _expect_trunk(policy, rehearsal, costs)
+    rounds = _plain(rehearsal, costs)
+    if policy.exits and policy.max_depth and policy.max_nodes:
+        rounds = (_chain if policy.exits == (0,) else _trunk)(policy, rehearsal, costs)
+    if policy.lookup is not None:
+        rounds = _from_text(policy, policy.lookup, rehearsal, costs, rounds)
+    return _walk(rehearsal.lengths, *rounds)
+
+
+def _plain(rehearsal: Rehearsal, costs: Costs) -> Rounds:
+    size = sum(rehearsal.lengths)
+    return np.zeros(size, int), np.zeros(size, int), np.full(size, costs.plain_ms)
+
+
+def _from_text(policy: DraftPolicy, lookup: Lookup, rehearsal: Rehearsal, costs: Costs, others: Rounds) -> Rounds:
+    """Rounds that the text drafts where it has a match, and the others."""
+    if rehearsal.text is None or lookup.branch > 1:
+        raise ValueError("lookups of one branch are played, and only where the text was rehearsed")
+    matched, length, right = rehearsal.text
+    drafted = np.where(matched >= lookup.min_match, lookup.per_match * matched, 0)
+    for most in (lookup.max_nodes, policy.max_nodes, length, rehearsal.left - 1):
+        drafted = np.minimum(drafted, most)
+    ms = costs.num_layers * costs.layer[drafted + 1] + costs.output[drafted + 1] + costs.step_ms
+    own = np.minimum(right, drafted), drafted, ms
+    accepted, drafted, ms = (np.where(drafted > 0, x, y) for x, y in zip(own, others, strict=True))
+    return accepted, drafted, ms
 
 
 def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
@@ -147,7 +171,7 @@ def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Exp
     return Expected(counts.tokens, counts.nodes, draft + costs.tree_verification(counts.nodes + 1.0))
 
 
-def _expect_chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+def _chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Rounds:
     if rehearsal.chain_entropy is None or rehearsal.chain_right is None:
         raise ValueError("no chain of a head at exit 0 was rehearsed")
     depth = min(policy.max_depth, policy.max_nodes, MAX_NODES - 1)
@@ -161,10 +185,10 @@ def _expect_chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Ex
     grow = costs.grow_ms[min(costs.grow_ms)]
     ms = np.where(asked > 0, costs.open_ms + np.maximum(asked - 1, 0) * grow, 0.0)
     ms = ms + costs.num_layers * costs.layer[drafted + 1] + costs.output[drafted + 1] + costs.step_ms
-    return _walk(rehearsal.lengths, accepted, drafted, ms)
+    return accepted, drafted, ms
 
 
-def _expect_trunk(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
+def _trunk(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Rounds:
     missing = sorted(set(policy.exits) - set(rehearsal.entropy))
     if missing:
         raise ValueError(f"exits {missing} were not rehearsed; known: {sorted(rehearsal.entropy)}")
@@ -200,7 +224,7 @@ def _expect_trunk(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Ex
         count = (real & (reached <= start)).sum(0) if costs.reuse else rows
         ms += (end - start) * costs.layer[count]
     ms += costs.output[rows]
-    return _walk(rehearsal.lengths, accepted, drafted, ms)
+    return accepted, drafted, ms
 
 
 def _walk(lengths: Sequence[int], accepted: np.ndarray, drafted: np.ndarray, ms: np.ndarray) -> Expected:

@@ -46,6 +46,10 @@ class TextIndex:
         best = max(lengths.values(), default=0)
         return best, [end for end, length in lengths.items() if length == best]
 
+    def following(self, place: int, count: int) -> list[int]:
+        """At most `count` tokens from a place on, as far as the text goes."""
+        return self._ids[place : place + count]
+
     def at(self, place: int) -> int | None:
         """The token at a place, None at the text's end."""
         return self._ids[place] if place < len(self._ids) else None

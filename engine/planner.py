@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,19 @@ from ..heads.calibration import JOINT_LEVELS, Calibration
 from ..heads.head_set import HeadSet
 from .costs import SECONDS, measure_costs
 from .expectation import Costs, Expected, expect
-from .gate import PLAIN, DraftPolicy, Gate, best_first, calibrated, fixed_exit
+from .gate import PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
 from .pretrained import cache_dir
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 LEAST_GAIN = 1.10  # expected speed-up below which plain decoding is chosen: a text unlike the rehearsed takes as much
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
+LOOKUPS = tuple(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3))
+MOST_MIXED = 12  # policies of heads that lookups are set beside: the best without them
 NUM_ALTERNATIVES = 20
 
 
@@ -72,7 +74,7 @@ class Plan:
 
     @property
     def plain(self) -> Choice:
-        return next(choice for choice in self.choices if not choice.policy.exits)
+        return _plain(self.choices)
 
     @property
     def speedup(self) -> float:
@@ -98,37 +100,55 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
             "these heads were not rehearsed, so nothing is known of their drafts: run `skipstone calibrate`"
         )
     costs = measure_costs(engine, seconds) if costs is None else costs
-    choices = rank(engine.heads.calibration, costs)
+    choices = rank(engine.heads.calibration, costs, lookups_of(engine))
     return Plan(fingerprint(engine), costs, choose(choices), _shown(choices), len(choices), time.perf_counter() - start)
 
 
-def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
-    """Every policy considered, the fastest first."""
+def lookups_of(engine: Engine) -> Sequence[Lookup]:
+    """Drafts from the text that are considered: none where rounds run on the device, before the host reads tokens."""
+    return LOOKUPS if engine.fused is None else ()
+
+
+def rank(calibration: Calibration, costs: Costs, lookups: Sequence[Lookup] = LOOKUPS) -> list[Choice]:
+    """Every policy considered, the fastest first: of heads, of the text, and both."""
     rehearsal = calibration.rehearsal
     if rehearsal is None:
         raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
-    found = [Choice(name, policy, expect(policy, rehearsal, costs)) for name, policy in candidates(calibration)]
-    return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+    def ranked(named: Iterable[tuple[str, DraftPolicy]]) -> list[Choice]:
+        found = [Choice(name, policy, expect(policy, rehearsal, costs)) for name, policy in named]
+        return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+    found = ranked(candidates(calibration))
+    if rehearsal.text is None:
+        return found
+    beside = [choice for choice in found if choice.policy.exits and not choice.policy.beam][:MOST_MIXED]
+    mixed = [
+        ((f"{choice.name}+" if choice.policy.exits else "") + f"lookup:{own.max_nodes}:{own.min_match}",
+         replace(choice.policy, lookup=own))
+        for choice, own in itertools.product([_plain(found), *beside], lookups)
+    ]  # fmt: skip
+    return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.tokens_per_second)
 
 
 def choose(choices: Sequence[Choice]) -> Choice:
     """The fastest, or plain decoding where that is not clearly slower."""
-    plain = next(choice for choice in choices if not choice.policy.exits)
+    plain = _plain(choices)
     best = max(choices, key=lambda choice: choice.tokens_per_second)
     return best if best.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second else plain
 
 
 def _shown(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     first = list(choices[:NUM_ALTERNATIVES])
-    return tuple(first if any(not c.policy.exits for c in first) else [*first[:-1], _plain(choices)])
+    return tuple(first if any(not c.policy.drafts for c in first) else [*first[:-1], _plain(choices)])
 
 
 def _plain(choices: Sequence[Choice]) -> Choice:
-    return next(choice for choice in choices if not choice.policy.exits)
+    return next(choice for choice in choices if not choice.policy.drafts)
 
 
 def candidates(calibration: Calibration) -> Iterator[tuple[str, DraftPolicy]]:
-    """Everything that is compared: exits x thresholds x budgets, trees, plain decoding."""
+    """Everything of heads that is compared: exits x thresholds x budgets, trees, plain decoding."""
     rehearsal = calibration.rehearsal
     assert rehearsal is not None
     yield "plain", PLAIN
@@ -296,7 +316,7 @@ def from_document(document: Mapping[str, Any]) -> Plan:
         for c in document["choices"]
     )
     chosen = next((choice for choice in choices if choice.name == document["chosen"]), None)
-    if chosen is None or all(choice.policy.exits for choice in choices):
+    if chosen is None or all(choice.policy.drafts for choice in choices):
         raise ValueError("a plan without its choice, or without plain decoding")
     return Plan(
         document["fingerprint"], Costs.from_document(document["costs"]), chosen, choices,
@@ -307,13 +327,15 @@ def from_document(document: Mapping[str, Any]) -> Plan:
 def _policy_to(policy: DraftPolicy) -> dict[str, Any]:
     gates = {str(e): [_stored(g.low), _stored(g.high)] for e, g in policy.gates.items()}
     sizes = {name: getattr(policy, name) for name in ("max_depth", "max_nodes", "branch", "beam")}
-    return {"exits": list(policy.exits), "gates": gates, **sizes}
+    lookup = None if policy.lookup is None else vars(policy.lookup)
+    return {"exits": list(policy.exits), "gates": gates, **sizes, "lookup": lookup}
 
 
 def _policy_from(document: Mapping[str, Any]) -> DraftPolicy:
     gates = {int(e): Gate(float(low), float(high)) for e, (low, high) in document["gates"].items()}
     sizes: dict[str, Any] = {name: int(document[name]) for name in ("max_depth", "max_nodes", "branch", "beam")}
-    return DraftPolicy(tuple(document["exits"]), gates, **sizes)
+    lookup = None if document["lookup"] is None else Lookup(**document["lookup"])
+    return DraftPolicy(tuple(document["exits"]), gates, **sizes, lookup=lookup)
 
 
 def _stored(threshold: float) -> float | str:

@@ -44,6 +44,9 @@ class Rehearsal:
         chain_entropy: fp32 `[S, N]` nats of the head at exit 0 at each step of the chain that starts there; None
             without such a head.
         chain_right: int `[N]`, how many tokens of that chain are right before the first wrong one, at most S.
+        text: int `[3, N]`, of drafts from the text itself: how many of the last tokens stand elsewhere in it, how many
+            tokens follow there (15 at most), and how many of those are right before the first wrong one. None where it
+            was not looked up.
         beam, branch: of `trees`.
         trees: (depth, nodes) -> what such trees gave.
     """
@@ -53,6 +56,7 @@ class Rehearsal:
     right: Mapping[int, np.ndarray] = field(default_factory=dict)
     chain_entropy: np.ndarray | None = None
     chain_right: np.ndarray | None = None
+    text: np.ndarray | None = None
     beam: int = 0
     branch: int = 0
     trees: Mapping[tuple[int, int], TreeCounts] = field(default_factory=dict)
@@ -62,6 +66,7 @@ class Rehearsal:
         arrays = [*self.entropy.values(), *self.right.values()]
         arrays += [] if self.chain_right is None else [self.chain_right]
         arrays += [] if self.chain_entropy is None else list(self.chain_entropy)
+        arrays += [] if self.text is None else list(self.text)
         wrong = sorted({len(values) for values in arrays} - {total})
         if wrong or set(self.entropy) != set(self.right) or (self.chain_entropy is None) != (self.chain_right is None):
             raise ValueError(
@@ -86,6 +91,8 @@ class Rehearsal:
         }
         if self.chain_entropy is not None and self.chain_right is not None:
             document["chain"] = [len(self.chain_entropy), _pack(_codes(self.chain_entropy)), _pack(self.chain_right)]
+        if self.text is not None:
+            document["text"] = _pack(self.text)
         if self.trees:
             rows = [[*size, c.tokens, c.nodes, c.steps] for size, c in sorted(self.trees.items())]
             document["trees"] = {"beam": self.beam, "branch": self.branch, "rows": rows}
@@ -96,12 +103,14 @@ class Rehearsal:
         """Raises KeyError, TypeError or ValueError where something is missing or broken."""
         exits = {int(e): pair for e, pair in document["exits"].items()}
         chain, trees = document.get("chain"), document.get("trees", {"beam": 0, "branch": 0, "rows": []})
+        text = document.get("text")
         return cls(
             tuple(int(n) for n in document["lengths"]),
             {e: _nats(_unpack(pair[0])) for e, pair in exits.items()},
             {e: _unpack(pair[1]).astype(bool) for e, pair in exits.items()},
             None if chain is None else _nats(_unpack(chain[1])).reshape(int(chain[0]), -1),
             None if chain is None else _unpack(chain[2]).astype(np.int64),
+            None if text is None else _unpack(text).astype(np.int64).reshape(3, -1),
             int(trees["beam"]),
             int(trees["branch"]),
             {(int(d), int(n)): TreeCounts(*map(float, rest)) for d, n, *rest in trees["rows"]},

@@ -2,7 +2,7 @@
 
 Trunk exits are asked at every token. A head at exit 0 grows two things from every token: its greedy chain, and a pool
 of candidates wide enough to hold the best-first trees of every depth and budget; which of them are right shows when the
-text is there.
+text is there. So does what the text itself would have drafted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ..engine.draft import DraftRow, entropy
 from ..engine.engine import Engine
 from ..engine.forward import Working
 from ..engine.gate import ALWAYS, NEVER, DraftPolicy
+from ..engine.lookup import TextIndex
 from ..engine.loop import Machinery
+from ..engine.tree import MAX_NODES
 from ..heads import StatefulHead
 from ..heads.rehearsal import Rehearsal, TreeCounts
 from .measure import head_logits
@@ -59,6 +61,7 @@ class Rehearsed:
     right: dict[int, list[bool]] = field(default_factory=dict)
     chain_entropy: list[list[float]] = field(default_factory=list)
     chain_right: list[int] = field(default_factory=list)
+    text: list[tuple[int, int, int]] = field(default_factory=list)
     pools: list[Candidates] = field(default_factory=list)
 
     def rehearsal(self) -> Rehearsal:
@@ -67,10 +70,11 @@ class Rehearsed:
         right = {e: np.array(values, dtype=bool) for e, values in self.right.items()}
         nats = np.array(self.chain_entropy, dtype=np.float32).T if self.chain_right else None
         count = np.array(self.chain_right) if self.chain_right else None
+        text = np.array(self.text).T
         if not self.pools:
-            return Rehearsal(tuple(self.lengths), by_exit, right, nats, count)
+            return Rehearsal(tuple(self.lengths), by_exit, right, nats, count, text)
         trees = {(d, n): play_trees(self, d, n) for d in DEPTHS for n in BUDGETS if n > d}
-        return Rehearsal(tuple(self.lengths), by_exit, right, nats, count, BEAM, BRANCH, trees)
+        return Rehearsal(tuple(self.lengths), by_exit, right, nats, count, text, BEAM, BRANCH, trees)
 
 
 def rehearse(
@@ -110,6 +114,7 @@ def rehearse(
             )  # fmt: skip
             for sequence, own in enumerate(written):
                 observer.resolve(sequence, own.token_ids, found)
+                found.text += look_up(own.prompt_ids, own.token_ids)
             on_tokens(sum(len(own.token_ids) for own in written))
     finally:
         engine.observer = before
@@ -165,6 +170,20 @@ class _Observer:
             found.chain_entropy.append([judged.entropies[step + 1] for step in range(CHAIN)])
             found.chain_right.append(sum(judged.right) - 1)
         found.pools += [_judge(pool, tokens[i:]) for i, pool in enumerate(self._pools[sequence])]
+
+
+def look_up(prompt: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of each new token: the longest match of what stands before it, how many tokens follow the newest such place, and
+    how many of them are right (`Rehearsal.text`)."""
+    index, found = TextIndex(1), []
+    for i in range(len(tokens)):
+        index.follow([*prompt, *tokens[:i]])
+        matched, places = index.longest()
+        drafted = index.following(places[0], MAX_NODES - 1) if places else []
+        pairs = enumerate(zip(drafted, tokens[i:], strict=False))
+        wrong = next((at for at, (own, token) in pairs if own != token), min(len(drafted), len(tokens) - i))
+        found.append((matched, len(drafted), wrong))
+    return found
 
 
 def _rank(guesses: object, at: int, path: tuple[int, ...], count: int) -> list[tuple[int, float]]:
