@@ -28,6 +28,7 @@ from .gate import PLAIN, DraftPolicy, Lookup, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
+from .ladder import Ladder
 from .loop import Machinery, Mode, Observer, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
@@ -442,7 +443,10 @@ class Engine:
         pace = None
         if speculation is True and policy is None:
             slower = processed or any(one.logprobs is not None for one in params)
-            pace = self._paces.setdefault((len(requests), fused is not None, slower), Pace())
+            way = len(requests), fused is not None, slower
+            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests))))
+            if pace.ladder is not None:  # heads' memories need room for its longest chains
+                chosen = dataclasses.replace(chosen, max_depth=len(pace.ladder.rungs))
         cache = self._cache_for(requests)
         try:
             memories = self._memories_for(chosen, cache)
@@ -491,6 +495,13 @@ class Engine:
         width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
         width = width if shape is None else 1 << shape.max_nodes.bit_length()
         return shape, width, tuple(sorted(taps))
+
+    def _ladder(self, batch: int) -> Ladder | None:
+        """Of the plan, which is for one sequence, if it is followed."""
+        followed = self.plan is not None and self.policy is self.plan.chosen.policy
+        return (
+            Ladder(self.plan.rungs) if self.plan is not None and followed and self.plan.rungs and batch == 1 else None
+        )
 
     def _rounds_for(
         self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int

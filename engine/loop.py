@@ -173,6 +173,9 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
         if pace is not None and policy.drafts:
             committed = sum(len(block.tokens) for block in blocks) / len(blocks)
             keep_pace(pace, active, committed, sources_of(shape, [block.tree for block in blocks]), elapsed)
+            if pace.ladder is not None and shape.exits:
+                by_heads = (block for block in blocks if FROM_TEXT not in block.tree.exit_layers)
+                pace.ladder.saw(shape.max_depth, (len(block.acceptance.tokens) for block in by_heads))
         yield released
 
 

@@ -12,12 +12,13 @@ account earns, so that trials grow rare: the cost of drafting that never pays fa
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .gate import PLAIN, DraftPolicy, Source
+from .ladder import Ladder
 
 SHARE = 0.02  # of decoding time, that the trials of all sources may cost
-CREDIT_STEPS = 4.0  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
+CREDIT_STEPS = 3.5  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
@@ -41,11 +42,13 @@ class Account:
 
 @dataclass
 class Pace:
-    """Running accounts; they survive from request to request of one engine."""
+    """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long chains of
+    heads should be."""
 
     plain_ms: float | None = None
     rounds_since_plain: int = 0
     accounts: dict[Source, Account] = field(default_factory=dict)
+    ladder: Ladder | None = None
     _warm: list[float] = field(default_factory=list)
 
     @property
@@ -64,7 +67,8 @@ class Pace:
             self.accounts.setdefault(source, Account())
         if self.plain_ms is None or self.rounds_since_plain >= REFRESH_ROUNDS:
             return PLAIN
-        return policy.without(self.paused)
+        policy = policy.without(self.paused)
+        return policy if self.ladder is None else replace(policy, max_depth=self.ladder.next)
 
     def round(self, ms: float, committed: float, sources: Collection[Source] = ()) -> None:
         """Account for a round: of `sources` that were asked for drafts, or a plain step; `committed` is tokens per

@@ -23,6 +23,7 @@ import torch
 
 from ..heads.calibration import JOINT_LEVELS, Calibration
 from ..heads.head_set import HeadSet
+from ..heads.rehearsal import Rehearsal
 from .costs import SECONDS, measure_costs
 from .expectation import Costs, Expected, expect
 from .gate import PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
@@ -37,6 +38,7 @@ MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
 LOOKUPS = tuple(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3))
+LONGEST = 6  # chain that the plan may go on to while running
 MOST_MIXED = 12  # policies of heads that lookups are set beside: the best without them
 NUM_ALTERNATIVES = 20
 
@@ -61,6 +63,8 @@ class Plan:
     Attributes:
         chosen: `choices[0]`, or plain decoding where nothing is worth drafting.
         choices: the best first, at most `NUM_ALTERNATIVES`, plain decoding always among them.
+        rungs: expected of the chosen policy's heads with chains of 1, 2, ... tokens (`engine/ladder.py`); empty where
+            no chains of heads were chosen, or where rounds of one length are captured.
         num_considered: policies that were compared.
         seconds: that measuring and choosing took.
     """
@@ -71,6 +75,7 @@ class Plan:
     choices: tuple[Choice, ...]
     num_considered: int
     seconds: float
+    rungs: tuple[Expected, ...] = ()
 
     @property
     def plain(self) -> Choice:
@@ -101,7 +106,18 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
         )
     costs = measure_costs(engine, seconds) if costs is None else costs
     choices = rank(engine.heads.calibration, costs, lookups_of(engine))
-    return Plan(fingerprint(engine), costs, choose(choices), _shown(choices), len(choices), time.perf_counter() - start)
+    chosen = choose(choices)
+    rungs = rungs_of(chosen.policy, engine.heads.calibration.rehearsal, costs) if engine.fused is None else ()
+    seconds = time.perf_counter() - start
+    return Plan(fingerprint(engine), costs, chosen, _shown(choices), len(choices), seconds, rungs)
+
+
+def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> tuple[Expected, ...]:
+    """What is expected of a policy's heads by length of their chains, see `Plan.rungs`."""
+    heads = policy.without(("text",))
+    if not heads.exits or heads.beam:
+        return ()
+    return tuple(expect(replace(heads, max_depth=n), rehearsal, costs) for n in range(1, LONGEST + 1))
 
 
 def lookups_of(engine: Engine) -> Sequence[Lookup]:
@@ -266,7 +282,7 @@ def follow_plan(engine: Engine, measure: bool = False) -> Plan | None:
         made = plan(engine)
         store_plan(made)
     if made is not None:
-        engine.plan, engine.policy = made, made.chosen.policy
+        engine.plan, engine.policy, engine._paces = made, made.chosen.policy, {}
     return made
 
 
@@ -291,6 +307,7 @@ def to_document(made: Plan) -> dict[str, Any]:
         "costs": made.costs.to_document(),
         "chosen": made.chosen.name,
         "expected_speedup": made.speedup,
+        "rungs": [[rung.tokens, rung.drafted, rung.ms] for rung in made.rungs],
         "choices": [
             {
                 "name": choice.name,
@@ -321,6 +338,7 @@ def from_document(document: Mapping[str, Any]) -> Plan:
     return Plan(
         document["fingerprint"], Costs.from_document(document["costs"]), chosen, choices,
         int(document["num_considered"]), float(document["seconds"]),
+        tuple(Expected(*map(float, rung)) for rung in document["rungs"]),
     )  # fmt: skip
 
 

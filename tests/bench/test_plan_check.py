@@ -12,6 +12,7 @@ from skipstone.bench.plan_check import check
 from skipstone.bench.questions import built_in
 from skipstone.cli import app
 from skipstone.engine import planner
+from skipstone.engine.gate import Lookup
 from skipstone.engine.load import load
 from skipstone.heads import HeadSet, store_calibration
 from skipstone.train.rehearse import rehearse
@@ -56,9 +57,12 @@ def test_a_sweep_measures_everything_considered(tiny_folder, rehearsed, monkeypa
     engine = load(tiny_folder, heads=rehearsed, plan="none", **OPTIONS)
     some = list(planner.candidates(engine.heads.calibration))[:5]
     monkeypatch.setattr(planner, "candidates", lambda calibration: iter(some))
+    monkeypatch.setattr(planner, "LOOKUPS", (Lookup(1),))
     made = planner.plan(engine, 0.0)
     found = check(engine, made, built_in()[:1], arms=None, max_new_tokens=4, repeats=1)
-    assert {row["name"] for row in found["arms"]} == {name for name, _ in some}
+    heads = {name for name, _ in some}
+    mixed = {"+".join([*([] if name == "plain" else [name]), "lookup:8:1"]) for name in heads}
+    assert {row["name"] for row in found["arms"]} == heads | mixed
     assert 0 < found["chosen_share"] <= 1 and found["different"] == []
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine.expectation import Costs, expect
-from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, best_first, fixed_exit
+from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, fixed_exit
 from skipstone.engine.load import load
 from skipstone.engine.statistics import Statistics
 from skipstone.heads import Calibration
@@ -73,6 +73,36 @@ def test_chains_of_a_head_at_exit_0(recurrent, depth, stop):
     assert expected.drafted == pytest.approx(stats.num_drafted / stats.num_verifications)
 
 
+LOOKUPS = [Lookup(), Lookup(2, 3, 5), Lookup(1, 15, 15)]
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_drafts_from_the_text_alone_and_beside_heads(recurrent, trunk, lookup):
+    """Planted bugs: a match's drafts cut to a head's depth; heads asked beside them."""
+    own, found = recurrent
+    for engine, rehearsal, prompts, policy in (
+        (own, found.rehearsal(), STUDIED, PLAIN),
+        (own, found.rehearsal(), STUDIED, fixed_exit(0, 2)),
+        (*trunk, PROMPTS, fixed_exit(2, 3)),
+    ):
+        mixed = replace(policy, lookup=lookup)
+        expected, stats = expect(mixed, rehearsal, COSTS), real(engine, mixed, prompts)
+        assert expected.tokens == pytest.approx(stats.tokens_per_verification)
+        assert expected.drafted == pytest.approx(stats.num_drafted / stats.num_verifications)
+        assert expected.drafted > expect(policy, rehearsal, COSTS).drafted * 0.9 and expected.drafted > 0
+
+
+def test_time_of_drafts_from_the_text():
+    """One text of six tokens: a match of two drafts four, one of them right; then a plain step; a match at the end."""
+    text = np.array([[2, 9, 0, 3, 9, 9], [9, 9, 0, 9, 9, 9], [1, 9, 0, 9, 9, 9]])
+    rehearsal = Rehearsal((6,), text=text)
+    costs = Costs(4, {1: 1.0, 5: 2.0, 16: 9.0}, {1: 10.0}, step_ms=0.5)
+    found = expect(DraftPolicy(lookup=Lookup()), rehearsal, costs)
+    last = 4 * costs.layer[3]  # two tokens are left beside the bonus
+    assert found.ms == pytest.approx((4 * 2.0 + 4 * 1.0 + last) / 3 + 10.5)
+    assert (found.tokens, found.drafted) == (6 / 3, (4 + 0 + 2) / 3)
+
+
 @pytest.mark.parametrize(("depth", "nodes"), [(2, 3), (3, 7), (5, 15)])
 def test_best_first_trees(recurrent, depth, nodes):
     """Pools are a little narrower than all trees: a hundredth is allowed."""
@@ -110,6 +140,11 @@ def test_what_was_not_rehearsed_is_refused():
     branching = DraftPolicy((2,), {2: Gate(1.0, 2.0)}, branch=2)
     with pytest.raises(ValueError, match="not played"):
         expect(branching, rehearsal, COSTS)
+    for looked in (DraftPolicy(lookup=Lookup()), DraftPolicy(lookup=Lookup(branch=2))):
+        with pytest.raises(ValueError, match="text was rehearsed"):
+            expect(looked, rehearsal, COSTS)
+    with pytest.raises(ValueError, match="beside a lookup"):
+        expect(replace(best_first(4, 4, 3), lookup=Lookup()), rehearsal, COSTS)
     assert expect(DraftPolicy((2,), {2: ALWAYS}), rehearsal, COSTS).tokens == 2.0
 
 
@@ -117,7 +152,7 @@ def test_a_rehearsal_survives_its_file(recurrent):
     kept = recurrent[1].rehearsal()
     again = Calibration.from_json(Calibration({}, rehearsal=kept).to_json()).rehearsal
     assert again.lengths == kept.lengths and again.trees == kept.trees and (again.beam, again.branch) == (4, 4)
-    assert (again.chain_right == kept.chain_right).all()
+    assert (again.chain_right == kept.chain_right).all() and (again.text == kept.text).all()
     assert np.abs(again.chain_entropy - kept.chain_entropy).max() < 0.1
     with pytest.raises(ValueError, match="expected the same of all"):
         replace(kept, chain_right=kept.chain_right[1:])

@@ -14,7 +14,7 @@ import torch
 from skipstone.engine import planner
 from skipstone.engine.costs import STEPS, costs_of, fused_costs_of, measure_costs, take_turns
 from skipstone.engine.expectation import Costs
-from skipstone.engine.gate import PLAIN
+from skipstone.engine.gate import PLAIN, Lookup
 from skipstone.engine.load import load
 from skipstone.engine.planner import candidates, choose, fingerprint, follow_plan, plan, plan_path, rank, store_plan
 from skipstone.heads.fitting import fit_calibration
@@ -35,13 +35,17 @@ def engine(tiny_folder, tiny_heads_folder):
     return engine
 
 
-def calibration(early, late, exits=(2, 6), num=400):
-    """Heads that are right so often, and sure where they are right."""
+def calibration(early, late, exits=(2, 6), num=400, text=None):
+    """Heads that are right so often, and sure where they are right. `text`: so many tokens of every draft from it."""
     rng = np.random.default_rng(0)
     right = {e: rng.random(num) < share for e, share in zip(exits, (early, late), strict=True)}
     nats = {e: np.where(own, 0.3, 3.0).astype(np.float32) for e, own in right.items()}
     fitted = fit_calibration(nats, {e: np.where(own, 0, 9) for e, own in right.items()})
-    return replace(fitted, rehearsal=Rehearsal((num // 2,) * 2, nats, right))
+    looked = None if text is None else np.array([[4] * num, [15] * num, [text] * num])
+    rehearsal = Rehearsal((num // 2,) * 2, nats, right)
+    if looked is not None:  # as far as each text goes
+        rehearsal = replace(rehearsal, text=np.minimum(looked, [rehearsal.left * 99, rehearsal.left, rehearsal.left]))
+    return replace(fitted, rehearsal=rehearsal)
 
 
 def test_the_fastest_is_chosen():
@@ -72,6 +76,18 @@ def test_trees_where_rows_are_free_and_chains_where_they_are_not():
     free = replace(COSTS, layer_ms={1: 1.0, 16: 1.01})
     assert choose(rank(fitted, free)).name == "tree:4:4:3:15"
     assert choose(rank(fitted, replace(COSTS, layer_ms={1: 1.0, 3: 1.05, 16: 9.0}))).policy.beam == 0
+
+
+def test_the_text_is_planned_where_it_is_right_and_left_out_where_it_is_not():
+    """Beside heads that are good, alone where they are not; a text that is never right costs rows."""
+    rows = replace(COSTS, layer_ms={1: 1.0, 16: 2.0})
+    assert choose(rank(calibration(0.0, 0.0, text=5), rows)).policy.sources == ("text",)
+    assert choose(rank(calibration(0.95, 0.1, text=0), rows)).policy.sources == ("heads",)
+    assert choose(rank(calibration(0.0, 0.0, text=0), rows)).policy == PLAIN
+    mixed = rank(calibration(0.95, 0.1, text=5), rows)
+    assert {choice.policy.sources for choice in mixed} == {(), ("text",), ("heads",), ("text", "heads")}
+    assert len({choice.name for choice in mixed}) == len(mixed)
+    assert all(choice.policy.lookup is None for choice in rank(calibration(0.95, 0.1, text=5), rows, ()))
 
 
 def test_parts_from_probes():
@@ -125,6 +141,11 @@ def test_a_plan_is_kept_and_followed(engine, tiny_folder, tiny_heads_folder):
     assert follow_plan(engine) is None and engine.plan is None
     store_plan(made)
     assert follow_plan(engine) == made and engine.policy == made.chosen.policy
+    looked = replace(made.chosen, name="looked", policy=replace(made.chosen.policy, lookup=Lookup(2, 3)))
+    store_plan(replace(made, chosen=looked, choices=(looked, *made.choices)))
+    assert follow_plan(engine) is not None and engine.policy == looked.policy
+    store_plan(made)
+    assert follow_plan(engine) == made
     expected = engine.generate([1, 2, 3], max_new_tokens=12, speculation=False)
     assert engine.generate([1, 2, 3], max_new_tokens=12).token_ids == expected.token_ids
     other = load(tiny_folder, heads=tiny_heads_folder, dtype=torch.float32, device="cpu", progress=False)

@@ -1,0 +1,64 @@
+"""Lengths of chains, learned: made-up costs, drafts that are right so often.
+
+Planted bugs seen to fail here: positions behind a wrong one counted as wrong; the plan's expectation forgotten at once.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from skipstone.engine.expectation import Expected
+from skipstone.engine.gate import fixed_exit
+from skipstone.engine.ladder import MEMORY, Ladder
+from skipstone.engine.pacing import Pace
+
+MS = [10.0 + 2.0 * n for n in range(1, 7)]
+
+
+def ladder(share: float) -> Ladder:
+    """A plan that expects every position to be right so often."""
+    tokens = [sum(share**k for k in range(n + 1)) for n in range(1, 7)]
+    return Ladder([Expected(own, n, ms) for n, (own, ms) in enumerate(zip(tokens, MS, strict=True), 1)])
+
+
+def best(share: float) -> int:
+    rates = [sum(share**k for k in range(n + 1)) / MS[n - 1] for n in range(1, 7)]
+    return 1 + max(range(6), key=rates.__getitem__)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7, 0.9])
+def test_it_starts_where_the_plan_is(share: float) -> None:
+    made = ladder(share)
+    assert made.acceptance == pytest.approx([share] * 6) and made.length == best(share)
+
+
+@pytest.mark.parametrize(("planned", "real"), [(0.9, 0.3), (0.3, 0.9), (0.6, 0.6)])
+def test_it_moves_to_the_length_that_the_text_wants(planned: float, real: float) -> None:
+    made, rng = ladder(planned), random.Random(0)
+    for _ in range(3000):  # one rung after the other where it has to climb
+        length = made.next
+        right = next((n for n in range(length) if rng.random() >= real), length)
+        made.saw(length, [right])
+    assert abs(made.length - best(real)) <= 1
+    assert made.acceptance[0] == pytest.approx(real, abs=0.15)
+
+
+def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() -> None:
+    made = ladder(0.5)
+    before = made.acceptance
+    made.saw(4, [1])
+    first, second, *rest = made.acceptance
+    assert first == pytest.approx((MEMORY * 16 + 1) / (MEMORY * 32 + 1)) and second == pytest.approx(
+        MEMORY * 16 / (MEMORY * 32 + 1)
+    )
+    assert first > before[0] and second < before[1] and rest == before[2:]
+
+
+def test_the_pace_drafts_by_it() -> None:
+    pace = Pace(plain_ms=10.0, ladder=ladder(0.9))
+    assert pace.next(fixed_exit(0, 2)).max_depth == best(0.9)
+    for _ in range(200):
+        pace.ladder.saw(best(0.9), [0])  # type: ignore[union-attr]
+    assert pace.next(fixed_exit(0, 2)).max_depth == 1
+    assert ladder(0.0).length == 1
