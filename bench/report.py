@@ -118,7 +118,8 @@ def question_tables(records: Sequence[Record], others: Sequence[Record] = ()) ->
     if others:
         places &= {(r.repeat, r.question.question_id) for r in others}
     repeats = sorted({repeat for repeat, _ in places})
-    questions = [q for q in dict.fromkeys(q for _, q in places) if all((repeat, q) in places for repeat in repeats)]
+    # the same order for any two arms: columns of one question stand side by side
+    questions = [q for q in sorted({q for _, q in places}, key=str) if all((r, q) in places for r in repeats)]
     questions.sort(key=str)
     tables = {}
     for name, column in _COLUMNS.items():

@@ -125,26 +125,34 @@ def print_plan(document: Mapping[str, Any]) -> None:
         numbers = (choice[key] for key in ("tokens_per_second", "tokens_per_verification", "drafted", "round_ms"))
         table.add_row(choice["name"], *(f"{number:.2f}" for number in numbers))
     out.print(table)
+    if document["rungs"]:
+        rungs = ", ".join(f"{n}: {tokens:.2f} in {ms:.1f}" for n, (tokens, _, ms) in enumerate(document["rungs"], 1))
+        out.print(f"tokens per verification and ms of heads' chains, among which it moves while running: {rungs}")
     if document["kept"] is not None:
         out.print(f"kept in {document['kept']}")
     check = document["check"]
     if check is None:
         return
-    table = _table(
-        f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats",
-        "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured",
-        ">expected ms a round", ">measured", ">speed-up", "range",
-    )  # fmt: skip
-    for row in check["arms"]:
-        low, high = row["speedup_range"] or (1.0, 1.0)
-        table.add_row(
-            row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
-            f"{row['error']:+.0%}", f"{row['expected_tokens_per_verification']:.2f}",
-            f"{row['measured_tokens_per_verification']:.2f}",
-            f"{row['expected_round_ms']:.2f}", f"{row['measured_round_ms']:.2f}",
-            f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}",
+    title = (
+        f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats"
+    )
+    for name, rows in ((title, check["arms"]), ("The best of them again", check["retimed"])):
+        table = _table(
+            name, "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured",
+            ">expected ms a round", ">measured", ">speed-up", "range", ">chosen / this", "95 %",
         )  # fmt: skip
-    out.print(table)
+        for row in rows:
+            (low, high), share = row["speedup_range"] or (1.0, 1.0), row["chosen_share_interval"]
+            table.add_row(
+                row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
+                f"{row['error']:+.0%}", f"{row['expected_tokens_per_verification']:.2f}",
+                f"{row['measured_tokens_per_verification']:.2f}",
+                f"{row['expected_round_ms']:.2f}", f"{row['measured_round_ms']:.2f}",
+                f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['chosen_share']:.2f}",
+                "-" if share is None else f"{share[0]:.2f}-{share[1]:.2f}",
+            )  # fmt: skip
+        if rows:
+            out.print(table)
     out.print(
         f"the chosen policy has {check['chosen_share']:.1%} of the best one's speed; {len(check['different'])} of "
         f"{check['num_compared']} answers differ from plain decoding's"

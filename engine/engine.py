@@ -411,7 +411,7 @@ class Engine:
         accuracy: float | None,
         speculation: Speculation,
         policy: DraftPolicy | None,
-        lookup: bool | None,
+        lookup: bool | None = None,
     ) -> Iterator[list[tuple[Request, list[Emission]]]]:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}, expected one of {get_args(Mode)}")

@@ -173,16 +173,23 @@ def test_options_that_shape_drafts_shape_them_and_nothing_else(run: Run) -> None
         "fixed": ("--exit", "3", "--length", "2"),
         "chains": ("--accuracy", "0.6", "--branch", "1"),
         "trees": ("--accuracy", "0.95", "--branch", "3", "--length", "2"),  # sure below 3 nats, branching above
+        "no text": ("--always-speculate", "--no-lookup"),
+        "mixed": ("--exit", "3", "--lookup"),
     }
     found = {
         name: strict_json(run("generate", PROMPT, "--json", *SHORT, *args).stdout) for name, args in shapes.items()
     }
     found["bare"] = strict_json(run("generate", PROMPT, "--json", *SHORT, "--exit", "1", heads="bare").stdout)
+    text = run("generate", PROMPT, "--json", *SHORT, "--always-speculate", "--lookup", heads="none")
+    found["text"] = strict_json(text.stdout)
     assert len({tuple(f["token_ids"]) for f in found.values()}) == 1
+    sources = {name: set(f["exit_layers"]) - {None} for name, f in found.items()}
+    assert -1 not in sources["no text"] and sources["mixed"] <= {-1, 3} and sources["text"] <= {-1}
     stats = {name: f["stats"] for name, f in found.items()}
     assert stats["plain"]["num_drafted"] == 0
     assert len(stats["fixed"]["drafted_by_position"]) == 2 and set(found["fixed"]["exit_layers"]) <= {3, None}
     assert set(found["bare"]["exit_layers"]) <= {1, None} and len(stats["bare"]["drafted_by_position"]) == 4
+    assert stats["text"]["num_drafted"] > 0
     trees = stats["trees"]
     assert trees["num_drafted"] > sum(trees["drafted_by_position"]), "siblings"
     assert stats["chains"]["num_drafted"] == sum(stats["chains"]["drafted_by_position"])
@@ -199,6 +206,8 @@ def test_options_that_shape_drafts_shape_them_and_nothing_else(run: Run) -> None
         (["x", "--system", "s"], "--system needs --chat"),
         (["x", "--heads", "bare"], "--heads bare needs --exit"),
         (["x", "--no-speculation", "--exit", "2"], "--no-speculation excludes"),
+        (["x", "--no-speculation", "--lookup"], "--no-speculation excludes"),
+        (["x", "--mode", "early_exit", "--lookup"], "takes --accuracy alone"),
         (["x", "--exit", "2", "--branch", "2"], "excludes --accuracy and --branch"),
         (["x", "--exit", "1"], "no heads at exits [1]"),
         (["x", "--accuracy", "0.2"], "accuracy is 0.2"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from skipstone.bench.plan_check import check
+from skipstone.bench.plan_check import NUM_RETIMED, check
 from skipstone.bench.questions import built_in
 from skipstone.cli import app
 from skipstone.engine import planner
@@ -59,11 +59,15 @@ def test_a_sweep_measures_everything_considered(tiny_folder, rehearsed, monkeypa
     monkeypatch.setattr(planner, "candidates", lambda calibration: iter(some))
     monkeypatch.setattr(planner, "LOOKUPS", (Lookup(1),))
     made = planner.plan(engine, 0.0)
-    found = check(engine, made, built_in()[:1], arms=None, max_new_tokens=4, repeats=1)
+    found = check(engine, made, built_in()[:2], arms=None, max_new_tokens=4, repeats=1)
     heads = {name for name, _ in some}
     mixed = {"+".join([*([] if name == "plain" else [name]), "lookup:8:1"]) for name in heads}
     assert {row["name"] for row in found["arms"]} == heads | mixed
     assert 0 < found["chosen_share"] <= 1 and found["different"] == []
+    again = {row["name"]: row for row in found["retimed"]}
+    fastest = sorted(found["arms"], key=lambda row: -row["measured_tokens_per_second"])[:NUM_RETIMED]
+    assert set(again) == {row["name"] for row in fastest} | {"plain", made.chosen.name}
+    assert again[made.chosen.name]["chosen_share"] == 1 == again[made.chosen.name]["chosen_share_interval"][1]
 
 
 def test_heads_without_a_rehearsal_are_refused(tiny_folder, tiny_heads_folder):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from skipstone.engine import loop
 from skipstone.engine.engine import _default_policy
+from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
+from skipstone.engine.ladder import Ladder
 from skipstone.engine.load import load
 from skipstone.engine.pacing import Pace
 from skipstone.engine.tree import FROM_TEXT, Acceptance
@@ -148,6 +150,22 @@ def test_the_default_is_plain_decoding_whatever_the_pace_says(
         assert [event.token_id for event in events] == plain[0].token_ids
     assert FROM_TEXT in {layer for out in together for layer in out.stats.tokens_by_exit}
     assert any(event.drafted and event.exit_layer == FROM_TEXT and event.entropy is None for event in events)
+
+
+@pytest.mark.hazard(6, 24)
+def test_lengths_that_move_while_running_change_no_token(
+    engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: a head's memory with room for the planned length alone."""
+    engine = engine_with_heads(engine_of, stateful)
+    engine.policy = replace(fixed_exit(0, 1), lookup=TEXT)
+    rungs = [Expected(1.0 + n, n, 10.0 + n) for n in range(1, 7)]
+    monkeypatch.setattr(Ladder, "next", property(lambda ladder: 1 + ladder.rounds % 6))
+    plain = engine.generate(PROMPTS[1], seed=6, speculation=False, max_new_tokens=80)
+    engine._paces = {(1, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
+    out = engine.generate(PROMPTS[1], seed=6, max_new_tokens=80)
+    assert_same_output(out, plain)
+    assert set(out.stats.rounds_by_drafted) >= {1, 2, 3, 4} and 0 in out.stats.tokens_by_exit
 
 
 def test_stop_strings_cut_drafts_from_the_text(tiny_folder: Any, assert_same_output: Callable) -> None:
