@@ -23,7 +23,7 @@ from .energy import meter_of
 
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
-    "with + for both in one tree), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
+    "with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
     "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
     "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set; to sweep, LEVEL may be "
     "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
@@ -228,7 +228,7 @@ def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
 
 
 def _with_text(arm: Arm, name: str, found: re.Match[str]) -> Arm:
-    """The same arm, with drafts from the text in its trees."""
+    """The same arm, with drafts from the text where there are some."""
     policy = arm.policy or arm.engine.policy if isinstance(arm, EngineArm) else None
     if not isinstance(arm, EngineArm) or policy is None or arm.speculation is False or not arm.lossless:
         raise ValueError(f"arm {name!r}: only forms that draft take + {found[1]}")
