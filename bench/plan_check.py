@@ -42,11 +42,13 @@ def check(
     Raises:
         ValueError: the engine has no tokenizer.
     """
-    if engine.tokenizer is None:
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
         raise ValueError("this engine has no tokenizer, so it cannot read questions")
     everything = engine.heads.calibration if engine.heads is not None and arms is None else None
     others = made.choices[:arms] if everything is None else rank(everything, made.costs, lookups_of(engine))
-    compared, different = 0, []
+    compared = 0
+    different: list[str] = []
 
     def timed(others: Sequence[Choice], repeats: int) -> list[dict[str, Any]]:
         nonlocal compared
@@ -55,7 +57,7 @@ def check(
             EngineArm(own.name, engine, "always" if own.policy.drafts else False, own.policy) for own in choices
         ]
         found = measure(
-            run, questions, engine.tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,
+            run, questions, tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,
             max_context=engine.decoder.config.max_context, on_step=on_step,
         )  # fmt: skip
         compared += found.num_compared

@@ -109,12 +109,12 @@ class DraftPolicy:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Where its drafts come from."""
-        return (*(("text",) if self.lookup else ()), *(("heads",) if self.exits else ()))  # type: ignore[return-value]
+        return (*(("text",) if self.lookup else ()), *(("heads",) if self.exits else ()))
 
     def without(self, sources: Collection[Source]) -> DraftPolicy:
         """The same without drafts from these sources."""
-        lookup = None if "text" in sources else self.lookup
-        return replace(self, lookup=lookup, **({"exits": (), "beam": 0} if "heads" in sources else {}))
+        policy = replace(self, lookup=None) if "text" in sources else self
+        return replace(policy, exits=(), beam=0) if "heads" in sources else policy
 
 
 PLAIN = DraftPolicy()

@@ -114,7 +114,7 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
 
 def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> tuple[Expected, ...]:
     """What is expected of a policy's heads by length of their chains, see `Plan.rungs`."""
-    heads = policy.without(("text",))
+    heads = replace(policy, lookup=None)
     if not heads.exits or heads.beam:
         return ()
     return tuple(expect(replace(heads, max_depth=n), rehearsal, costs) for n in range(1, LONGEST + 1))
