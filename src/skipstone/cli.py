@@ -610,7 +610,7 @@ def bench(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: heads where it has none), "
+            help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
             "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
             "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS takes another head set. To sweep: LEVEL 0.6-0.95, "
             "LENGTH 1-6, EXIT * (all that have heads).",
