@@ -49,20 +49,21 @@ class PromptReader:
         """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`."""
         taps = tuple(sorted(layer for layer in layers if layer))
         kept: list[dict[int, Tensor]] = []
-        first = 0
+        first = held = 0
         while first < len(ids):
             left = len(ids) - first
             size = next((s for s in reversed(self.sizes[1:]) if left > s // 2), self.sizes[0])
             chunk = torch.tensor(ids[first : first + size], dtype=torch.int32)
             states = self.step(size, len(ids), taps).run(sequence, first, chunk)
             first += len(chunk)
+            held += len(chunk)
             if take is not None:
                 if 0 in layers:  # the embeddings, which a step does not keep
                     states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device))
                 kept.append({layer: own.clone() for layer, own in states.items()})  # the next step overwrites them
-                if first == len(ids) or sum(len(own[min(own)]) for own in kept) >= TAKEN_AT_ONCE:
+                if first == len(ids) or held >= TAKEN_AT_ONCE:
                     take({layer: torch.cat([own[layer] for own in kept]) for layer in states})
-                    kept.clear()
+                    kept, held = [], 0
         self.cache.lens[sequence] = len(ids)
 
     def step(self, size: int, length: int, taps: tuple[int, ...]) -> _Step:
