@@ -13,11 +13,11 @@ import torch
 from skipstone import cli
 from skipstone.bench import profile as own
 from skipstone.bench.device_time import Spread
-from skipstone.bench.profile import Span, kernel_bytes, kernel_table, profile
+from skipstone.bench.profile import Span, kernel_bytes, kernel_table, profile, rows_that_differ
 from skipstone.bench.shapes import SHAPES, random_weights, shape_config, tiny_config, weight_bytes
 from skipstone.bench.tables import print_profile
 from skipstone.engine.cache import KVCache, plan_cache
-from skipstone.engine.fused import FusedWeights
+from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import PLAIN
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
@@ -126,3 +126,21 @@ def test_from_the_command_line(tiny_folder, monkeypatch, tmp_path):
     found = json.loads(done.stdout)
     assert found == json.loads(out.read_text()) and found["context"] == 9 and found["operations"]["rows"]
     assert done.exit_code == 0
+
+
+@pytest.mark.interpreter
+def test_rows_with_other_bits_are_counted(monkeypatch):
+    """Seen to fail: rows compared with themselves."""
+    llama = tiny_config("llama")
+    config = replace(llama, num_layers=1, ropes=llama.ropes[:1], windows=(None,))
+    weights = FusedWeights(Decoder(config, random_weights(config, torch.float32, "cpu")))
+    assert rows_that_differ(weights, 5) == 0
+    run = FusedStep.run
+
+    def wrong(step, *args):
+        out = run(step, *args)
+        out[[2, 9]] += 0.0 if step._share else 1.0
+        return out
+
+    monkeypatch.setattr(FusedStep, "run", wrong)
+    assert rows_that_differ(weights, 5) == 2
