@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import best_first
+from skipstone.engine.gate import PLAIN, best_first
 from skipstone.engine.inventory import inventory, memory_items
 from skipstone.engine.tree import MAX_NODES
 from skipstone.kernels import tile
@@ -58,6 +58,7 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
 
 def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> None:
     engine = engine_of()
+    engine.policy = PLAIN  # what it is without heads on a GPU
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     (item,) = (item for item in memory_items(engine, 1, 100) if "device rounds" in item.what)
