@@ -68,7 +68,7 @@ def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> 
 def test_lists_of_neurons_are_in_the_budget(engine_of: Callable) -> None:
     """Tiles of one sequence each, and the lists themselves."""
     engine, config = engine_of(), engine_of().decoder.config
-    found = []
+    engine.policy, found = PLAIN, []
     for by_neuron in (False, True):
         with torch.inference_mode():
             engine.fused = FusedWeights(engine.decoder, by_neuron=by_neuron)
