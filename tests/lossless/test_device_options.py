@@ -732,7 +732,7 @@ def test_drafting_pauses_and_resumes(half: Any, stateful: Callable, assert_same_
 
     class Turns:
         paused: frozenset[str] = frozenset()
-        count = 0
+        ladder, count = None, 0
 
         def next(self, policy: Any) -> Any:
             self.count += 1

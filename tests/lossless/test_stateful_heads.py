@@ -208,6 +208,8 @@ def test_planted_bugs_in_the_memory_are_caught(bug, engine_of, stateful, monkeyp
 class Pattern:
     """Drafts in some rounds only, as a pace would have it."""
 
+    ladder = None
+
     def __init__(self, drafts):
         self.drafts, self.rounds, self.paused = drafts, 0, frozenset()
 
