@@ -172,7 +172,7 @@ def with_heads(engine: Engine, heads: HeadSet) -> Engine:
     """A second engine over the same weights, and the same target model, with other heads."""
     return Engine(
         engine.decoder, engine.tokenizer, heads, deterministic=engine.deterministic, model_id=engine.model_id,
-        fused=engine.fused is not None, prefill=engine.prefill if engine.flash is None else "flash",
+        fused=engine.fused is not None, prefill=engine.prefill_option,
         sparsity=engine.teal if engine.sparse is None else engine.sparse.selection, draft=engine.teal_draft,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ from .ladder import Ladder
 from .loop import Machinery, Mode, Observer, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
-from .prompt_reader import PromptReader
+from .prompt_reader import PromptReader, longest_for
 from .sampling import History, SamplingParams, TargetSampler
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
@@ -69,7 +69,8 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
-            of the decode step (`engine/prompt_reader.py`); "auto" is "fused" where these decode, else "sdpa".
+            of the decode step (`engine/prompt_reader.py`); "auto" is "fused" where these decode, up to the length from
+            which "sdpa" was faster (`prompt_reader.longest_for`), else "sdpa".
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
@@ -104,7 +105,7 @@ class Engine:
     ) -> None:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill is {prefill!r}, expected one of {get_args(Prefill)}")
-        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
+        self.decoder, self.tokenizer, self.heads, self.prefill_option = decoder, tokenizer, heads, prefill
         self.flash: FlashAttention | None = None
         if prefill == "flash":
             config = decoder.config
@@ -168,10 +169,13 @@ class Engine:
 
     @property
     def prefill(self) -> str:
-        """What reads prompts: "sdpa", "fused", or "flash" with the package in use."""
+        """What reads prompts: "sdpa", "fused", which may end at some length, or "flash" with the package in use."""
         if self.flash is not None:
             return f"flash ({self.flash.name})"
-        return "fused" if self._reads_fused else "sdpa"
+        if not self._reads_fused:
+            return "sdpa"
+        longest = self._longest_fused()
+        return "fused" if longest is None else f"fused up to {longest} tokens, sdpa"
 
     @property
     def verify(self) -> str:
@@ -597,8 +601,11 @@ class Engine:
         if not self._reads_fused or self.fused is None:
             return None
         if self._reader is None or self._reader.cache is not cache or self._reader.weights is not self.fused:
-            self._reader = PromptReader(self.fused, cache, reach_of)
+            self._reader = PromptReader(self.fused, cache, reach_of, longest=self._longest_fused())
         return self._reader
+
+    def _longest_fused(self) -> int | None:
+        return None if self.prefill_option == "fused" or self.fused is None else longest_for(self.fused)
 
     def _plan_cache(self, batch: int, context: int) -> CachePlan:
         """On a GPU with room to spare: making a cache anew throws captured rounds away."""

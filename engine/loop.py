@@ -194,7 +194,7 @@ def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tens
     follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
     sequence, ids, reader = request.sequence, request.history.token_ids[:-1], on.reader or on.decoder
     layers = () if take is None else on.kept_layers
-    if on.sparse is None and on.prompts is not None:
+    if on.sparse is None and on.prompts is not None and on.prompts.takes(len(ids)):
         on.prompts.read(sequence, ids, layers, take)
         return
     if on.sparse is None:

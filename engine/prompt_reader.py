@@ -20,7 +20,19 @@ from .graphs import captured, has_dependent_launch
 from .tree import MAX_NODES
 
 SIZES = (64, 256)  # tokens of a step
+# On an H200 a token costs 20 us for each GB of the layers' weights, at least 14 us; a chunk of up to 512 tokens through
+# the decoder's own layers 9 to 12 ms, whatever the model (docs/kernels.md).
+GB_AT_ANY_LENGTH, TOKENS_OF_A_GB = 0.9, 500
 TAKEN_AT_ONCE = 1024  # tokens whose states heads take at once: each time costs launches
+
+
+def longest_for(weights: FusedWeights) -> int | None:
+    """Tokens of the longest prompt that is read faster by fused kernels than by the decoder's own layers; None: any."""
+    config = weights.config
+    width, heads = config.hidden_size, (config.num_heads + config.num_kv_heads) * config.head_dim
+    mlp = (3 if config.gated_mlp else 2) * width * config.intermediate_size
+    gigabytes = config.num_layers * (2 * width * heads + mlp) * weights.decoder.dtype.itemsize / 1e9
+    return None if gigabytes < GB_AT_ANY_LENGTH else round(TOKENS_OF_A_GB / gigabytes)
 
 
 class PromptReader:
@@ -31,13 +43,24 @@ class PromptReader:
         cache: where keys and values go.
         reach_of: tokens of a prompt -> tokens that the steps for it reach (see `graphs.Rounds`).
         sizes: tokens of a step, rising multiples of 16.
+        longest: tokens of a prompt that is read here; None: any.
     """
 
     def __init__(
-        self, weights: FusedWeights, cache: KVCache, reach_of: Callable[[int], int], sizes: Sequence[int] = SIZES
+        self,
+        weights: FusedWeights,
+        cache: KVCache,
+        reach_of: Callable[[int], int],
+        sizes: Sequence[int] = SIZES,
+        longest: int | None = None,
     ) -> None:
         self.weights, self.cache, self.sizes, self._reach_of = weights, cache, tuple(sizes), reach_of
+        self.longest = longest
         self._steps: dict[tuple[int, int, tuple[int, ...]], _Step] = {}
+
+    def takes(self, length: int) -> bool:
+        """Whether a prompt of so many tokens is read here."""
+        return self.longest is None or length <= self.longest
 
     def read(
         self,

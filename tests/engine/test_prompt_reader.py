@@ -10,18 +10,22 @@ of the taps off by one, the first position of a second step left at 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from skipstone.bench.arms import bare_heads, with_heads
+from skipstone.bench.shapes import shape_config
+from skipstone.engine import loop
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.engine import Engine, reach_of
 from skipstone.engine.forward import prefill
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.model import Decoder
-from skipstone.engine.prompt_reader import PromptReader
+from skipstone.engine.prompt_reader import PromptReader, longest_for
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -97,6 +101,32 @@ def test_it_is_the_default_where_these_kernels_decode(tiny: Callable, monkeypatc
         with_heads(Engine(Decoder(config, weights), fused=True, prefill="sdpa"), bare_heads(config, (2,))).prefill
         == "sdpa"
     )
+
+
+def test_long_prompts_of_large_models_are_left_to_the_decoder(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the weights of the layers alone, so that a prompt's keys depend on the prompt and the model."""
+
+    def limit(name: str) -> int | None:
+        config = shape_config(name)
+        decoder = SimpleNamespace(dtype=torch.bfloat16)
+        return longest_for(cast(FusedWeights, SimpleNamespace(config=config, decoder=decoder)))
+
+    assert [limit(name) for name in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")] == [None, None, 191]
+    config, weights = tiny("llama2")
+    monkeypatch.setattr("skipstone.engine.engine.fused_rows_agree", lambda weights: True)
+    monkeypatch.setattr("skipstone.engine.engine.longest_for", lambda weights: 20)
+    engine = Engine(Decoder(config, weights), fused=True)
+    asked: list[tuple[str, int]] = []
+    assert engine.prefill == "fused up to 20 tokens, sdpa"
+    assert with_heads(engine, bare_heads(config, (2,))).prefill == engine.prefill
+    reader = SimpleNamespace(longest=20, read=lambda sequence, ids, *rest: asked.append(("fused", len(ids))))
+    reader.takes = partial(PromptReader.takes, reader)
+    monkeypatch.setattr(loop, "prefill", lambda own, cache, sequence, ids, *rest: asked.append(("sdpa", len(ids))))
+    on = SimpleNamespace(prompts=reader, sparse=None, reader=None, decoder=None, cache=None, flash=None)
+    for length in (20, 21):  # and the pending token, which the first round reads
+        history = SimpleNamespace(token_ids=[0] * (length + 1))
+        loop.read_text(cast(Any, on), cast(Any, SimpleNamespace(sequence=0, history=history)), None)
+    assert asked == [("fused", 20), ("sdpa", 21)]
 
 
 def test_without_fused_kernels_it_is_refused(tiny: Callable) -> None:
