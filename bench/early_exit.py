@@ -133,7 +133,7 @@ def _summary(
     disagreements = sum(not agrees for judgement in opinions.values() for agrees in judgement.agrees)
     # Only answers to the same prompt can be compared token by token: later turns follow the arm's own first answer.
     alike = [key for key in own if own[key][0] == plain[key][0]]
-    firsts = [_first_difference(own[key][1].outcome.token_ids, plain[key][1].outcome.token_ids) for key in alike]
+    firsts = [first_difference(own[key][1].outcome.token_ids, plain[key][1].outcome.token_ids) for key in alike]
     left = [first for first in firsts if first is not None]
     nats, plain_nats = _mean_nats(opinions), _mean_nats(plain_opinions)
     return {
@@ -160,7 +160,7 @@ def _mean_nats(opinions: Mapping[Any, Judgement]) -> float:
     return statistics.fmean(every) if every else 0.0
 
 
-def _first_difference(own: Sequence[int], plain: Sequence[int]) -> int | None:
+def first_difference(own: Sequence[int], plain: Sequence[int]) -> int | None:
     """Index of the first new token that differs, or where the shorter text ends; None for equal texts."""
     if list(own) == list(plain):
         return None

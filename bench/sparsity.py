@@ -88,25 +88,28 @@ def compare(found: Quality, dense: Quality) -> dict[str, Any]:
     }
 
 
-def against_baselines(decoder: Decoder, windows: Windows, tda: Tda, curves: CettCurves, dense: Quality) -> list[Any]:
-    """TDA, and at its density (its mean, and its own in each layer) GRIFFIN and a fixed pruning."""
-    found = measure_quality(decoder, windows.texts, windows.prompt_len, tda)
-    first = tda.options.first_dense
-    by_layer = found.density
+def baselines(decoder: Decoder, tda: Tda, found: Quality, curves: CettCurves) -> dict[str, Selection]:
+    """Other ways to choose as many neurons as TDA kept: its mean share in all layers, or its own in each."""
+    first, by_layer = tda.options.first_dense, found.density
     uniform = sum(by_layer[first:]) / max(1, len(by_layer) - first)
     own, fixed = tda.options, curves.fixed_strengths()
     # Counts are rounded up to whole steps; half a step less than the mean of rounded counts rounds to it on average.
     half = own.round_to / 2 / decoder.config.intermediate_size
     layers = [max(half, share - half) if share < 1 else 1.0 for share in by_layer]
-    arms: dict[str, Selection] = {
+    return {
         "griffin, uniform": Griffin(uniform, own),
         "griffin, by layer": Griffin(layers, own),
         "fixed, uniform": Fixed(fixed, uniform, own),
         "fixed, by layer": Fixed(fixed, layers, own),
         "tda strengths, uniform": Strongest(uniform, own),
     }
+
+
+def against_baselines(decoder: Decoder, windows: Windows, tda: Tda, curves: CettCurves, dense: Quality) -> list[Any]:
+    """TDA, and the baselines at its density."""
+    found = measure_quality(decoder, windows.texts, windows.prompt_len, tda)
     rows = [{"arm": "tda", "cett": tda.cett, "target_density": tda.density, **compare(found, dense)}]
-    for name, selection in arms.items():
+    for name, selection in baselines(decoder, tda, found, curves).items():
         note(f"  {name}")
         quality = measure_quality(decoder, windows.texts, windows.prompt_len, selection)
         rows.append({"arm": name, **compare(quality, dense)})
@@ -258,6 +261,16 @@ def speed(engine: Engine, windows: Windows, targets: dict[str, Selection | None]
         }
         for name, own in times.items()
     ]
+
+
+def decode_ms(engine: Engine, prompt: list[int], num_tokens: int) -> float:
+    """Plain decoding, ms a token behind the prompt: CPU time of the calling thread, on a GPU the clock's."""
+    clock = time.thread_time if engine.decoder.device.type == "cpu" else time.perf_counter
+    with engine.stream(prompt, speculation=False, max_new_tokens=num_tokens + 1, ignore_eos=True) as stream:
+        next(stream)
+        start = clock()
+        count = sum(1 for _ in stream)
+        return 1e3 * (clock() - start) / count
 
 
 def _text_mask(norms: Tensor) -> Tensor:

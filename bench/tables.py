@@ -29,7 +29,7 @@ def print_inventory(found: Mapping[str, Any]) -> None:
         f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']:,}, context "
         f"{model['max_context']:,}, {model['dtype']} on {model['device']}, prompts read with {model['prefill']}"
     )
-    memory = _table("Memory", "what", ">MiB", "arithmetic")
+    memory = titled("Memory", "what", ">MiB", "arithmetic")
     for item in found["memory"]["items"]:
         what = f"{item['what']} (second copy)" if item["second_copy"] else item["what"]
         memory.add_row(what, f"{item['num_bytes'] / 2**20:.1f}", item["arithmetic"])
@@ -41,7 +41,7 @@ def print_inventory(found: Mapping[str, Any]) -> None:
         out.print("No exit heads: plain decoding.")
         return
     levels = next((list(e["gates"]) for e in heads["exits"] if "gates" in e), [])
-    table = _table(
+    table = titled(
         f"Heads: {heads['num_parameters']:,} parameters, draft vocabulary {heads['draft_vocab']:,}; thresholds in "
         "nats: extends below the first, branches below the second",
         ">exit", "kind", ">agreement", ">in top 4", *(f">at {level}" for level in levels),
@@ -84,12 +84,12 @@ def print_calibration(found: Mapping[str, Any]) -> None:
         f"Measured on {found['source']}. {found['num_drafted']:,} prefixes end in drafts, {found['num_off_path']:,} "
         "hold one that is rejected."
     )
-    table = _table(
+    table = titled(
         "Agreement, and how well confidence tells right from wrong among what earlier exits refused (at 0.90): AUROC, "
         "and coverage at agreement 0.90, by entropy / max probability / margin",
         ">exit", ">tokens", ">agreement", ">true prefixes", "AUROC", "coverage", "best", ">confidence error",
     )  # fmt: skip
-    gates = _table("Entropy thresholds in nats; in brackets what true prefixes alone would give", ">exit", *levels)
+    gates = titled("Entropy thresholds in nats; in brackets what true prefixes alone would give", ">exit", *levels)
     for layer, e in exits.items():
         table.add_row(
             layer, f"{e['num_tokens']:,}", f"{e['agreement']:.3f}", f"{e['true_prefix_agreement']:.3f}",
@@ -120,7 +120,7 @@ def print_plan(document: Mapping[str, Any]) -> None:
     out.print(
         f"ms of a head's answer by exit: {asks or '-'}; at exit 0: {costs['open_ms']:.2f}, then {costs['grow_ms']}"
     )
-    table = _table("Best first", "policy", ">tokens/s", ">tokens per verification", ">drafted", ">ms a round")
+    table = titled("Best first", "policy", ">tokens/s", ">tokens per verification", ">drafted", ">ms a round")
     for choice in choices:
         numbers = (choice[key] for key in ("tokens_per_second", "tokens_per_verification", "drafted", "round_ms"))
         table.add_row(choice["name"], *(f"{number:.2f}" for number in numbers))
@@ -137,7 +137,7 @@ def print_plan(document: Mapping[str, Any]) -> None:
         f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats"
     )
     for name, rows in ((title, check["arms"]), ("The best of them again", check["retimed"])):
-        table = _table(
+        table = titled(
             name, "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured",
             ">expected ms a round", ">measured", ">speed-up", "range", ">chosen / this", "95 %",
         )  # fmt: skip
@@ -205,7 +205,7 @@ def print_comparison(found: Mapping[str, Any]) -> None:
     out = console()
     for name, (before, after) in found["conditions"].items():
         out.print(f"{name} differs: {before} before, {after} now")
-    table = _table(
+    table = titled(
         f"Now against before, {found['questions']} questions in both; intervals of 95 %",
         "arm", "number", ">before", ">now", ">ratio", ">interval", ">repeats apart", "changed",
     )  # fmt: skip
@@ -233,7 +233,7 @@ def print_profile(found: Mapping[str, Any]) -> None:
     )
     if "operations" in found:
         own = found["operations"]
-        table = _table(
+        table = titled(
             f"torch's operations in one plain step of {own['step_us']:.0f} us, by their own time",
             "operation",
             ">calls",
@@ -244,7 +244,7 @@ def print_profile(found: Mapping[str, Any]) -> None:
         out.print(table)
         return
     for kind, own in found["rounds"].items():
-        table = _table(
+        table = titled(
             f"Kernels of one {kind} round: {own['profiled_us']:.1f} us under the profiler, {own['idle_us']:.1f} idle",
             "kernel", ">launches", ">us", ">MB", ">GB/s", ">of bandwidth",
         )  # fmt: skip
@@ -265,7 +265,7 @@ def print_profile(found: Mapping[str, Any]) -> None:
 
 
 def _overall(arms: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = titled(
         "All tasks together (medians of the repeats)",
         "arm", ">tok/s", ">speedup", ">95 %", ">repeats", ">end to end", ">speedup", ">first token ms", ">token ms p50",
         ">p99", ">roofline", ">worst question",
@@ -290,7 +290,7 @@ def _overall(arms: Mapping[str, Any]) -> Table:
 
 
 def _drafts(arms: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = titled(
         "Drafting",
         "arm", ">acceptance", ">tok/verification", ">without bonus", ">wasted", ">row layers/tok",
         "acceptance by position", "accepted tokens by exit",
@@ -311,7 +311,7 @@ def _drafts(arms: Mapping[str, Any]) -> Table:
 
 
 def _early_exit(arms: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = titled(
         "Early exit (lossy). Depth: layers until a token is written; row layers: with those made up for later; "
         "agreement with the full model after the same prefix; perplexity under the full model",
         "arm", ">depth", ">saved", ">row layers/tok", ">by exits", "tokens by exit", ">agreement", ">of exits",
@@ -328,7 +328,7 @@ def _early_exit(arms: Mapping[str, Any]) -> Table:
 
 
 def _matched(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = titled(
         "Gated drafting at no fewer tokens per verification than the best fixed exits and lengths: acceptance rate, "
         "wasted drafts a token",
         "fixed", ">tok/verification", ">acceptance", ">wasted", "gated", ">tok/verification", ">acceptance", ">wasted",
@@ -358,7 +358,7 @@ def _by_task(
     what: str = "task",
 ) -> Table:
     names = list(summary[OVERALL])
-    table = _table(title, what, *(f">{n}" for n in names))
+    table = titled(title, what, *(f">{n}" for n in names))
     for task, arms in summary.items():
         if task != OVERALL:
             table.add_row(task, *(_cell(arms[name]) if name in arms else "-" for name in names))
@@ -372,7 +372,7 @@ def _cell(m: Mapping[str, Any]) -> str:
     return f"{speed}; {_percent(m['acceptance_rate'])} {_number(m['tokens_per_verification'], 2)}"
 
 
-def _table(title: str, *headings: str) -> Table:
+def titled(title: str, *headings: str) -> Table:
     """A table; headings that begin with > are of numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in headings:

@@ -40,7 +40,7 @@ from ..kernels.channel_linear import channel_linear
 from ..kernels.linear import PackedLinear
 from .environment import describe_device, versions
 from .questions import built_in, choose, read_questions
-from .sparsity import Windows, _shown_arguments, compare, note
+from .sparsity import Windows, _shown_arguments, compare, decode_ms, note
 
 PARTS = ("quality", "drafts", "times")
 COLD_BYTES = 96 << 20  # of copies of a weight that take turns, so that each is read from memory
@@ -161,11 +161,7 @@ def decoding(engine: Engine, prompt: list[int], levels: Sequence[TealLevel | Non
     for _ in range(repeats):
         for level in levels:
             engine.drop_inputs(verify=level)
-            with engine.stream(prompt, speculation=False, max_new_tokens=25, ignore_eos=True) as stream:
-                next(stream)
-                start = time.thread_time()
-                count = sum(1 for _ in stream)
-                times.setdefault(engine.verify, []).append(1e3 * (time.thread_time() - start) / count)
+            times.setdefault(engine.verify, []).append(decode_ms(engine, prompt, 24))
     engine.drop_inputs()
     return {name: round(sorted(own)[len(own) // 4], 2) for name, own in times.items()}
 

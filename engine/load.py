@@ -134,6 +134,12 @@ def load_heads(model: str | os.PathLike[str], heads: str | os.PathLike[str], dty
     return found
 
 
+def load_teal(model: str | os.PathLike[str], folder: str | os.PathLike[str], dtype: torch.dtype) -> Teal:
+    """TEAL thresholds of a model that is loaded already; errors as of `load`."""
+    stored = torch.float32 if dtype == torch.float16 else dtype
+    return Teal.load(_folder(folder, "teal"), identity(load_pretrained(model, stored, progress=False)))
+
+
 def _head_set(
     pretrained: Pretrained, heads: str | os.PathLike[str] | HeadSet | None, allow_base_mismatch: bool
 ) -> HeadSet | None:

@@ -61,7 +61,8 @@ def test_help_needs_no_torch() -> None:
     """Planted bug: an import of the engine at the top of cli.py, or an eager skipstone/__init__.py."""
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom skipstone import cli\n"
-        "for args in (['--help'], ['generate', '--help'], ['bench', '--help'], ['--version']):\n"
+        "for args in (['--help'], ['generate', '--help'], ['bench', '--help'], ['--version'], ['sparsity', 'report', "
+        "'--help']):\n"
         "    assert CliRunner().invoke(cli.app, args).exit_code == 0, args\n"
         "assert CliRunner().invoke(cli.app, ['generate', '--nope']).exit_code == 2\n"
         "print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])\n"
@@ -470,6 +471,26 @@ def test_inputs_are_dropped(run: Run, tmp_path: Path) -> None:
     where = ["--verify", "teal", "--teal", str(out), "--teal-level", "0.5"]
     answers = [strict_json(run(*use, *where, more).stdout) for more in ("--no-speculation", "--always-speculate")]
     assert answers[0]["verify"] == "teal 0.5" and answers[0]["token_ids"] == answers[1]["token_ids"]
+
+
+def test_sparsity_is_reported(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "report"
+    text.write_text("a stone skips over the water and the rain falls on the stones. " * 300)
+    command = ["sparsity", "report", "--text", str(text), "--model", str(tiny_folder), "--dtype", "fp32"]
+    command += ["--device", "cpu", "--windows", "2", "--prompt-len", "40", "--length", "60", "--repeats", "1"]
+    command += ["--calibration-texts", "1", "--questions", "0", "--densities", "0.5", "--levels", "0.5"]
+    done = CliRunner().invoke(cli.app, [*command, "--out", str(out), "--methods", "tda,teal", "--json"])
+    assert done.exit_code == 0, done.stderr
+    document = strict_json(done.stdout)
+    assert list(document["settings"]) == ["dense", "tda 0.5", "teal uniform 0.5"]
+    assert json.loads((out / "report.json").read_text()) == document and (out / "loss_speed.png").is_file()
+    again = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
+    assert again.exit_code == 2 and "choose another folder" in again.stderr
+    wrong = CliRunner().invoke(cli.app, [*command, "--methods", "cats"])
+    assert wrong.exit_code == 2 and "expected some of tda, griffin" in wrong.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "other")])
+    assert refused.exit_code == 2 and "pip install 'skipstone[plot]'" in refused.stderr
 
 
 @pytest.mark.parametrize(

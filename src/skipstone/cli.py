@@ -33,6 +33,9 @@ app = typer.Typer(
     help="Faster text from a language model, with no second model and exactly the same output.",
 )
 
+sparsity_app = typer.Typer(no_args_is_help=True, help="What skipping weights (TDA, TEAL) costs and saves.")
+app.add_typer(sparsity_app, name="sparsity")
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 DEFAULT_LENGTH = 4
@@ -121,7 +124,7 @@ def main() -> None:
     app()
 
 
-def command(function: Callable[P, R]) -> Callable[P, R]:
+def command(function: Callable[P, R], to: typer.Typer = app) -> Callable[P, R]:
     """Register a command; what it refuses or cannot do becomes one sentence and an exit code."""
 
     @functools.wraps(function)
@@ -143,7 +146,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             raise _ended(error, FAILED) from error
 
-    return app.command()(run)
+    return to.command()(run)
 
 
 def _ended(error: Exception, code: int) -> typer.Exit:
@@ -723,6 +726,87 @@ def bench(
         raise typer.Exit(FAILED)
     if document["interrupted"]:
         raise typer.Exit(INTERRUPTED)
+
+
+@functools.partial(command, to=sparsity_app)
+def report(
+    text: Annotated[
+        Path, typer.Option(help="Plain text, wikitext-2 for one: its first half calibrates, its second is measured.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="A folder for report.json and pictures (PNG).")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Of tda, griffin, fixed (pruning), top-k (TDA's strengths, same share), teal.")
+    ] = "tda,griffin,fixed,teal",
+    densities: Annotated[str, typer.Option(help="Kept shares of neurons.")] = "0.9,0.75,0.5",
+    teal: TealFolder = None,
+    levels: Annotated[str, typer.Option(help="Of TEAL: shares of the weights that are not read.")] = "0.25,0.4,0.5",
+    windows: Annotated[int, typer.Option(help="Texts whose loss is measured.")] = 12,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of a window that are read densely.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens of a window, its prompt included.")] = 384,
+    calibration_texts: Annotated[int, typer.Option(help="Of 256 tokens.")] = 8,
+    questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 16); 0: none.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each setting; 0: none.")] = 5,
+    long: Annotated[int, typer.Option(help="Tokens of long texts that are read and written; 0: none.")] = 0,
+    long_texts: Annotated[int, typer.Option(min=1, help="How many.")] = 2,
+    write: Annotated[
+        str | None, typer.Option(help="Settings that answer and write long texts: 'tda 0.75,teal uniform 0.4'; all.")
+    ] = None,
+    max_perplexity_increase: Annotated[float, typer.Option(help="What the chosen setting may cost.")] = 0.03,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "bf16",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole model against TDA, TEAL, GRIFFIN and a fixed pruning: speed, loss, agreement, tasks, long texts."""
+    if out is not None:
+        from .train.plots import require_matplotlib
+
+        require_matplotlib()
+        if (out / "report.json").exists():
+            raise FileExistsError(f"{out / 'report.json'} exists; choose another folder")
+    from .bench.sparsity_report import report as measured
+    from .bench.sparsity_settings import Options
+    from .bench.sparsity_views import plot_sparsity, print_sparsity
+
+    wanted = Options(
+        methods=tuple(_words(methods)), densities=_shares("--densities", densities),
+        levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
+        calibration_texts=calibration_texts, questions=questions, repeats=repeats, long=long, long_texts=long_texts,
+        write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,
+    )  # fmt: skip
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    engine = _load(model, "none", dtype, device, "sdpa")
+    from .engine.load import load_teal
+
+    thresholds = None if teal is None else load_teal(model, teal, _dtype(dtype))
+    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # without this machine's folders
+    document = {"command": shlex.join(["skipstone", *shown])}
+    document |= measured(engine, text, wanted, thresholds, note)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "report.json"
+        path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+        for written in [path, *plot_sparsity(document, out)]:
+            note(f"wrote {written}")
+    if as_json:
+        print_json(document, indent=None)
+    else:
+        print_sparsity(document)
+
+
+def _words(given: str) -> list[str]:
+    return [word.strip() for word in given.split(",") if word.strip()]
+
+
+def _shares(option: str, given: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(given))
+    except ValueError:
+        raise ValueError(f"{option} is {given!r}, expected numbers such as 0.75,0.5") from None
 
 
 def _compare(paths: list[Path], out: Path | None, as_json: bool) -> None:

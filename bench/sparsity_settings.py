@@ -1,0 +1,154 @@
+"""The settings that `skipstone sparsity report` compares: the whole model, and others that skip some of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..engine.engine import Engine
+from ..engine.model import Decoder
+from ..engine.sparsity.quality import Quality, measure_quality
+from ..engine.sparsity.selection import Selection
+from ..engine.sparsity.target import SparseTarget
+from ..engine.sparsity.tda import CettCurves, Tda, cut
+from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
+from ..engine.sparsity.thresholded import TealDecoder
+from .sparsity import Windows, baselines
+
+METHODS = {  # -> its name in `baselines`, where it is one
+    "tda": None,
+    "griffin": "griffin, uniform",
+    "fixed": "fixed, uniform",
+    "top-k": "tda strengths, uniform",
+    "teal": None,
+}
+DENSE = "dense"
+CALIBRATION_LENGTH, TEAL_TEXTS = 256, 32  # as `calibrate` takes them
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Args:
+        methods: of `METHODS`.
+        densities: of TDA, and through it of its baselines.
+        levels: of TEAL.
+        windows, prompt_len, length: of the text's second half, and how long they are; thresholds come from the first.
+        calibration_texts: of 256 tokens.
+        questions: of each task; 0: none.
+        repeats: timed runs of each setting; 0: none.
+        long: tokens of long texts; 0: none.
+        long_texts: how many.
+        write: settings that answer and write long texts beside the whole model, by name; None: all.
+        max_perplexity_increase: what the chosen setting may cost, as a share.
+    """
+
+    methods: tuple[str, ...] = ("tda", "griffin", "fixed", "teal")
+    densities: tuple[float, ...] = (0.9, 0.75, 0.5)
+    levels: tuple[float, ...] = (0.25, 0.4, 0.5)
+    windows: int = 12
+    prompt_len: int = 256
+    length: int = 384
+    calibration_texts: int = 8
+    questions: int = 16
+    repeats: int = 5
+    long: int = 0
+    long_texts: int = 2
+    write: tuple[str, ...] | None = None
+    max_perplexity_increase: float = 0.03
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"methods are {list(self.methods)}, expected some of {', '.join(METHODS)}")
+        for name, shares in (("densities", self.densities), ("levels", self.levels)):
+            if not all(0 < share < 1 for share in shares):
+                raise ValueError(f"{name} are {list(shares)}, expected numbers between 0 and 1")
+        for name, least in (("windows", 2), ("calibration_texts", 1), ("questions", 0), ("repeats", 0), ("long", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if not 1 < self.prompt_len < self.length:
+            raise ValueError(
+                f"prompt_len is {self.prompt_len}, expected 2 to {self.length - 1} of {self.length} tokens"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A target model: the whole one, or one that skips neurons or drops inputs."""
+
+    name: str
+    method: str
+    level: float | None = None
+    target: SparseTarget | TealLevel | None = None
+
+    @property
+    def selection(self) -> Selection | None:
+        return self.target.selection if isinstance(self.target, SparseTarget) else None
+
+    def read(self, decoder: Decoder, windows: Windows) -> Quality:
+        """The loss on the windows' continuations."""
+        if isinstance(self.target, TealLevel):
+            decoder = TealDecoder(decoder, self.target.thresholds, dense_tokens=windows.prompt_len - 1)
+        return measure_quality(decoder, windows.texts, windows.prompt_len, self.selection)
+
+    def use(self, engine: Engine) -> None:
+        """Make it the engine's target from now on."""
+        engine.sparse = None
+        engine.drop_inputs(verify=self.target if isinstance(self.target, TealLevel) else None)
+        engine.sparse = self.target if isinstance(self.target, SparseTarget) else None
+
+
+WHOLE = Setting(DENSE, DENSE)
+
+
+def measure_settings(
+    decoder: Decoder,
+    windows: Windows,
+    options: Options,
+    curves: CettCurves,
+    front: list[int],
+    teal: Teal | None,
+    on_step: Callable[[str], None],
+) -> dict[str, tuple[Setting, Quality]]:
+    """Every setting with its loss, the whole model first."""
+    found: dict[str, tuple[Setting, Quality]] = {}
+
+    def add(setting: Setting) -> Quality:
+        on_step(f"reading with {setting.name}")
+        found[setting.name] = setting, setting.read(decoder, windows)
+        return found[setting.name][1]
+
+    add(WHOLE)
+    others = {METHODS[method]: method for method in options.methods if METHODS[method] is not None}
+    for density in options.densities if others or "tda" in options.methods else ():
+        tda = Tda(curves.thresholds_for_density(density).cpu(), density=density)
+        name = f"tda {density:g}"
+        quality = add(Setting(name, "tda", density, SparseTarget(decoder, tda)))
+        for place, selection in baselines(decoder, tda, quality, curves).items():
+            if place in others:
+                method = others[place]
+                add(Setting(f"{method} {density:g}", method, density, SparseTarget(decoder, selection)))
+        if "tda" not in options.methods:
+            del found[name]
+    if "teal" in options.methods and options.levels:
+        texts = cut(front, CALIBRATION_LENGTH, TEAL_TEXTS).to(decoder.device)
+        uniform = calibrate_teal(decoder, texts, levels=options.levels, allocation="uniform")
+        for level in options.levels:
+            for kind, own in (("uniform", uniform), (None if teal is None else teal.allocation, teal)):
+                if own is not None and any(abs(level - known) < 1e-6 for known in own.levels):
+                    method = f"teal {kind}"
+                    add(Setting(f"{method} {level:g}", method, level, own.at(level)))
+    return found
+
+
+def those_that_write(settings: Sequence[Setting], options: Options) -> list[Setting]:
+    """The settings that write, the whole model first."""
+    names = [setting.name for setting in settings]
+    if options.write is None:
+        return list(settings)
+    unknown = [name for name in options.write if name not in names]
+    if unknown:
+        raise ValueError(f"write names {unknown}, expected settings that are measured: {', '.join(names[1:])}")
+    return [setting for setting in settings if setting.name == DENSE or setting.name in options.write]
