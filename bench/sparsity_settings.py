@@ -17,6 +17,7 @@ from .sparsity import Windows, baselines
 
 METHODS = {  # -> its name in `baselines`, where it is one
     "tda": None,
+    "prior": None,
     "griffin": "griffin, uniform",
     "fixed": "fixed, uniform",
     "top-k": "tda strengths, uniform",
@@ -33,6 +34,7 @@ class Options:
     Args:
         methods: of `METHODS`.
         densities: of TDA, and through it of its baselines.
+        prior_tokens: of "prior", TDA with strengths shrunk towards the calibration text's.
         levels: of TEAL.
         windows, prompt_len, length: of the text's second half, and how long they are; thresholds come from the first.
         calibration_texts: of 256 tokens.
@@ -46,6 +48,7 @@ class Options:
 
     methods: tuple[str, ...] = ("tda", "griffin", "fixed", "teal")
     densities: tuple[float, ...] = (0.9, 0.75, 0.5)
+    prior_tokens: int = 128
     levels: tuple[float, ...] = (0.25, 0.4, 0.5)
     windows: int = 12
     prompt_len: int = 256
@@ -122,10 +125,15 @@ def measure_settings(
 
     add(WHOLE)
     others = {METHODS[method]: method for method in options.methods if METHODS[method] is not None}
-    for density in options.densities if others or "tda" in options.methods else ():
+    for density in options.densities if others or {"tda", "prior"} & set(options.methods) else ():
         tda = Tda(curves.thresholds_for_density(density).cpu(), density=density)
         name = f"tda {density:g}"
         quality = add(Setting(name, "tda", density, SparseTarget(decoder, tda)))
+        if "prior" in options.methods:
+            thresholds = curves.thresholds_for_density(density, options.prior_tokens).cpu()
+            prior = curves.fixed_strengths().cpu()
+            shrunk = Tda(thresholds, density=density, prior=prior, prior_tokens=options.prior_tokens)
+            add(Setting(f"prior {density:g}", "prior", density, SparseTarget(decoder, shrunk)))
         for place, selection in baselines(decoder, tda, quality, curves).items():
             if place in others:
                 method = others[place]

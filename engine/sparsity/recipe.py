@@ -30,6 +30,7 @@ class Recipe:
         out: the folder to write; must not exist.
         cett, density, budget: the target, at most one; see `calibrate_tda`.
         allocation: what is the same in all layers under a budget.
+        prior_tokens: how many tokens of a prompt the text's own strengths count for; 0: no prior.
         options: when neurons are skipped.
     """
 
@@ -40,6 +41,7 @@ class Recipe:
     density: float | None = None
     budget: Budget | None = None
     allocation: Allocation = "cett"
+    prior_tokens: int = 0
     options: MaskOptions = field(default_factory=MaskOptions)
 
 
@@ -62,6 +64,7 @@ def follow(recipe: Recipe, dtype: torch.dtype, on_step: Callable[[str], None] = 
         budget=recipe.budget,
         budget_texts=None if recipe.budget is None else cut(second, TEXT_LENGTH, BUDGET_TEXTS),
         allocation=recipe.allocation,
+        prior_tokens=recipe.prior_tokens,
         options=recipe.options,
         base=base,
         on_step=on_step,
@@ -95,6 +98,7 @@ def summary(tda: Tda) -> dict[str, Any]:
     return {
         "cett": tda.cett,
         "density": tda.density,
+        "prior_tokens": tda.prior_tokens,
         "options": vars(tda.options),
         "thresholds": [float(threshold) for threshold in tda.thresholds],
         "calibration": dict(tda.calibration),

@@ -6,6 +6,9 @@ outputs|| / ||MLP(x)||. Online, a sequence keeps the neurons whose output norm's
 tokens is above the threshold; a mean, so that a prompt's length does not change the density. The papers' exact formulas
 are not public; these are this project's. Thresholds that keep the same share of every layer on the calibration text are
 the other way to spread a budget over the layers; docs/sparsity.md has both measured.
+
+A prompt is a small sample, so strengths may be shrunk towards those of the calibration text: as if `prior_tokens`
+further tokens with its root mean squares had been read. A longer prompt then counts for more.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ class Tda:
         options: when neurons are skipped.
         base: the model, or None where it has no name (then it cannot be saved).
         calibration: how they were found, for people: JSON types.
+        prior: neurons' root mean square output norms over calibration text, fp32 `[L, F]`, to shrink a prompt's to.
+        prior_tokens: how many tokens of a prompt the prior counts for.
     """
 
     thresholds: Tensor
@@ -55,6 +60,8 @@ class Tda:
     base: BaseIdentity | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     name: str = "tda"
+    prior: Tensor | None = None
+    prior_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.thresholds.ndim != 1 or not bool((self.thresholds >= 0).all()):
@@ -64,6 +71,10 @@ class Tda:
         for name, value in (("cett", self.cett), ("density", self.density)):
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} is {value}, expected a number between 0 and 1")
+        if (self.prior is None) != (self.prior_tokens == 0) or self.prior_tokens < 0:
+            raise ValueError(f"prior_tokens is {self.prior_tokens}, expected more than 0 with a prior and 0 without")
+        if self.prior is not None and (self.prior.ndim != 2 or len(self.prior) != len(self.thresholds)):
+            raise ValueError(f"the prior is {list(self.prior.shape)}, expected [{len(self.thresholds)}, neurons]")
 
     @property
     def num_layers(self) -> int | None:
@@ -74,6 +85,8 @@ class Tda:
 
     def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
         strengths = (weights / num_tokens).sqrt() * norms
+        if self.prior is not None:
+            strengths = shrunk(strengths, num_tokens, self.prior[layer].to(strengths.device), self.prior_tokens)
         return strengths, int((strengths > self.thresholds[layer]).sum())
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -91,7 +104,10 @@ class Tda:
             "options": asdict(self.options),
             "calibration": dict(self.calibration),
         }
-        save_thresholds(folder, self.base, config, {"thresholds": self.thresholds}, overwrite)
+        tensors = {"thresholds": self.thresholds}
+        if self.prior is not None:
+            config["prior_tokens"], tensors["prior"] = self.prior_tokens, self.prior
+        save_thresholds(folder, self.base, config, tensors, overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, base: BaseIdentity | None = None, allow_base_mismatch: bool = False) -> Tda:
@@ -108,12 +124,19 @@ class Tda:
         try:
             method, num_layers = config.pop("method"), config.pop("num_layers")
             options = MaskOptions(**config.pop("options"))
+            prior = tensors.pop("prior").float() if "prior" in tensors else None
             if method != "tda" or set(tensors) != {"thresholds"} or tensors["thresholds"].shape != (num_layers,):
                 shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
                 raise ValueError(f"expected method 'tda' and thresholds [{num_layers}], found {method!r} and {shapes}")
-            return cls(tensors["thresholds"].float(), options=options, base=made_for, **config)
+            return cls(tensors["thresholds"].float(), options=options, base=made_for, prior=prior, **config)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder} does not hold TDA thresholds: {error}") from error
+
+
+def shrunk(strengths: Tensor, num_tokens: int, prior: Tensor, prior_tokens: int) -> Tensor:
+    """Root mean squares over `num_tokens` tokens, as if `prior_tokens` more with those of `prior` had been read."""
+    share = prior_tokens / (num_tokens + prior_tokens)
+    return ((1 - share) * strengths.square() + share * prior.square()).sqrt()
 
 
 def shipped_for(base: BaseIdentity, root: Path | None = None) -> Tda | None:
@@ -138,11 +161,13 @@ class CettCurves:
     Attributes:
         curves: by layer, thresholds and CETT there, `[LEVELS + 1]` each, from (0, 0) on.
         strengths: by layer, root mean square output norms over each text's tokens, `[B, F]`.
+        text_len: tokens of a text.
     """
 
     def __init__(self, decoder: Decoder, num_texts: int) -> None:
         self.curves: list[tuple[Tensor, Tensor]] = []
         self.strengths: list[Tensor] = []
+        self.text_len = 0
         self._decoder, self._norms, self._num_texts = decoder, down_norms(decoder), num_texts
 
     def __call__(self, layer: int, normed: Tensor) -> Tensor:
@@ -160,6 +185,7 @@ class CettCurves:
         ]
         zero = thresholds.new_zeros(1)
         self.curves.append((torch.cat([zero, thresholds]), torch.cat([zero, torch.stack(values)])))
+        self.text_len = len(normed) // self._num_texts
         self.strengths.append(norms.view(self._num_texts, -1, norms.shape[-1]).square().mean(1).sqrt())
         return out
 
@@ -167,9 +193,17 @@ class CettCurves:
         """`[L]`: of each layer the largest threshold with CETT <= `cett`, on straight lines between the levels."""
         return torch.tensor([_largest(eps, values, cett) for eps, values in self.curves])
 
-    def thresholds_for_density(self, density: float) -> Tensor:
-        """`[L]`: of each layer the threshold that `density` of its neurons exceed, over all calibration texts."""
-        dropped = [strengths.flatten().sort().values for strengths in self.strengths]
+    def thresholds_for_density(self, density: float, prior_tokens: int = 0) -> Tensor:
+        """`[L]`: of each layer the threshold that `density` of its neurons exceed, over all calibration texts.
+
+        Args:
+            prior_tokens: strengths are shrunk towards those of all texts, as `Tda` shrinks a prompt's.
+        """
+        found = self.strengths
+        if prior_tokens:
+            prior = self.fixed_strengths()
+            found = [shrunk(own, self.text_len, prior[i], prior_tokens) for i, own in enumerate(found)]
+        dropped = [strengths.flatten().sort().values for strengths in found]
         return torch.stack([ordered[round((1 - density) * (len(ordered) - 1))] for ordered in dropped])
 
     def fixed_strengths(self) -> Tensor:
@@ -229,6 +263,7 @@ def calibrate_tda(
     budget: Budget | None = None,
     budget_texts: Tensor | None = None,
     allocation: Allocation = "cett",
+    prior_tokens: int = 0,
     options: MaskOptions = MaskOptions(),  # noqa: B008 (frozen)
     base: BaseIdentity | None = None,
     on_step: Callable[[str], None] = lambda note: None,
@@ -241,20 +276,33 @@ def calibrate_tda(
         budget: find the largest CETT (the least density) within it by bisection instead, measured on `budget_texts`,
             whose first halves are the prompts.
         allocation: what is the same in all layers under a budget.
+        prior_tokens: of a density: shrink prompts' strengths towards the texts', see `Tda`; 0: no prior.
         on_step: told what was done.
 
     Raises:
-        ValueError: several targets, a budget without texts, or one that not even the smallest CETT tried keeps.
+        ValueError: several targets, a prior without a density, a budget without texts, or one that not even the
+            smallest CETT tried keeps.
     """
     if sum(target is not None for target in (cett, density, budget)) > 1:
         raise ValueError(f"cett is {cett}, density is {density}, budget is {budget}: expected one of them")
     if allocation not in get_args(Allocation):
         raise ValueError(f"allocation is {allocation!r}, expected one of {get_args(Allocation)}")
+    by_density = density is not None or (budget is not None and allocation == "density")
+    if prior_tokens and not by_density:
+        raise ValueError(
+            f"prior_tokens is {prior_tokens}: a prior moves the density, so give one, or allocation 'density'"
+        )
     curves = measure_curves(decoder, texts)
+    prior = curves.fixed_strengths().cpu() if prior_tokens else None
+
+    def for_density(share: float) -> Tda:
+        thresholds = curves.thresholds_for_density(share, prior_tokens).cpu()
+        return Tda(thresholds, None, share, options, base, prior=prior, prior_tokens=prior_tokens)
+
     on_step(f"measured CETT on {texts.numel():,} tokens")
     about: dict[str, Any] = {"num_tokens": texts.numel()}
     if density is not None:
-        return Tda(curves.thresholds_for_density(density), None, density, options, base, about)
+        return replace(for_density(density), calibration=about)
     if budget is None:
         cett = DEFAULT_CETT if cett is None else cett
         return Tda(curves.thresholds(cett), cett, None, options, base, about)
@@ -268,7 +316,7 @@ def calibrate_tda(
         if allocation == "cett":
             candidate = Tda(curves.thresholds(middle), middle, None, options)
         else:
-            candidate = Tda(curves.thresholds_for_density(1 - middle), None, 1 - middle, options)
+            candidate = for_density(1 - middle)
         found = measure_quality(decoder, budget_texts, half, candidate)
         holds = budget.holds(found, dense)
         tried.append(_tried(candidate, found, dense))

@@ -423,6 +423,12 @@ def calibrate(
             "spread over a layer's projections, greedy or uniform. The first of each by default."
         ),
     ] = None,
+    prior_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Of tda by density: the text's own strengths count for so many tokens of a prompt; 0: no prior."
+        ),
+    ] = 0,
     dense_tokens: Annotated[int, typer.Option(help="Of teal: first tokens of a text that drop nothing.")] = 4,
     first_dense: Annotated[int, typer.Option(help="Of --sparsity: layers at the bottom that keep all neurons.")] = 1,
     min_tokens: Annotated[int, typer.Option(help="Of --sparsity: shorter prompts stay dense.")] = 16,
@@ -446,7 +452,7 @@ def calibrate(
             return
         allocation = "cett" if allocation is None else allocation
         masks = {"first_dense": first_dense, "min_tokens": min_tokens, "refresh": refresh}
-        _calibrate_tda(model, text, out, targets, allocation, masks, dtype, device, as_json)
+        _calibrate_tda(model, text, out, targets, allocation, prior_tokens, masks, dtype, device, as_json)
         return
     if prompts is None:
         raise ValueError("--prompts is missing: held-out prompts to calibrate heads on (or give --sparsity)")
@@ -480,6 +486,7 @@ def _calibrate_tda(
     out: Path,
     targets: dict[str, float | None],
     allocation: str,
+    prior_tokens: int,
     masks: dict[str, int],
     dtype: str,
     device: str | None,
@@ -497,7 +504,7 @@ def _calibrate_tda(
     budget = Budget(**given) if given.keys() & {"perplexity", "agreement"} else None
     recipe = Recipe(
         model, text, out, cett=given.get("cett"), density=given.get("density"), budget=budget,
-        allocation=allocation, options=MaskOptions(**masks),  # type: ignore[arg-type]
+        allocation=allocation, prior_tokens=prior_tokens, options=MaskOptions(**masks),  # type: ignore[arg-type]
     )  # fmt: skip
     found = follow(recipe, _dtype(dtype), note)
     if as_json:
@@ -735,9 +742,13 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option(help="A folder for report.json and pictures (PNG).")] = None,
     methods: Annotated[
-        str, typer.Option(help="Of tda, griffin, fixed (pruning), top-k (TDA's strengths, same share), teal.")
+        str,
+        typer.Option(
+            help="Of tda, prior (TDA, shrunk), griffin, fixed (pruning), top-k (TDA's strengths, same share), teal."
+        ),
     ] = "tda,griffin,fixed,teal",
     densities: Annotated[str, typer.Option(help="Kept shares of neurons.")] = "0.9,0.75,0.5",
+    prior_tokens: Annotated[int, typer.Option(min=1, help="Of prior: as of calibrate.")] = 128,
     teal: TealFolder = None,
     levels: Annotated[str, typer.Option(help="Of TEAL: shares of the weights that are not read.")] = "0.25,0.4,0.5",
     windows: Annotated[int, typer.Option(help="Texts whose loss is measured.")] = 12,
@@ -770,7 +781,7 @@ def report(
     from .bench.sparsity_views import plot_sparsity, print_sparsity
 
     wanted = Options(
-        methods=tuple(_words(methods)), densities=_shares("--densities", densities),
+        methods=tuple(_words(methods)), densities=_shares("--densities", densities), prior_tokens=prior_tokens,
         levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
         calibration_texts=calibration_texts, questions=questions, repeats=repeats, long=long, long_texts=long_texts,
         write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,

@@ -21,7 +21,7 @@ from skipstone.engine.sparsity.thresholded import projections
 
 OPTIONS = Options(
     densities=(0.5,), levels=(0.4,), windows=3, prompt_len=40, length=60, calibration_texts=2, questions=2, repeats=2,
-    long=30, long_texts=2, methods=("tda", "griffin", "fixed", "top-k", "teal"),
+    long=30, long_texts=2, methods=("tda", "prior", "griffin", "fixed", "top-k", "teal"),
 )  # fmt: skip
 TEXT = "a stone skips over the water and the rain falls on the stones. " * 400
 
@@ -44,7 +44,7 @@ def document(engine, tmp_path_factory):
 
 def test_every_setting_is_measured(document):
     rows = document["settings"]
-    neurons = ["tda 0.5", "griffin 0.5", "fixed 0.5", "top-k 0.5"]
+    neurons = ["tda 0.5", "prior 0.5", "griffin 0.5", "fixed 0.5", "top-k 0.5"]
     assert list(rows) == ["dense", *neurons, "teal uniform 0.4", "teal greedy 0.4"]
     assert rows["dense"]["perplexity_increase"] == 0 and rows["dense"]["speedup"] == 1
     # One step of 32 of the tiny model's 80 neurons is a lot, so equal densities are only near.

@@ -6,6 +6,7 @@ for up rows; a fingerprint that nobody compares.
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,39 @@ def test_tda_keeps_what_is_above_the_threshold_and_a_prompts_length_does_not_mat
     assert keep(tda, 0, tda.weigh(neurons), 2, norms).tolist() == [1]
     twice = torch.cat([neurons, neurons])
     assert keep(tda, 0, tda.weigh(twice), 4, norms).tolist() == [1]
+
+
+def test_a_prior_counts_as_further_tokens():
+    """Planted bug seen to fail: the share of the prior taken for that of the prompt."""
+    neurons, norms = torch.tensor([[1.0, -2.0, 0.5], [3.0, 2.0, -0.5]]), torch.tensor([1.0, 2.0, 3.0])
+    read = torch.tensor([[4.0, 0.5, 1.0]] * 6)  # six tokens of a calibration text
+    prior = (read * norms).square().mean(0).sqrt().unsqueeze(0)
+    tda = Tda(torch.tensor([1.0]), density=0.5, prior=prior, prior_tokens=6)
+    strengths, _ = tda.rank(0, tda.weigh(neurons), 2, norms)
+    together = torch.cat([neurons, read])
+    plain = Tda(torch.tensor([1.0]), density=0.5)
+    torch.testing.assert_close(strengths, plain.rank(0, plain.weigh(together), 8, norms)[0])
+
+
+def test_a_density_target_is_met_with_a_prior(decoder):
+    given = texts(decoder.config.vocab_size)
+    tda = calibrate_tda(decoder, given, density=0.5, prior_tokens=100, options=OPTIONS)
+    assert tda.prior.shape == (decoder.config.num_layers, decoder.config.intermediate_size)
+    found = measure_quality(decoder, given, 39, tda)
+    assert all(abs(share - 0.5) < 0.1 for share in found.density[1:])
+    without = measure_quality(decoder, given, 39, calibrate_tda(decoder, given, density=0.5, options=OPTIONS))
+
+    def common(quality):  # neurons that all texts keep or drop
+        return sum(int((kept == kept[0]).all(0).sum()) for kept in quality.kept.values())
+
+    assert common(found) > common(without)
+    budget = calibrate_tda(
+        decoder, given, budget=Budget(agreement=0.5), budget_texts=given, allocation="density", prior_tokens=9,
+        options=OPTIONS,
+    )  # fmt: skip
+    assert budget.prior_tokens == 9 and torch.equal(budget.prior, tda.prior)
+    with pytest.raises(ValueError, match="a prior moves the density"):
+        calibrate_tda(decoder, given, cett=0.2, prior_tokens=9)
 
 
 def test_cett_is_what_dropping_token_by_token_changes(decoder):
@@ -158,6 +192,10 @@ def test_a_folder_holds_what_was_saved(tda, tmp_path):
     assert (found.cett, found.density, found.options, found.base) == (0.2, None, OPTIONS, tda.base)
     with pytest.raises(FileExistsError):
         tda.save(tmp_path / "t")
+    assert found.prior is None and "prior_tokens" not in json.loads((tmp_path / "t" / "config.json").read_text())
+    replace(tda, prior=torch.rand(2, 6), prior_tokens=32).save(tmp_path / "p")
+    again = Tda.load(tmp_path / "p", tda.base)
+    assert again.prior_tokens == 32 and again.prior.shape == (2, 6)
 
 
 @pytest.mark.hazard(17, 18)
@@ -185,6 +223,13 @@ def test_a_damaged_or_foreign_folder_is_refused(tda, tmp_path):
         (None, {"method": "teal"}, "method"),
         (None, {"density": 0.5}, "expected one of them"),
         (None, {"unknown": 1}, "unknown"),
+        (None, {"prior_tokens": 5}, "prior_tokens is 5"),
+        ({"thresholds": torch.tensor([0.1, 0.2]), "prior": torch.ones(2, 3)}, {}, "prior_tokens is 0"),
+        (
+            {"thresholds": torch.tensor([0.1, 0.2]), "prior": torch.ones(3, 3)},
+            {"prior_tokens": 5},
+            r"expected \[2, neurons\]",
+        ),
         (None, {"options": {"refresh": -1}}, "refresh"),
     ],
 )
