@@ -315,11 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoder, text = engine.decoder, options.text.read_text(encoding="utf-8")
     if engine.tokenizer is None:
         parser.error(f"--model {options.model} has no tokenizer")
-    ids = engine.tokenizer.encode(text)
+    ids, start_ids = engine.tokenizer.encode(text, add_special_tokens=False), engine.tokenizer.encode("")
     front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    windows = Windows(cut(back, options.length, options.windows), options.prompt_len)
-    calibration = cut(front, 256, options.calibration_texts)
-    budget_texts = cut(front[128:], 256, options.calibration_texts)
+    windows = Windows(cut(back, options.length, options.windows, start_ids), options.prompt_len)
+    calibration = cut(front, 256, options.calibration_texts, start_ids)
+    budget_texts = cut(front[128:], 256, options.calibration_texts, start_ids)
     note("calibrating")
     curves = measure_curves(decoder, calibration)
     dense = measure_quality(decoder, windows.texts, windows.prompt_len, None)

@@ -13,35 +13,33 @@ from ..engine.engine import Engine
 from ..engine.model import Decoder
 from ..engine.sparsity.neurons import down_norms
 from ..engine.sparsity.selection import Selection, keep
-from ..engine.sparsity.tda import cut
 from ..engine.sparsity.teal import TealLevel, weights_of
 from ..engine.sparsity.thresholded import Projection, RewiredDecoder, projections
 from ..kernels.linear import PackedLinear
 from .early_exit import judge
 from .sparsity import Windows
-from .sparsity_settings import WHOLE, Options, Setting
+from .sparsity_settings import WHOLE, Setting
 
 BLOCK = 128  # tokens of a long text that are averaged
 GRAM = 4
 
 
 def long_texts(
-    engine: Engine, settings: Sequence[Setting], ids: list[int], options: Options, on_step: Callable[[str], None]
+    engine: Engine, settings: Sequence[Setting], windows: Windows, on_step: Callable[[str], None]
 ) -> dict[str, Any]:
     """Loss and density by position, in blocks of `BLOCK` tokens.
 
     `read`: of a long text's continuation, the loss. `written`: of greedily written text, its loss under the whole model
     and the share of its `GRAM`-grams that are new; a text that repeats itself has little of both.
     """
-    decoder, block = engine.decoder, min(BLOCK, options.long)
-    texts = cut(ids, options.prompt_len + options.long, options.long_texts).to(decoder.device)
-    windows, prompts = Windows(texts, options.prompt_len), texts[:, : options.prompt_len].tolist()
+    decoder, tokens = engine.decoder, windows.texts.shape[1] - windows.prompt_len
+    block, prompts = min(BLOCK, tokens), windows.texts[:, : windows.prompt_len].tolist()
     found: dict[str, Any] = {}
     for setting in settings:
         on_step(f"long texts with {setting.name}")
         read = setting.read(decoder, windows).losses.cpu()
         setting.use(engine)
-        outs = engine.generate(prompts, speculation=False, max_new_tokens=options.long, ignore_eos=True)
+        outs = engine.generate(prompts, speculation=False, max_new_tokens=tokens, ignore_eos=True)
         WHOLE.use(engine)
         nats = [judge(engine, prompt, out.token_ids, {}).nats for prompt, out in zip(prompts, outs, strict=True)]
         found[setting.name] = {
@@ -50,7 +48,7 @@ def long_texts(
             "written_new": _blocks(torch.tensor([new_grams(out.token_ids) for out in outs]), block),
             **_by_position(decoder, setting, windows, block),
         }
-    return {"tokens": options.long, "block": block, "texts": len(texts), "settings": found}
+    return {"tokens": tokens, "block": block, "texts": len(prompts), "settings": found}
 
 
 def _blocks(values: Tensor, block: int) -> list[list[float]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.generation import Generation
@@ -34,6 +35,7 @@ from .sparsity_long import long_texts, rounded
 from .sparsity_settings import (
     CALIBRATION_LENGTH,
     DENSE,
+    TEAL_SHARE,
     WHOLE,
     Options,
     Setting,
@@ -75,12 +77,17 @@ def report(
     if not text.is_file():
         raise FileNotFoundError(f"no text at {text}; expected a plain text file")
     content = text.read_text(encoding="utf-8")
-    ids = engine.tokenizer.encode(content)
+    ids, begin = engine.tokenizer.encode(content, add_special_tokens=False), engine.tokenizer.encode("")
     front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    windows = Windows(cut(back, options.length, options.windows).to(decoder.device), options.prompt_len)
+
+    def texts(of: list[int], length: int, most: int) -> Tensor:
+        return cut(of, length, most, begin).to(decoder.device)
+
+    windows = Windows(texts(back, options.length, options.windows), options.prompt_len)
     on_step("calibrating")
-    curves = measure_curves(decoder, cut(front, CALIBRATION_LENGTH, options.calibration_texts).to(decoder.device))
-    found = measure_settings(decoder, windows, options, curves, front, teal, on_step)
+    curves = measure_curves(decoder, texts(front, CALIBRATION_LENGTH, options.calibration_texts), levels=0)
+    quantile_texts = texts(front, CALIBRATION_LENGTH, TEAL_SHARE * options.calibration_texts)
+    found = measure_settings(decoder, windows, options, curves, quantile_texts, teal, on_step)
     dense = found[DENSE][1]
     if not math.isfinite(dense.perplexity):
         raise ValueError(f"the whole model's perplexity is {dense.perplexity}: nothing here means anything")
@@ -106,7 +113,7 @@ def report(
         "chosen": choose(rows, options.max_perplexity_increase),
     }
     middle = _middle(found)
-    if middle is not None:
+    if options.claims and middle is not None:
         on_step("claims")
         setting, quality = middle
         some = Windows(windows.texts[:CLAIM_WINDOWS], windows.prompt_len)
@@ -118,7 +125,8 @@ def report(
         }
         document["inertia"] = inertia(decoder, some)
     if options.long:
-        document["long"] = long_texts(engine, writing, back, options, on_step)
+        long = Windows(texts(back, options.prompt_len + options.long, options.long_texts), options.prompt_len)
+        document["long"] = long_texts(engine, writing, long, on_step)
     document["seconds"] = round(time.perf_counter() - start)
     return document
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..engine.engine import Engine
 from ..engine.model import Decoder
 from ..engine.sparsity.quality import Quality, measure_quality
 from ..engine.sparsity.selection import Selection
 from ..engine.sparsity.target import SparseTarget
-from ..engine.sparsity.tda import CettCurves, Tda, cut
+from ..engine.sparsity.tda import CettCurves, Tda
 from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
 from ..engine.sparsity.thresholded import TealDecoder
 from .sparsity import Windows, baselines
@@ -24,7 +26,7 @@ METHODS = {  # -> its name in `baselines`, where it is one
     "teal": None,
 }
 DENSE = "dense"
-CALIBRATION_LENGTH, TEAL_TEXTS = 256, 32  # as `calibrate` takes them
+CALIBRATION_LENGTH, TEAL_SHARE = 256, 4  # TEAL reads 4 times TDA's texts, as in `calibrate`
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Options:
         windows, prompt_len, length: of the text's second half, and how long they are; thresholds come from the first.
         calibration_texts: of 256 tokens.
         questions: of each task; 0: none.
+        claims: also measure what TDA rests on: inertia and uncertainty.
         repeats: timed runs of each setting; 0: none.
         long: tokens of long texts; 0: none.
         long_texts: how many.
@@ -55,6 +58,7 @@ class Options:
     length: int = 384
     calibration_texts: int = 8
     questions: int = 16
+    claims: bool = True
     repeats: int = 5
     long: int = 0
     long_texts: int = 2
@@ -111,11 +115,11 @@ def measure_settings(
     windows: Windows,
     options: Options,
     curves: CettCurves,
-    front: list[int],
+    texts: Tensor,
     teal: Teal | None,
     on_step: Callable[[str], None],
 ) -> dict[str, tuple[Setting, Quality]]:
-    """Every setting with its loss, the whole model first."""
+    """Every setting with its loss, the whole model first; uniform TEAL is calibrated on `texts`, long `[B, T]`."""
     found: dict[str, tuple[Setting, Quality]] = {}
 
     def add(setting: Setting) -> Quality:
@@ -141,7 +145,6 @@ def measure_settings(
         if "tda" not in options.methods:
             del found[name]
     if "teal" in options.methods and options.levels:
-        texts = cut(front, CALIBRATION_LENGTH, TEAL_TEXTS).to(decoder.device)
         uniform = calibrate_teal(decoder, texts, levels=options.levels, allocation="uniform")
         for level in options.levels:
             for kind, own in (("uniform", uniform), (None if teal is None else teal.allocation, teal)):

@@ -193,11 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     greedy, text, tokenizer = Teal.load(options.teal), options.text.read_text(encoding="utf-8"), engine.tokenizer
     if tokenizer is None:
         parser.error(f"--model {options.model} has no tokenizer")
-    ids = tokenizer.encode(text)
+    ids, start_ids = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode("")
     front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
     device = engine.decoder.device
-    windows = Windows(cut(back, options.length, options.windows).to(device), options.prompt_len)
-    texts = cut(front, 256, 32).to(device)
+    windows = Windows(cut(back, options.length, options.windows, start_ids).to(device), options.prompt_len)
+    texts = cut(front, 256, 32, start_ids).to(device)
     uniform = calibrate_teal(engine.decoder, texts, levels=greedy.levels, allocation="uniform")
     asked = built_in() if options.prompts is None else read_questions(options.prompts)
     chosen = choose(asked, limit=options.questions)

@@ -487,7 +487,7 @@ def test_sparsity_is_reported(tiny_folder: Path, tmp_path: Path, monkeypatch: py
     again = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
     assert again.exit_code == 2 and "choose another folder" in again.stderr
     wrong = CliRunner().invoke(cli.app, [*command, "--methods", "cats"])
-    assert wrong.exit_code == 2 and "expected some of tda, griffin" in wrong.stderr
+    assert wrong.exit_code == 2 and "expected some of tda, prior" in wrong.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "other")])
     assert refused.exit_code == 2 and "pip install 'skipstone[plot]'" in refused.stderr

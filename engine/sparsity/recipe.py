@@ -55,14 +55,14 @@ def follow(recipe: Recipe, dtype: torch.dtype, on_step: Callable[[str], None] = 
         FileExistsError, FileNotFoundError: `out` exists, or the text does not.
         ValueError: the text is too short or the target cannot be kept.
     """
-    decoder, base, first, second = read_halves(recipe.model, recipe.text, recipe.out, dtype)
+    decoder, base, first, second, start = read_halves(recipe.model, recipe.text, recipe.out, dtype)
     found = calibrate_tda(
         decoder,
-        cut(first, TEXT_LENGTH, CALIBRATION_TEXTS),
+        cut(first, TEXT_LENGTH, CALIBRATION_TEXTS, start),
         cett=recipe.cett,
         density=recipe.density,
         budget=recipe.budget,
-        budget_texts=None if recipe.budget is None else cut(second, TEXT_LENGTH, BUDGET_TEXTS),
+        budget_texts=None if recipe.budget is None else cut(second, TEXT_LENGTH, BUDGET_TEXTS, start),
         allocation=recipe.allocation,
         prior_tokens=recipe.prior_tokens,
         options=recipe.options,
@@ -75,8 +75,9 @@ def follow(recipe: Recipe, dtype: torch.dtype, on_step: Callable[[str], None] = 
 
 def read_halves(
     model: str, text: Path, out: Path, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Decoder, BaseIdentity, list[int], list[int]]:
-    """The model, who it is, and the token ids of the text's two halves: to find thresholds on, and to judge them.
+) -> tuple[Decoder, BaseIdentity, list[int], list[int], list[int]]:
+    """The model, who it is, the token ids of the text's two halves (to find thresholds on, and to judge them), and what
+    every text begins with (BOS, or nothing).
 
     Raises:
         FileExistsError: `out` exists.
@@ -87,10 +88,10 @@ def read_halves(
     if not text.is_file():
         raise FileNotFoundError(f"no text at {text}; expected a plain text file")
     pretrained = load_pretrained(model, dtype)
-    ids = pretrained.tokenizer.encode(text.read_text(encoding="utf-8"))
+    ids = pretrained.tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
     half = len(ids) // 2
     decoder = Decoder(pretrained.config, pretrained.weights, dtype, device)
-    return decoder, identity(pretrained), ids[:half], ids[half:]
+    return decoder, identity(pretrained), ids[:half], ids[half:], pretrained.tokenizer.encode("")
 
 
 def summary(tda: Tda) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -157,17 +157,18 @@ class CettCurves:
 
     Args:
         num_texts: of one length, in the pass.
+        levels: of CETT; each costs a down projection of every token, and densities need none.
 
     Attributes:
-        curves: by layer, thresholds and CETT there, `[LEVELS + 1]` each, from (0, 0) on.
+        curves: by layer, thresholds and CETT there, `[levels + 1]` each, from (0, 0) on.
         strengths: by layer, root mean square output norms over each text's tokens, `[B, F]`.
         text_len: tokens of a text.
     """
 
-    def __init__(self, decoder: Decoder, num_texts: int) -> None:
+    def __init__(self, decoder: Decoder, num_texts: int, levels: int = LEVELS) -> None:
         self.curves: list[tuple[Tensor, Tensor]] = []
         self.strengths: list[Tensor] = []
-        self.text_len = 0
+        self.text_len, self._levels = 0, levels
         self._decoder, self._norms, self._num_texts = decoder, down_norms(decoder), num_texts
 
     def __call__(self, layer: int, normed: Tensor) -> Tensor:
@@ -175,9 +176,17 @@ class CettCurves:
         neurons = decoder.neurons(own.up, normed)
         out = decoder.from_neurons(own.down, neurons)
         norms = neurons.abs() * self._norms[layer]
+        if self._levels:
+            self._measure(layer, neurons, norms, out)
+        self.text_len = len(normed) // self._num_texts
+        self.strengths.append(norms.view(self._num_texts, -1, norms.shape[-1]).square().mean(1).sqrt())
+        return out
+
+    def _measure(self, layer: int, neurons: Tensor, norms: Tensor, out: Tensor) -> None:
+        own, decoder = self._decoder.layers[layer], self._decoder
         down = own.down if own.down.bias is None else PackedLinear(dense_weight(own.down))
         ordered = norms.flatten().sort().values
-        at = torch.arange(1, LEVELS + 1, device=norms.device) * (len(ordered) - 1) // LEVELS
+        at = torch.arange(1, self._levels + 1, device=norms.device) * (len(ordered) - 1) // self._levels
         thresholds, size = ordered[at], out.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         values = [
             (decoder.from_neurons(down, neurons.masked_fill(norms > eps, 0.0)).float().norm(dim=-1) / size).mean()
@@ -185,9 +194,6 @@ class CettCurves:
         ]
         zero = thresholds.new_zeros(1)
         self.curves.append((torch.cat([zero, thresholds]), torch.cat([zero, torch.stack(values)])))
-        self.text_len = len(normed) // self._num_texts
-        self.strengths.append(norms.view(self._num_texts, -1, norms.shape[-1]).square().mean(1).sqrt())
-        return out
 
     def thresholds(self, cett: float) -> Tensor:
         """`[L]`: of each layer the largest threshold with CETT <= `cett`, on straight lines between the levels."""
@@ -247,9 +253,9 @@ class Budget:
 
 
 @torch.inference_mode()
-def measure_curves(decoder: Decoder, texts: Tensor) -> CettCurves:
-    """CETT of every layer on calibration texts, long `[B, T]`, all in one pass."""
-    found = CettCurves(decoder, len(texts))
+def measure_curves(decoder: Decoder, texts: Tensor, levels: int = LEVELS) -> CettCurves:
+    """CETT of every layer on calibration texts, long `[B, T]`, all in one pass; `levels` 0: strengths alone."""
+    found = CettCurves(decoder, len(texts), levels)
     decoder.encode(texts, [decoder.config.num_layers], found)
     return found
 
@@ -292,14 +298,14 @@ def calibrate_tda(
         raise ValueError(
             f"prior_tokens is {prior_tokens}: a prior moves the density, so give one, or allocation 'density'"
         )
-    curves = measure_curves(decoder, texts)
+    curves = measure_curves(decoder, texts, 0 if by_density else LEVELS)
     prior = curves.fixed_strengths().cpu() if prior_tokens else None
 
     def for_density(share: float) -> Tda:
         thresholds = curves.thresholds_for_density(share, prior_tokens).cpu()
         return Tda(thresholds, None, share, options, base, prior=prior, prior_tokens=prior_tokens)
 
-    on_step(f"measured CETT on {texts.numel():,} tokens")
+    on_step(f"measured neurons on {texts.numel():,} tokens")
     about: dict[str, Any] = {"num_tokens": texts.numel()}
     if density is not None:
         return replace(for_density(density), calibration=about)
@@ -348,14 +354,18 @@ def _shown(tried: Mapping[str, float | None]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in tried.items() if value is not None)
 
 
-def cut(ids: list[int], length: int, most: int) -> Tensor:
+def cut(ids: list[int], length: int, most: int, start: Sequence[int] = ()) -> Tensor:
     """Token ids in texts of one length, long `[at most `most`, length]`, evenly spread over the whole.
+
+    Args:
+        start: what every text begins with, the model's BOS: without it some models (Gemma) are lost.
 
     Raises:
         ValueError: fewer tokens than one text.
     """
-    whole = len(ids) // length
+    own = length - len(start)
+    whole = len(ids) // own
     if whole == 0:
-        raise ValueError(f"{len(ids)} tokens of text, expected at least {length}: give a longer text")
+        raise ValueError(f"{len(ids)} tokens of text, expected at least {own}: give a longer text")
     count = min(whole, most)
-    return torch.tensor([ids[(i * whole // count) * length :][:length] for i in range(count)])
+    return torch.tensor([[*start, *ids[(i * whole // count) * own :][:own]] for i in range(count)])

@@ -47,10 +47,10 @@ def follow(recipe: TealRecipe, dtype: torch.dtype, on_step: Callable[[str], None
         FileExistsError, FileNotFoundError: `out` exists, or the text does not.
         ValueError: the text is too short or the budget cannot be kept.
     """
-    decoder, base, first, second = read_halves(recipe.model, recipe.text, recipe.out, dtype, recipe.device)
+    decoder, base, first, second, start = read_halves(recipe.model, recipe.text, recipe.out, dtype, recipe.device)
 
     def texts(part: list[int], length: int, most: int) -> Tensor:
-        return cut(part, length, most).to(decoder.device)
+        return cut(part, length, most, start).to(decoder.device)
 
     found = calibrate_teal(
         decoder,

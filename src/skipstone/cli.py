@@ -756,6 +756,7 @@ def report(
     length: Annotated[int, typer.Option(help="Tokens of a window, its prompt included.")] = 384,
     calibration_texts: Annotated[int, typer.Option(help="Of 256 tokens.")] = 8,
     questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 16); 0: none.")] = 16,
+    no_claims: Annotated[bool, typer.Option("--no-claims", help="Leave inertia and uncertainty out.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; 0: none.")] = 5,
     long: Annotated[int, typer.Option(help="Tokens of long texts that are read and written; 0: none.")] = 0,
     long_texts: Annotated[int, typer.Option(min=1, help="How many.")] = 2,
@@ -783,7 +784,8 @@ def report(
     wanted = Options(
         methods=tuple(_words(methods)), densities=_shares("--densities", densities), prior_tokens=prior_tokens,
         levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
-        calibration_texts=calibration_texts, questions=questions, repeats=repeats, long=long, long_texts=long_texts,
+        calibration_texts=calibration_texts, questions=questions, claims=not no_claims, repeats=repeats, long=long,
+        long_texts=long_texts,
         write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,
     )  # fmt: skip
     if threads is not None:

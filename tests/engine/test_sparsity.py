@@ -177,6 +177,12 @@ def test_swapped_masks_are_used(decoder):
     assert torch.equal(everything.losses, measure_quality(decoder, given, 20, None).losses)
 
 
+def test_texts_begin_as_prompts_do():
+    """Planted bug seen to fail: texts that begin with the first token of all, but only the first of them."""
+    assert cut(list(range(10, 22)), 4, 2, [1]).tolist() == [[1, 10, 11, 12], [1, 16, 17, 18]]
+    assert cut(list(range(10, 22)), 4, 9).tolist() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21]]
+
+
 # ---- folders
 
 
