@@ -91,10 +91,10 @@ def compare(found: Quality, dense: Quality) -> dict[str, Any]:
 def baselines(decoder: Decoder, tda: Tda, found: Quality, curves: CettCurves) -> dict[str, Selection]:
     """Other ways to choose as many neurons as TDA kept: its mean share in all layers, or its own in each."""
     first, by_layer = tda.options.first_dense, found.density
-    uniform = sum(by_layer[first:]) / max(1, len(by_layer) - first)
     own, fixed = tda.options, curves.fixed_strengths()
     # Counts are rounded up to whole steps; half a step less than the mean of rounded counts rounds to it on average.
     half = own.round_to / 2 / decoder.config.intermediate_size
+    uniform = max(half, sum(by_layer[first:]) / max(1, len(by_layer) - first) - half)
     layers = [max(half, share - half) if share < 1 else 1.0 for share in by_layer]
     return {
         "griffin, uniform": Griffin(uniform, own),

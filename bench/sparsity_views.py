@@ -37,10 +37,10 @@ def _overall(document: Mapping[str, Any], rows: Mapping[str, Any]) -> Table:
     for name, row in rows.items():
         low, high = row["perplexity_increase_95"]
         increase = f"{row['perplexity_increase']:+.1%} ({low:+.1%} to {high:+.1%})" if name != DENSE else ""
-        speed = f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}x"
+        speed = (f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}x") if "speedup" in row else ("", "")
         found.add_row(
             name, f"{row['density']:.3f}", f"{row['perplexity']:.2f}", increase, f"{row['greedy_agreement']:.3f}",
-            *(speed if "speedup" in row else ("", "")),
+            *speed,
         )  # fmt: skip
     return found
 

@@ -23,6 +23,15 @@ OPTIONS = Options(
     densities=(0.5,), levels=(0.4,), windows=3, prompt_len=40, length=60, calibration_texts=2, questions=2, repeats=2,
     long=30, long_texts=2, methods=("tda", "prior", "griffin", "fixed", "top-k", "teal"),
 )  # fmt: skip
+COSTS = (
+    "method",
+    "level",
+    "density",
+    "perplexity",
+    "perplexity_increase",
+    "perplexity_increase_95",
+    "greedy_agreement",
+)
 TEXT = "a stone skips over the water and the rain falls on the stones. " * 400
 
 
@@ -76,6 +85,10 @@ def test_it_is_shown(document, tmp_path, capsys):
     print_sparsity(document)
     shown = capsys.readouterr().out
     assert "griffin 0.5" in shown and "fastest within 3%" in shown and "covered" in shown
+    bare = {name: {k: v for k, v in row.items() if k in COSTS} for name, row in document["settings"].items()}
+    print_sparsity({**document, "settings": bare, "chosen": None, "long": document["long"]})
+    shown = capsys.readouterr().out
+    assert "teal greedy 0.4" in shown and "fastest" not in shown, "a run without speed and tasks has a table too"
     paths = plot_sparsity(document, tmp_path / "plots")
     assert [path.name for path in paths] == [
         "heat_map.png", "density_by_layer.png", "claims.png", "loss_speed.png", "drift.png",
