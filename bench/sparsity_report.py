@@ -76,6 +76,11 @@ def report(
         raise ValueError("this model has no tokenizer, so it cannot read text")
     if not text.is_file():
         raise FileNotFoundError(f"no text at {text}; expected a plain text file")
+    if decoder.device.type != "cpu" and (options.questions or options.repeats or options.long):
+        raise ValueError(
+            f"the model is on {decoder.device}, and settings decode on the CPU here: take device cpu, or read alone "
+            "(--questions 0 --repeats 0 --long 0)"
+        )
     content = text.read_text(encoding="utf-8")
     ids, begin = engine.tokenizer.encode(content, add_special_tokens=False), engine.tokenizer.encode("")
     front, back = ids[: len(ids) // 2], ids[len(ids) // 2 :]
