@@ -106,7 +106,7 @@ def report(
         _add_tasks(rows, engine, writing, [*maths(options.questions), *functions(options.questions)], on_step)
     document: dict[str, Any] = {
         "kind": "skipstone sparsity report",
-        "model": engine.model_id,
+        "model": Path(engine.model_id).name if Path(engine.model_id).exists() else engine.model_id,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "device": describe_device(decoder.device),
         "threads": torch.get_num_threads(),
