@@ -268,7 +268,7 @@ def prompt_readers(decoder: Decoder, length: int) -> dict[str, Callable[[], floa
         _synchronise(decoder.device)
         return 1e6 * (time.perf_counter() - start)
 
-    found = {way: partial(timed, read) for way, read in ways.items()}
+    found: dict[str, Callable[[], float]] = {way: partial(timed, read) for way, read in ways.items()}
     for warm_up in found.values():
         warm_up()
     return found
