@@ -90,9 +90,9 @@ if triton is not None:
         for i in range(1, tl.max(num_parts, 0), AHEAD):
             parts = ()
             for j in tl.static_range(AHEAD):
-                parts = parts + (_part(part_acc, part_max, part_sum, first, num_parts, i + j, BLOCK_D),)  # type: ignore
+                parts = parts + (_part(part_acc, part_max, part_sum, first, num_parts, i + j, BLOCK_D),)  # type: ignore[assignment]
             for j in tl.static_range(AHEAD):
-                m, s, a = parts[j]  # type: ignore
+                m, s, a = parts[j]  # type: ignore[var-annotated]
                 highest = tl.maximum(largest, m)
                 old, new = tl.exp2(largest - highest), tl.exp2(m - highest)
                 total = total * old + s * new
