@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantised_linear import QuantisedWeight, quantise, quantised_linear, quantised_linear_reference
-from ..kernels.sparse_linear import MOST_PARTS, Shares, sparse_linear, sparse_linear_reference
+from ..kernels.sparse_linear import MOST_PARTS, Shares, fitting_columns, sparse_linear, sparse_linear_reference
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
 from .kernel_ops import COLD_BYTES
@@ -172,7 +172,7 @@ def _quantised(
     own = quantise(weight, bits)
     copies = max(2, -(-COLD_BYTES // own.nbytes)) if x.is_cuda else 1
     several = [own, *(QuantisedWeight(own.values.clone(), own.scales.clone(), bits) for _ in range(copies - 1))]
-    columns = (256,) if bits == 8 else (512,)
+    columns = (256,) if bits == 8 else (fitting_columns(512, ends),)
     tried = tuple(_blocks(columns, ends, own.shape[0], QUANTISED_BLOCKS)) or (None,)
 
     def launch(limit: Tensor | None) -> Callable[[int, Settings | None], None]:

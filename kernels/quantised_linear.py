@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_linear import Shares, checked_ends, keep_reference, launched_with, parts_of
+from .sparse_linear import Shares, checked_ends, fitting_columns, keep_reference, launched_with, parts_of
 
 try:
     import triton
@@ -162,9 +162,10 @@ if triton is not None:
             tl.store(out + cols, y.to(out.dtype.element_ty), mask=cols < M)
 
 
-def _settings(k: int, width: int, bits: int) -> dict[str, int]:
+def _settings(k: int, ends: Sequence[int], bits: int) -> dict[str, int]:
     """As in `sparse_linear`; of 4 bits with as many accumulators for even and odd columns, so with more warps."""
-    columns = (256 if bits == 8 else 512) * (2 if width >= 16384 else 1) if width >= 1024 else 64
+    width = ends[-1]
+    columns = fitting_columns((256 if bits == 8 else 512) if width >= 1024 else 64, ends)
     parts = parts_of(k, width, columns)
     return {"BN": columns, "BK": 32, "UNROLL": 2, "PARTS": parts, "num_warps": 8, "num_stages": 1}
 
@@ -184,7 +185,7 @@ def quantised_linear(
         ValueError: segments that cut a block, or blocks of channels that are no whole groups.
     """
     (k, width), bits = weight.shape, weight.bits
-    chosen = settings or _settings(k, width, bits)
+    chosen = settings or _settings(k, ends, bits)
     if chosen["BK"] % GROUP:
         raise ValueError(f"blocks of {chosen['BK']} channels are no whole groups of {GROUP}")
     first, second = checked_ends(ends, width, chosen["BN"])

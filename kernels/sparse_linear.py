@@ -137,9 +137,17 @@ class Shares:
         self.lists = torch.empty(tiles * (k + most * MOST_CHANNELS), dtype=torch.int32, device=device)
 
 
-def _settings(k: int, width: int) -> dict[str, int]:
+def fitting_columns(wanted: int, ends: Sequence[int]) -> int:
+    """The most columns of a block, `wanted` or a half of it again and again, that cut no segment in two."""
+    while wanted > LEAST_COLUMNS and any(end % wanted for end in ends[:-1]):
+        wanted //= 2
+    return wanted
+
+
+def _settings(k: int, ends: Sequence[int]) -> dict[str, int]:
     """Columns and channels of a block, blocks on the way at once, programs a tile, warps. A rule."""
-    columns = 256 if width >= 1024 else 64
+    width = ends[-1]
+    columns = fitting_columns(256 if width >= 1024 else 64, ends)
     parts = parts_of(k, width, columns)
     return {"BN": columns, "BK": 32, "UNROLL": 4, "PARTS": parts, "num_warps": 8, "num_stages": 1}
 
@@ -211,7 +219,7 @@ def sparse_linear(
         bias: `[M]` or None.
         settings: in place of the rule's.
     """
-    (k, width), chosen = weight.shape, settings or _settings(*weight.shape)
+    (k, width), chosen = weight.shape, settings or _settings(weight.shape[0], ends)
     first, second = checked_ends(ends, width, chosen["BN"])
     _sparse_kernel[(triton.cdiv(width, chosen["BN"]), chosen["PARTS"])](
         x, weight, x if bias is None else bias, x if limits is None else limits, out, shares.sums, shares.arrived,

@@ -13,7 +13,15 @@ from __future__ import annotations
 import pytest
 import torch
 from skipstone.kernels.quantised_linear import GROUP, quantise, quantised_linear, quantised_linear_reference
-from skipstone.kernels.sparse_linear import Shares, sparse_linear, sparse_linear_reference
+from skipstone.kernels.quantised_linear import _settings as quantised_settings
+from skipstone.kernels.sparse_linear import (
+    Shares,
+    checked_ends,
+    fitting_columns,
+    sparse_linear,
+    sparse_linear_reference,
+)
+from skipstone.kernels.sparse_linear import _settings as sparse_settings
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -108,6 +116,18 @@ def test_rounding_is_to_the_nearest_of_a_groups_steps(bits: int, step: float) ->
     off = (found.dense().T - weight).view(6, -1, GROUP).abs() / largest
     assert float(off.max()) <= step * (0.5 + 127 / 2**11 if bits == 8 else 1.01) and found.shape == (128, 6)
     assert found.nbytes == 6 * 128 * bits // 8 + 6 * 4 * 2
+
+
+def test_the_rule_cuts_no_segment_in_two() -> None:
+    """Llama-2-7B's gate and up end at no multiple of 512."""
+    assert [fitting_columns(512, ends) for ends in ((11008, 22016), (4096, 5120, 6144), (576, 768, 960))] == [
+        256,
+        512,
+        64,
+    ]
+    for bits in (8, 4):
+        checked_ends((11008, 22016), 22016, quantised_settings(4096, (11008, 22016), bits)["BN"])
+    checked_ends((11008, 22016), 22016, sparse_settings(4096, (11008, 22016))["BN"])
 
 
 def test_what_does_not_fit_is_refused() -> None:
