@@ -309,7 +309,8 @@ class _Run:
         on_gpu = self.decoder.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.decoder.device) if on_gpu else 0  # 0: not measured
         settings = asdict(self.config)
-        settings["prompts"] = None if self.config.prompts is None else Path(self.config.prompts).name
+        for name in ("prompts", "text_from"):
+            settings[name] = None if settings[name] is None else Path(settings[name]).name
         settings["model"] = self.identity.model_id
         del settings["out"]
         return {

@@ -88,6 +88,13 @@ def test_a_run_ends_with_a_calibrated_set(settings: TrainConfig, base: Base) -> 
     assert recorded["git_revision"] == facts["git_revision"]
 
 
+def test_a_stored_set_names_no_folder_of_this_machine(settings: TrainConfig, base: Base, tmp_path: Path) -> None:
+    train(settings, base)
+    train(replace(settings, out=str(tmp_path / "other"), prompts=None, text_from=settings.out), base)
+    for out in (settings.out, tmp_path / "other"):
+        assert str(tmp_path) not in (Path(out) / "heads" / "config.json").read_text(encoding="utf-8")
+
+
 def test_two_runs_with_one_seed_are_equal(settings: TrainConfig, base: Base, tmp_path: Path) -> None:
     train(settings, base)
     train(replace(settings, out=str(tmp_path / "again")), base)
