@@ -46,8 +46,8 @@ if stats.num_drafted:
     )
 print(f"Speed against plain: always drafting {rate(drafted) / rate(plain):.2f}x, the engine's own choice ", end="")
 print(f"{rate(chosen) / rate(plain):.2f}x{' (drafting paused: it does not pay here)' if pace and pace.resting else ''}")
-if not engine.policy.drafts:
-    print(f"Nothing was drafted: {engine.warning or 'there are no calibrated exit heads for this model here'}.")
+if not engine.policy.exits:
+    print(f"No exit heads drafted: {engine.warning or 'there are no calibrated ones for this model here'}.")
 try:
     sparse = skipstone.load(model, heads=heads, verify="tda")  # another target: skips the neurons a prompt did not use
 except ValueError as error:

@@ -64,4 +64,6 @@ def test_demo_says_so_without_heads(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("demo.py", str(tiny_folder), monkeypatch=monkeypatch)
-    assert "Nothing was drafted: there are no calibrated exit heads" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "No exit heads drafted: there are no calibrated ones for this model here" in shown
+    assert "Equal token for token: yes (96 tokens)" in shown  # the text itself may draft

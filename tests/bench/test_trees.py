@@ -29,7 +29,7 @@ def texts(pools: list[Candidates]) -> Rehearsed:
         {},
         [],
         [n for own in right for n in (own, 0, 0)],
-        [p for one in pools for p in (one, *rest)],
+        pools=[p for one in pools for p in (one, *rest)],
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from skipstone.engine import loop
 from skipstone.engine.engine import CHAIN_LENGTH, Engine
-from skipstone.engine.gate import PLAIN, DraftPolicy, Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import PLAIN, DraftPolicy, Gate, Lookup, best_first, every, fixed_exit
 from skipstone.engine.head_memory import WAITING, HeadMemory
 from skipstone.engine.inventory import inventory
 from skipstone.heads import Entries
@@ -417,7 +417,7 @@ def test_a_head_without_trunk_layers_drafts_by_default(engine_of, stateful):
     own = engine_of()
     heads = stateful(own, "recurrent", prompts=PROMPTS)
     engine = Engine(own.decoder, None, heads)
-    assert engine.policy == fixed_exit(0, CHAIN_LENGTH)
+    assert engine.policy == dataclasses.replace(fixed_exit(0, CHAIN_LENGTH), lookup=Lookup())
     assert "memory of the head at 0" in engine.memory(2, 100)
     found = inventory(engine, 2, 100)
     assert found["heads"]["exits_in_use"] == [0] and found["heads"]["exits"][0]["kind"] == "recurrent"
