@@ -142,7 +142,8 @@ def observe(decoder: Decoder, texts: Tensor) -> list[Tensor]:
 def strongest(norms: Tensor, share: float) -> Tensor:
     """The strongest neurons of `[..., F]`, as a mask."""
     count = round(share * norms.shape[-1])
-    return torch.zeros(norms.shape, dtype=torch.bool).scatter_(-1, norms.float().topk(count).indices, True)
+    kept = torch.zeros(norms.shape, dtype=torch.bool, device=norms.device)
+    return kept.scatter_(-1, norms.float().topk(count).indices, True)
 
 
 def overlap(one: Tensor, other: Tensor) -> float:

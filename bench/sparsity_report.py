@@ -32,6 +32,7 @@ from .environment import describe_device, versions
 from .intervals import interval
 from .sparsity import Windows, compare, decode_ms, inertia, uncertainty
 from .sparsity_long import long_texts, rounded
+from .sparsity_predictor import TokenTarget, about_tokens
 from .sparsity_settings import (
     CALIBRATION_LENGTH,
     DENSE,
@@ -92,12 +93,13 @@ def report(
     on_step("calibrating")
     curves = measure_curves(decoder, texts(front, CALIBRATION_LENGTH, options.calibration_texts), levels=0)
     quantile_texts = texts(front, CALIBRATION_LENGTH, TEAL_SHARE * options.calibration_texts)
-    found = measure_settings(decoder, windows, options, curves, quantile_texts, teal, on_step)
+    predictor_texts = texts(front, CALIBRATION_LENGTH, options.predictor_texts)
+    found = measure_settings(decoder, windows, options, curves, quantile_texts, predictor_texts, teal, on_step)
     dense = found[DENSE][1]
     if not math.isfinite(dense.perplexity):
         raise ValueError(f"the whole model's perplexity is {dense.perplexity}: nothing here means anything")
     rows = {name: _quality_row(setting, quality, dense) for name, (setting, quality) in found.items()}
-    settings = [setting for setting, _ in found.values()]
+    settings = [setting for setting, _ in found.values() if setting.decodes]
     writing = those_that_write(settings, options)
     if options.repeats:
         on_step("speed")
@@ -117,6 +119,10 @@ def report(
         "settings": rows,
         "chosen": choose(rows, options.max_perplexity_increase),
     }
+    by_token = {name: own.target for name, (own, _) in found.items() if isinstance(own.target, TokenTarget)}
+    if by_token:
+        on_step("masks of single tokens")
+        document["tokens"] = about_tokens(decoder, windows, by_token, curves.fixed_strengths())
     middle = _middle(found)
     if options.claims and middle is not None:
         on_step("claims")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch import Tensor
 from ..engine.engine import Engine
 from ..engine.model import Decoder
 from ..engine.sparsity.quality import Quality, measure_quality
-from ..engine.sparsity.selection import Selection
+from ..engine.sparsity.selection import MaskOptions, Selection
 from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.tda import CettCurves, Tda
 from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
 from ..engine.sparsity.thresholded import TealDecoder
 from .sparsity import Windows, baselines
+from .sparsity_predictor import Guess, TokenTarget, exact, train_predictors
 
 METHODS = {  # -> its name in `baselines`, where it is one
     "tda": None,
@@ -23,6 +25,8 @@ METHODS = {  # -> its name in `baselines`, where it is one
     "griffin": "griffin, uniform",
     "fixed": "fixed, uniform",
     "top-k": "tda strengths, uniform",
+    "predictor": None,
+    "exact": None,
     "teal": None,
 }
 DENSE = "dense"
@@ -40,6 +44,8 @@ class Options:
         levels: of TEAL.
         windows, prompt_len, length: of the text's second half, and how long they are; thresholds come from the first.
         calibration_texts: of 256 tokens.
+        predictor_texts, predictor_rank, predictor_epochs: of "predictor": texts of 256 tokens, the width between its
+            two matrices, passes over the texts.
         questions: of each task; 0: none.
         claims: also measure what TDA rests on: inertia and uncertainty.
         repeats: timed runs of each setting; 0: none.
@@ -57,6 +63,9 @@ class Options:
     prompt_len: int = 256
     length: int = 384
     calibration_texts: int = 8
+    predictor_texts: int = 64
+    predictor_rank: int = 128
+    predictor_epochs: int = 4
     questions: int = 16
     claims: bool = True
     repeats: int = 5
@@ -72,7 +81,9 @@ class Options:
         for name, shares in (("densities", self.densities), ("levels", self.levels)):
             if not all(0 < share < 1 for share in shares):
                 raise ValueError(f"{name} are {list(shares)}, expected numbers between 0 and 1")
-        for name, least in (("windows", 2), ("calibration_texts", 1), ("questions", 0), ("repeats", 0), ("long", 0)):
+        leasts = {"windows": 2, "calibration_texts": 1, "questions": 0, "repeats": 0, "long": 0}
+        leasts |= {"predictor_texts": 1, "predictor_rank": 1, "predictor_epochs": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if not 1 < self.prompt_len < self.length:
@@ -88,14 +99,21 @@ class Setting:
     name: str
     method: str
     level: float | None = None
-    target: SparseTarget | TealLevel | None = None
+    target: SparseTarget | TealLevel | TokenTarget | None = None
 
     @property
     def selection(self) -> Selection | None:
         return self.target.selection if isinstance(self.target, SparseTarget) else None
 
+    @property
+    def decodes(self) -> bool:
+        """The engine can decode with it."""
+        return not isinstance(self.target, TokenTarget)
+
     def read(self, decoder: Decoder, windows: Windows) -> Quality:
         """The loss on the windows' continuations."""
+        if isinstance(self.target, TokenTarget):
+            return self.target.read(decoder, windows)
         if isinstance(self.target, TealLevel):
             decoder = TealDecoder(decoder, self.target.thresholds, dense_tokens=windows.prompt_len - 1)
         return measure_quality(decoder, windows.texts, windows.prompt_len, self.selection)
@@ -116,10 +134,12 @@ def measure_settings(
     options: Options,
     curves: CettCurves,
     texts: Tensor,
+    predictor_texts: Tensor,
     teal: Teal | None,
     on_step: Callable[[str], None],
 ) -> dict[str, tuple[Setting, Quality]]:
-    """Every setting with its loss, the whole model first; uniform TEAL is calibrated on `texts`, long `[B, T]`."""
+    """Every setting with its loss, the whole model first; uniform TEAL is calibrated on `texts`, predictors are trained
+    on theirs, long `[B, T]`."""
     found: dict[str, tuple[Setting, Quality]] = {}
 
     def add(setting: Setting) -> Quality:
@@ -129,7 +149,16 @@ def measure_settings(
 
     add(WHOLE)
     others = {METHODS[method]: method for method in options.methods if METHODS[method] is not None}
-    for density in options.densities if others or {"tda", "prior"} & set(options.methods) else ():
+    by_token: dict[str, Mapping[float, Guess]] = {}
+    if "predictor" in options.methods:
+        on_step(f"training predictors on {predictor_texts.numel():,} tokens")
+        by_token["predictor"] = train_predictors(
+            decoder, predictor_texts, options.densities, MaskOptions().first_dense, options.predictor_rank,
+            options.predictor_epochs,
+        )  # fmt: skip
+    if "exact" in options.methods:
+        by_token["exact"] = dict.fromkeys(options.densities, exact)
+    for density in options.densities if set(options.methods) != {"teal"} else ():
         tda = Tda(curves.thresholds_for_density(density).cpu(), density=density)
         name = f"tda {density:g}"
         quality = add(Setting(name, "tda", density, SparseTarget(decoder, tda)))
@@ -142,6 +171,10 @@ def measure_settings(
             if place in others:
                 method = others[place]
                 add(Setting(f"{method} {density:g}", method, density, SparseTarget(decoder, selection)))
+        first = tda.options.first_dense
+        share = statistics.fmean(quality.density[first:])
+        for method, guesses in by_token.items():
+            add(Setting(f"{method} {density:g}", method, density, TokenTarget(guesses[density], share, first)))
         if "tda" not in options.methods:
             del found[name]
     if "teal" in options.methods and options.levels:

@@ -22,6 +22,8 @@ def print_sparsity(document: Mapping[str, Any]) -> None:
     out.print(_overall(document, rows))
     if tasks:
         out.print(_tasks(rows, tasks))
+    if "tokens" in document:
+        out.print(_tokens(document["tokens"]))
     if "long" in document:
         out.print(_long(document["long"]))
     if document["chosen"] is not None:
@@ -62,6 +64,24 @@ def _tasks(rows: Mapping[str, Any], tasks: Sequence[str]) -> Table:
             ]
         found.add_row(name, *cells)
     return found
+
+
+def _tokens(found: Mapping[str, Any]) -> Table:
+    rows = list(next(iter(found.values()))["union_over_rows"])
+    unions = [f">union of {count} rows" for count in rows]
+    shown = titled(
+        "masks of single tokens", "setting", ">of a token's strongest", ">by fixed", *unions, ">parameters",
+        ">multiply-adds / neurons'", ">training, CPU s",
+    )  # fmt: skip
+    for name, own in found.items():
+        costs = ("", "", "")
+        if "parameters" in own:
+            costs = (f"{own['parameters']:,}", f"{own['share_of_neurons']:.3f}", f"{own['training_cpu_seconds']:g}")
+        shown.add_row(
+            name, f"{own['found_of_strongest']:.3f}", f"{own['found_by_fixed']:.3f}",
+            *(f"{own['union_over_rows'][count]:.3f}" for count in rows), *costs,
+        )  # fmt: skip
+    return shown
 
 
 def _long(long: Mapping[str, Any]) -> Table:

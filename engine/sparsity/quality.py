@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Quality:
     Attributes:
         losses: -log p of each token, nats, `[B, n]`.
         choices: the likeliest token there, long `[B, n]`.
-        kept: by layer, the neurons that each text kept, bool `[B, F]`; of layers that drop some.
+        kept: by layer, the neurons that each text kept, bool `[B, F]`, or each token `[B, n, F]`; of layers that drop
+            some.
         num_layers, num_neurons: of the model.
     """
 
@@ -51,6 +53,14 @@ class Quality:
     def density(self) -> list[float]:
         """Kept share of neurons, mean over the texts, of each layer."""
         return [float(self.kept[i].double().mean()) if i in self.kept else 1.0 for i in range(self.num_layers)]
+
+
+class Masks(Protocol):
+    """An `mlp` of `Decoder.encode` that drops neurons, and by layer which it kept."""
+
+    kept: dict[int, Tensor]
+
+    def __call__(self, layer: int, normed: Tensor) -> Tensor: ...
 
 
 class PromptMasks:
@@ -80,7 +90,6 @@ class PromptMasks:
         return torch.zeros(len(weights), dtype=torch.bool, device=weights.device).index_fill_(0, kept, True)
 
 
-@torch.inference_mode()
 def measure_quality(
     decoder: Decoder, texts: Tensor, prompt_len: int, selection: Selection | None, swap: Swap | None = None
 ) -> Quality:
@@ -91,10 +100,16 @@ def measure_quality(
         selection: None for the whole model.
         swap: gives the continuations other masks than their own prompt's, for comparison.
     """
+    masks = None if selection is None else PromptMasks(decoder, selection, len(texts), prompt_len, swap)
+    return measure_masks(decoder, texts, prompt_len, masks)
+
+
+@torch.inference_mode()
+def measure_masks(decoder: Decoder, texts: Tensor, prompt_len: int, masks: Masks | None) -> Quality:
+    """`measure_quality` with masks from anywhere; None for the whole model."""
     if not 1 < prompt_len < texts.shape[1]:
         raise ValueError(f"prompt_len is {prompt_len}, expected 2 to {texts.shape[1] - 1} of {texts.shape[1]} tokens")
     config = decoder.config
-    masks = None if selection is None else PromptMasks(decoder, selection, len(texts), prompt_len, swap)
     states = decoder.encode(texts, [config.num_layers], masks)[config.num_layers]
     losses, choices = [], []
     for hidden, ids in zip(states, texts, strict=True):  # text by text: logits of a large vocabulary take the memory

@@ -744,7 +744,8 @@ def report(
     methods: Annotated[
         str,
         typer.Option(
-            help="Of tda, prior (TDA, shrunk), griffin, fixed (pruning), top-k (TDA's strengths, same share), teal."
+            help="Of tda, prior (TDA, shrunk), griffin, fixed (pruning), top-k (TDA's strengths, same share), "
+            "predictor (each token's, guessed by trained networks), exact (each token's own strongest), teal."
         ),
     ] = "tda,griffin,fixed,teal",
     densities: Annotated[str, typer.Option(help="Kept shares of neurons.")] = "0.9,0.75,0.5",
@@ -755,6 +756,9 @@ def report(
     prompt_len: Annotated[int, typer.Option(help="Tokens of a window that are read densely.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of a window, its prompt included.")] = 384,
     calibration_texts: Annotated[int, typer.Option(help="Of 256 tokens.")] = 8,
+    predictor_texts: Annotated[int, typer.Option(help="Of predictor: of 256 tokens, to train on.")] = 64,
+    predictor_rank: Annotated[int, typer.Option(help="Of predictor: width between its two matrices.")] = 128,
+    predictor_epochs: Annotated[int, typer.Option(help="Of predictor: passes over its texts.")] = 4,
     questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 16); 0: none.")] = 16,
     no_claims: Annotated[bool, typer.Option("--no-claims", help="Leave inertia and uncertainty out.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; 0: none.")] = 5,
@@ -784,7 +788,8 @@ def report(
     wanted = Options(
         methods=tuple(_words(methods)), densities=_shares("--densities", densities), prior_tokens=prior_tokens,
         levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
-        calibration_texts=calibration_texts, questions=questions, claims=not no_claims, repeats=repeats, long=long,
+        calibration_texts=calibration_texts, predictor_texts=predictor_texts, predictor_rank=predictor_rank,
+        predictor_epochs=predictor_epochs, questions=questions, claims=not no_claims, repeats=repeats, long=long,
         long_texts=long_texts,
         write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from skipstone.engine.sparsity.thresholded import projections
 
 OPTIONS = Options(
     densities=(0.5,), levels=(0.4,), windows=3, prompt_len=40, length=60, calibration_texts=2, questions=2, repeats=2,
-    long=30, long_texts=2, methods=("tda", "prior", "griffin", "fixed", "top-k", "teal"),
+    long=30, long_texts=2, methods=("tda", "prior", "griffin", "fixed", "top-k", "predictor", "exact", "teal"),
+    predictor_texts=2, predictor_rank=8, predictor_epochs=1,
 )  # fmt: skip
 COSTS = (
     "method",
@@ -54,11 +55,16 @@ def document(engine, tmp_path_factory):
 def test_every_setting_is_measured(document):
     rows = document["settings"]
     neurons = ["tda 0.5", "prior 0.5", "griffin 0.5", "fixed 0.5", "top-k 0.5"]
-    assert list(rows) == ["dense", *neurons, "teal uniform 0.4", "teal greedy 0.4"]
+    by_token = ["predictor 0.5", "exact 0.5"]
+    assert list(rows) == ["dense", *neurons, *by_token, "teal uniform 0.4", "teal greedy 0.4"]
     assert rows["dense"]["perplexity_increase"] == 0 and rows["dense"]["speedup"] == 1
     # One step of 32 of the tiny model's 80 neurons is a lot, so equal densities are only near.
     assert max(abs(rows[name]["density"] - rows["tda 0.5"]["density"]) for name in neurons) < 0.4
+    assert not any({"tasks", "speedup"} & set(rows[name]) for name in by_token), "the engine does not decode so"
+    assert max(abs(rows[name]["density"] - rows["tda 0.5"]["density"]) for name in by_token) < 0.01
     for name, row in rows.items():
+        if name in by_token:
+            continue
         assert len(row["windows"]["nats"]) == 3 and len(row["ms_per_token"]) == 2, name
         mean = sum(row["windows"]["nats"]) / 3
         assert row["perplexity"] == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-3)
@@ -84,7 +90,12 @@ def test_long_texts_are_followed(document):
 def test_it_is_shown(document, tmp_path, capsys):
     print_sparsity(document)
     shown = capsys.readouterr().out
-    assert "griffin 0.5" in shown and "fastest within 3%" in shown and "covered" in shown
+    assert (
+        "masks of single tokens" in shown
+        and "griffin 0.5" in shown
+        and "fastest within 3%" in shown
+        and "covered" in shown
+    )
     bare = {name: {k: v for k, v in row.items() if k in COSTS} for name, row in document["settings"].items()}
     print_sparsity({**document, "settings": bare, "chosen": None, "long": document["long"]})
     shown = capsys.readouterr().out
@@ -144,6 +155,7 @@ def test_the_share_of_weights_read(engine):
         ({"methods": ("cats",)}, "expected some of tda"),
         ({"densities": (1.5,)}, "between 0 and 1"),
         ({"windows": 1}, "at least 2"),
+        ({"predictor_rank": 0}, "predictor_rank is 0"),
         ({"prompt_len": 400}, "prompt_len is 400"),
     ],
 )
