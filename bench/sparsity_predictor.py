@@ -22,7 +22,7 @@ from ..engine.sparsity.neurons import down_norms
 from ..engine.sparsity.quality import Quality, measure_masks
 from .sparsity import Windows, overlap, strongest
 
-BATCH, LEARNING_RATE = 256, 2e-3
+BATCH, LEARNING_RATE = 256, 1e-2
 PATHS, DEPTH, CONTEXT = 4, 4, 64  # of drafted trees; tokens before them
 UNION_ROWS = (1, 4, 8, 16)
 
