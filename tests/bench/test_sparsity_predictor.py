@@ -1,6 +1,7 @@
 """A trained predictor of neurons on the tiny model: it learns, and its masks and unions are what they are called.
 
-Planted bugs seen to fail here: it learns the weakest neurons; the union is of all texts' rows; a mask on the prompt.
+Planted bugs seen to fail here: it learns the weakest neurons; the union is of all texts' rows; a mask on the prompt; a
+neuron's strength without its column's norm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from skipstone.bench.sparsity_predictor import (
     union_over_rows,
 )
 from skipstone.engine.load import load
+from skipstone.engine.sparsity.neurons import dense_weight
 from skipstone.engine.sparsity.quality import measure_quality
 from skipstone.engine.sparsity.tda import measure_curves
 
@@ -75,6 +77,22 @@ def test_masks_are_of_the_rows_behind_the_prompt(decoder, windows):
     weakest = TokenTarget(lambda layer, normed, norms: -norms, SHARE, 1).read(decoder, windows)
     near, far = ((found.losses - dense.losses).abs().mean() for found in (half, weakest))
     assert 0 < near < far
+
+
+def test_strongest_is_by_output_norm(decoder, windows):
+    masks, seen = TokenTarget(exact, SHARE, 0).masks(decoder, 4, windows.prompt_len), {}
+
+    def watch(layer, normed):
+        seen[layer] = decoder.neurons(decoder.layers[layer].up, normed)
+        return masks(layer, normed)
+
+    with torch.inference_mode():
+        decoder.encode(windows.texts, [1], watch)
+        row = seen[0].view(4, windows.texts.shape[1], -1)[2, -1]
+        outputs = row * dense_weight(decoder.layers[0].down).float()  # [D, F]: what each neuron adds
+    count = round(SHARE * len(row))
+    strong = set(outputs.norm(dim=0).topk(count).indices.tolist())
+    assert set(masks.kept[0][2, -1].nonzero().flatten().tolist()) == strong
 
 
 def test_only_rows_behind_the_prompt_change(decoder, windows):
