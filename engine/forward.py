@@ -127,7 +127,7 @@ def _run_tile(
     for first, (w, _) in enumerate(tile):
         if not first or tile[first - 1][0] is not w:
             nodes = [node for other, node in tile if other is w]
-            spans.append(_Span(decoder, cache, w, nodes, first, tiles))
+            spans.append(Span(decoder, cache, w, nodes, first, tiles))
     num_rows = len(tile)
     hidden = torch.cat([span.work.hidden[span.index] for span in spans])
     positions = [span.work.base + span.work.tree.depths[node] for span in spans for node in span.nodes]
@@ -156,7 +156,7 @@ def _run_tile(
             span.work.reached[node] = end
 
 
-def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[_Span]) -> Mlp | None:
+def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[Span]) -> Mlp | None:
     """The MLP of a tile's rows, each sequence's by its own neurons, never by the union of the batch's (rule 9); None
     where all run the model's."""
     own = [cache.mlps[span.work.sequence] for span in spans]
@@ -178,7 +178,7 @@ def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[_Span]) -> Mlp |
     return mlp
 
 
-class _Span:
+class Span:
     """The rows of one sequence in one tile: where they write and what they see, for all layers of a pass."""
 
     def __init__(
@@ -230,7 +230,7 @@ class _Span:
 class _GatheredRows:
     """All rows of one tile, of any sequences, for `gathered_attention`; rows beyond the spans' repeat the last one."""
 
-    def __init__(self, cache: KVCache, spans: Sequence[_Span], num_rows: int) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[Span], num_rows: int) -> None:
         self.cache, self.config = cache, spans[0].config
         rows = [(span.work, node) for span in spans for node in span.nodes]
         device, count = cache.device, len(rows)

@@ -18,12 +18,12 @@ from ..kernels.lm_head import lm_head
 from ..kernels.tree_attention import SPLIT_LEN
 from .cache import KVCache, plan_cache
 from .device_state import fill
-from .forward import RowTiles, Working, advance, node_logits
+from .forward import RowTiles, Span, Working, advance, node_logits
 from .fused import FusedStep, FusedWeights
 from .model import Decoder
 from .tree import MAX_NODES, DraftTree
 
-PREFIX = 70  # committed keys in the test: more than one group of positions
+PREFIX = 120  # committed keys in the test: more than one group of positions, and the chain reaches into another
 LONG_PREFIX = SPLIT_LEN + 14  # on a GPU: a split whose keys attention reads once for several rows
 LAYERS = 2  # layers run end to end; all layers of a model have the same shapes
 
@@ -43,9 +43,10 @@ def find_tiles(decoder: Decoder) -> RowTiles:
         candidates = [RowTiles(gathered=True)]
     else:
         candidates = [RowTiles(least=1), RowTiles(least=MAX_NODES, least_attention=MAX_NODES)]
-        _pad_projections(decoder)
+        if not _pad_projections(decoder):
+            candidates = []  # a row's place among 16 shows in a product
     for tiles in candidates:
-        if rows_agree(decoder, tiles):
+        if parts_agree(decoder, tiles) and rows_agree(decoder, tiles):
             return tiles
     raise NotDeterministic(
         f"rows of a {MAX_NODES}-row tile differ in their bits on {decoder.device} with {decoder.dtype}: speculation "
@@ -53,14 +54,67 @@ def find_tiles(decoder: Decoder) -> RowTiles:
     )
 
 
-def _pad_projections(decoder: Decoder) -> None:
-    """Measure the least row count of each kind of projection, on the first layer, and set it for all layers."""
+def _pad_projections(decoder: Decoder) -> bool:
+    """Measure the least row count of each kind of projection, on the first layer, and set it for all layers; returns
+    whether a row's place is without effect in all of them."""
+    agree = decoder.output.find_least_rows(MAX_NODES)
     for name in ("qkv", "o", "up", "down"):
         measured = getattr(decoder.layers[0], name)
-        measured.find_least_rows(MAX_NODES)
+        agree &= measured.find_least_rows(MAX_NODES)
         for layer in decoder.layers:
             getattr(layer, name).least_rows = measured.least_rows
-    decoder.output.find_least_rows(MAX_NODES)
+    return agree
+
+
+def parts_agree(decoder: Decoder, tiles: RowTiles) -> bool:
+    """Whether what runs in fp32 between the products gives a row the same bits at every width that these tiles have."""
+    if tiles.gathered:
+        return True  # every product has one shape, whole rows show the rest
+    config, layer = decoder.config, decoder.layers[0]
+    generator = torch.Generator().manual_seed(2)
+    one = torch.ones(1, device=decoder.device)
+    norms = [n for n in (layer.attn_norm, layer.mlp_norm, layer.attn_post_norm, layer.mlp_post_norm) if n is not None]
+    pieces = [(norm, config.hidden_size) for norm in norms]
+    pieces.append((lambda x: decoder._activation(x, one), config.intermediate_size))
+    for piece, width in pieces:
+        x = 2 * torch.randn(MAX_NODES, width, generator=generator).to(decoder.device)
+        full = piece(x.clone())
+        counts = range(tiles.least, MAX_NODES)
+        if not all(torch.equal(piece(x[-count:].clone()), full[-count:]) for count in counts):
+            return False
+        if not torch.equal(piece(x.flip(0)).flip(0), full):
+            return False
+    return all(_attention_agrees(decoder, tiles, config.windows.index(window)) for window in set(config.windows))
+
+
+def _attention_agrees(decoder: Decoder, tiles: RowTiles, layer: int) -> bool:
+    """A layer's attention of a chain's rows: at every width, inside a bushy tree, and alone as plain decoding has
+    them, whose rounds start at the row."""
+    config = decoder.config
+    generator = torch.Generator().manual_seed(3)
+    sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    q, k, v = (torch.randn(MAX_NODES, heads, config.head_dim, generator=generator) for heads in sizes)
+    chain, bushy, spine = _trees(config.vocab_size)
+    cache, base = _filled_cache(decoder, 1)
+
+    def attend(tree: DraftTree, start: int, nodes: list[int], rows: list[int]) -> Tensor:
+        cache.lens[0] = start
+        cache.clear_open(0)
+        work = Working(0, start, tree, torch.zeros(MAX_NODES, config.hidden_size))
+        return Span(decoder, cache, work, nodes, 0, tiles).attend(layer, q[rows], k[rows], v[rows])
+
+    each = list(range(MAX_NODES))
+    plain = torch.cat([attend(DraftTree(chain.tokens[i]), base + i, [0], [i]) for i in each])
+    if not torch.equal(attend(chain, base, each, each), plain):
+        return False
+    for count in range(1, MAX_NODES):  # the rows before them are in the cache
+        last = each[-count:]
+        if not torch.equal(attend(chain, base, last, last), plain[-count:]):
+            return False
+    rows = [0] * len(bushy)
+    for row, node in enumerate(spine):
+        rows[node] = row
+    return torch.equal(attend(bushy, base, list(range(len(bushy))), rows)[spine], plain[: len(spine)])
 
 
 def rows_agree(decoder: Decoder, tiles: RowTiles) -> bool:
