@@ -357,15 +357,20 @@ class Engine:
                     self._rounds_for(fused, cache, batch, policy, needs_processing(params), reach)
         return time.perf_counter() - start
 
-    def verify_lossless(self, prompt: Prompt, *, policy: DraftPolicy | None = None, **sampling: Any) -> LosslessReport:
+    def verify_lossless(
+        self, prompt: Prompt, *, policy: DraftPolicy | None = None, lookup: bool | None = None, **sampling: Any
+    ) -> LosslessReport:
         """Decode one prompt speculatively and plainly with the same seed, and compare token by token.
+
+        Args:
+            prompt, policy, lookup, **sampling: as for `generate`.
 
         Raises:
             ValueError: several prompts or outputs were asked for; or as `generate`.
         """
         if not self._prompts(prompt)[0] or sampling.get("num_return_sequences", 1) != 1:
             raise ValueError("verify_lossless compares one output of one prompt; call it once for each")
-        speculative = self.generate(prompt, speculation="always", policy=policy, **sampling)
+        speculative = self.generate(prompt, speculation="always", policy=policy, lookup=lookup, **sampling)
         plain = self.generate(prompt, speculation=False, **sampling)
         pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

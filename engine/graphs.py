@@ -292,8 +292,8 @@ class Rounds:
 
     def launch(self, kind: Kind) -> Ticket:
         """Start a round. At most `AHEAD` may be unread, or their records are overwritten."""
+        self.replay(kind)  # where it fails, the device has not moved on either
         slot, self._slot = self._slot, (self._slot + 1) % len(self._ring)
-        self.replay(kind)
         ticket = Ticket(self, kind, slot, self._since)
         self._since = ticket.end
         return ticket

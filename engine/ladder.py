@@ -8,7 +8,7 @@ longer draft's acceptance is learned only by drafting it, so now and then a draf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .expectation import Expected
@@ -58,10 +58,9 @@ class Ladder:
                 fastest, best = i + 1, tokens / rung.ms
         return fastest
 
-    def saw(self, length: int, accepted: Iterable[int]) -> None:
-        """Rounds that drafted up to `length` tokens, and how many of each were accepted."""
-        for count in accepted:
-            self.rounds += 1
-            for position in range(min(length, count + 1, len(self.rungs))):
-                self._seen[position] = MEMORY * self._seen[position] + 1
-                self._right[position] = MEMORY * self._right[position] + (position < count)
+    def saw(self, length: int, accepted: int) -> None:
+        """A round that might draft `length` tokens, all that fits the text's budget, and how many were accepted."""
+        self.rounds += 1
+        for position in range(min(length, accepted + 1, len(self.rungs))):
+            self._seen[position] = MEMORY * self._seen[position] + 1
+            self._right[position] = MEMORY * self._right[position] + (position < accepted)

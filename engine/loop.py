@@ -165,6 +165,7 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             for request in active:
                 request.statistics.record_fallback("out of memory")
             continue
+        longest = [min(shape.max_depth, shape.max_nodes, request.checker.num_remaining - 1) for request in active]
         with torch.inference_mode():
             released = [(r, _commit(on, r, block)) for r, block in zip(active, blocks, strict=True)]
         elapsed = 1e3 * (time.perf_counter() - start)
@@ -174,8 +175,9 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             committed = sum(len(block.tokens) for block in blocks) / len(blocks)
             keep_pace(pace, active, committed, sources_of(shape, [block.tree for block in blocks]), elapsed)
             if pace.ladder is not None and shape.exits:
-                by_heads = (block for block in blocks if FROM_TEXT not in block.tree.exit_layers)
-                pace.ladder.saw(shape.max_depth, (len(block.acceptance.tokens) for block in by_heads))
+                for length, block in zip(longest, blocks, strict=True):
+                    if FROM_TEXT not in block.tree.exit_layers:
+                        pace.ladder.saw(length, len(block.acceptance.tokens))
         yield released
 
 

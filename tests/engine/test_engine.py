@@ -321,6 +321,9 @@ def test_verify_lossless_reports_the_first_difference(engine, planned, plain, mo
     planned(engine).learn(PROMPT, max_new_tokens=NEW)
     report = engine.verify_lossless(PROMPT, policy=TREES, max_new_tokens=NEW)
     assert report.equal and report.divergence is None and report.plain.token_ids == plain
+    for lookup in (True, False):  # of the run that drafts, the plain one has none
+        report = engine.verify_lossless(PROMPT, policy=TREES, lookup=lookup, max_new_tokens=NEW)
+        assert report.equal and report.speculative.stats.num_drafted > 0
     original = loop.accept_block
 
     def lying(request, tree, logits, num_refused=0):

@@ -6,6 +6,7 @@ Planted bugs seen to fail here: positions behind a wrong one counted as wrong; t
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from skipstone.engine.expectation import Expected
@@ -39,7 +40,7 @@ def test_it_moves_to_the_length_that_the_text_wants(planned: float, real: float)
     for _ in range(3000):  # one rung after the other where it has to climb
         length = made.next
         right = next((n for n in range(length) if rng.random() >= real), length)
-        made.saw(length, [right])
+        made.saw(length, right)
     assert abs(made.length - best(real)) <= 1
     assert made.acceptance[0] == pytest.approx(real, abs=0.15)
 
@@ -47,7 +48,7 @@ def test_it_moves_to_the_length_that_the_text_wants(planned: float, real: float)
 def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() -> None:
     made = ladder(0.5)
     before = made.acceptance
-    made.saw(4, [1])
+    made.saw(4, 1)
     first, second, *rest = made.acceptance
     assert first == pytest.approx((MEMORY * 16 + 1) / (MEMORY * 32 + 1)) and second == pytest.approx(
         MEMORY * 16 / (MEMORY * 32 + 1)
@@ -55,10 +56,26 @@ def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() 
     assert first > before[0] and second < before[1] and rest == before[2:]
 
 
+def test_a_text_that_ends_says_nothing_of_drafts_that_did_not_fit(engine_of: Any, planned: Any) -> None:
+    """Seen to fail while a round's length was the policy's: requests of one token taught that no draft is right."""
+    engine = engine_of("llama2")
+    prompt = [5, 9, 3]
+    planned(engine, "right").learn(prompt, max_new_tokens=8)
+    engine.policy = fixed_exit(2, 3)
+    for new in (1, 3):
+        pace = Pace(plain_ms=1e9, ladder=ladder(0.5))
+        engine._paces = {(1, False, False): pace}
+        for _ in range(5):
+            engine.generate(prompt, max_new_tokens=new)
+        assert pace.ladder is not None and pace.ladder.rounds >= 5
+        assert all(share >= 0.499 for share in pace.ladder.acceptance)
+        assert (pace.ladder.acceptance[0] > 0.5) == (new > 1)
+
+
 def test_the_pace_drafts_by_it() -> None:
     pace = Pace(plain_ms=10.0, ladder=ladder(0.9))
     assert pace.next(fixed_exit(0, 2)).max_depth == best(0.9)
     for _ in range(200):
-        pace.ladder.saw(best(0.9), [0])  # type: ignore[union-attr]
+        pace.ladder.saw(best(0.9), 0)  # type: ignore[union-attr]
     assert pace.next(fixed_exit(0, 2)).max_depth == 1
     assert ladder(0.0).length == 1

@@ -641,6 +641,27 @@ def test_no_memory_for_the_hosts_drafts(
         assert (out.stats.num_drafted > 0) == (limit > 0)
 
 
+@pytest.mark.hazard(26)
+def test_a_round_that_does_not_start_takes_no_slot_of_the_ring(
+    engine: Any, drafting: Callable, assert_same_output: Callable, monkeypatch: Any
+) -> None:
+    """Seen to fail while the host counted a slot before the round had started: it read the next one's old record."""
+    expected = waiting(engine, PROMPT)
+    drafting([expected])
+    original, failed = Rounds.replay, []
+
+    def replay(rounds: Rounds, kind: Any) -> None:
+        if kind == "given" and len(failed) < 2:
+            failed.append(kind)
+            raise MemoryError("no memory for this round")
+        original(rounds, kind)
+
+    monkeypatch.setattr(Rounds, "replay", replay)
+    out = engine.generate(PROMPT, policy=dataclasses.replace(CHAIN, max_nodes=4), max_new_tokens=NEW)
+    assert_same_output(out, expected)
+    assert out.stats.fallbacks == {"out of memory": 2} and out.stats.num_drafted > 0
+
+
 # ---- batches, graphs, bits
 
 
