@@ -38,7 +38,8 @@ def print_inventory(found: Mapping[str, Any]) -> None:
     if found["warning"]:
         out.print(f"no speculation: {found['warning']}")
     if heads is None:
-        out.print("No exit heads: plain decoding.")
+        how = "drafts come from the text alone" if "text" in found["drafts_from"] else "plain decoding"
+        out.print(f"No exit heads: {how}.")
         return
     levels = next((list(e["gates"]) for e in heads["exits"] if "gates" in e), [])
     table = titled(
@@ -58,7 +59,8 @@ def print_inventory(found: Mapping[str, Any]) -> None:
     if heads["exits_in_use"]:
         source = heads["calibrated_on"]
         how = "Not calibrated: chains of a fixed length." if source is None else f"Measured on {source}."
-        out.print(f"Drafting asks exits {heads['exits_in_use']}. {how}")
+        where = ", where the text does not repeat itself" if "text" in found["drafts_from"] else ""
+        out.print(f"Drafting asks exits {heads['exits_in_use']}{where}. {how}")
     else:
         out.print("Not calibrated: give --exit, or thresholds through the Python API, to draft with them.")
 

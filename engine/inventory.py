@@ -66,6 +66,7 @@ def inventory(
             "total_bytes": sum(item.num_bytes for item in items),
         },
         "heads": _heads(engine, accuracies),
+        "drafts_from": list(engine.policy.sources),
         "warning": engine.warning,
     }
 

@@ -269,7 +269,8 @@ def test_inspect_counts_what_the_model_has(run: Run, tiny_folder: Path) -> None:
     assert heads["exits"][0]["gates"]["0.95"][0] >= 1.0
     shown = run("inspect").stdout
     assert f"{found['model']['num_parameters']:,} parameters" in shown and "adapter" in shown
-    assert "No exit heads" in run("inspect", heads="none").stdout
+    assert found["drafts_from"] == ["text", "heads"] and "where the text does not repeat itself" in shown
+    assert "No exit heads: drafts come from the text alone" in run("inspect", heads="none").stdout
     refused = run("inspect", "--context", "9999")
     assert refused.exit_code == 2 and "9999" in refused.stderr
 

@@ -984,7 +984,8 @@ def _stream(
     from .engine.tree import FROM_TEXT
 
     policy = options["policy"] or engine.policy
-    exits = (FROM_TEXT, *policy.exits) if policy.lookup or options.get("lookup") else policy.exits
+    from_text = policy.lookup is not None if options.get("lookup") is None else options["lookup"]
+    exits = (FROM_TEXT, *policy.exits) if from_text else policy.exits
     if "mode" in options:
         exits = engine.heads.exits if engine.heads else ()
     transcript = None if quiet else Transcript(sys.stdout, exits)
