@@ -3,7 +3,7 @@
 The same arithmetic as `Decoder.run_layers` with the same weights, arranged so that a step is a few kernels a layer and
 nothing in it waits for the host: everything a launch reads lies at an address that does not change, so a step can be
 captured in a CUDA graph. Norms are deferred (`kernels/tile.py`): a producer of the residual stream leaves what the next
-norm needs. Prompts are read by the decoder itself.
+norm needs. Prompts take the same step (`engine/prompt_reader.py`), long ones of large models the decoder itself.
 
     FusedWeights   what the kernels read, once a model
     FusedStep      buffers for a number of rows, and the step itself
