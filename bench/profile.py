@@ -263,8 +263,8 @@ def round_times(
     """A round on the device, replayed back to back, against the time from one round's end to the next in `generate`.
 
     Returns:
-        `device_us`, `round_us` (medians), `host_gap` (the share of `round_us` that is not `device_us`: the device waiting
-        for the host), `tokens_per_round`.
+        `device_us`, `round_us` (medians), `host_gap` (the share of `round_us` that is not `device_us`: the device
+        waits for the host), `tokens_per_round`.
     """
     between, outs = [], []
     for _ in range(5):
