@@ -14,9 +14,10 @@ from ..heads.stateful import RecurrentHead
 from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
-from .engine import Engine
+from .engine import Engine, reach_of
 from .fused import FusedStep
 from .model import Decoder, Norm
+from .prompt_reader import SIZES
 from .tree import MAX_NODES
 
 ACCURACIES = (0.60, 0.70, 0.80, 0.90, 0.95)
@@ -99,7 +100,7 @@ def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
     for exit_layer, memory in engine.memory_plans(engine.policy, batch, context).items():
         what = f"memory of the head at {exit_layer} for {batch} x {context} tokens"
         items.append(MemoryItem(what, memory.num_bytes, memory.arithmetic()))
-    return items + _round_items(engine, plan) + _head_items(engine)
+    return items + _round_items(engine, plan) + _prompt_items(engine, plan) + _head_items(engine)
 
 
 def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
@@ -132,6 +133,19 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
         what, how = "the recurrent head's matrices for device rounds", f"{copied:,} x {size} bytes"
         items.append(MemoryItem(what, copied * size, how, second_copy=True))
     return items
+
+
+def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
+    """What steps over prompts hold for the longest prompt (`engine/prompt_reader.py`)."""
+    if engine.fused is None or not engine.prefill.startswith("fused"):
+        return []
+    width, longest = engine.decoder.config.hidden_size, engine._longest_fused()
+    reach = min(reach_of(plan.context if longest is None else longest), plan.context)
+    cache, taps = KVCache(plan, torch.device("meta")), engine.round_shape(engine.policy)[2]
+    steps = [FusedStep(engine.fused, cache, size, reach=reach) for size in SIZES]
+    held = sum(map(_held_bytes, steps)) + sum(SIZES) * len(taps) * width * 4
+    how = f"{' + '.join(map(str, SIZES))} rows x {held // sum(SIZES):,} bytes"
+    return [MemoryItem("steps that read prompts", held, how)]
 
 
 def _tiled(rows: int) -> int:

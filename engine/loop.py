@@ -182,11 +182,22 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
 
 
 def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
-    """Prefill every request, one after the other."""
+    """Prefill every request, one after the other.
+
+    Raises:
+        MemoryError: a prompt does not fit.
+    """
     for request in requests:
         start = time.perf_counter()
-        with torch.inference_mode():
-            read_text(on, request, partial(on.take, request.sequence))
+        try:
+            with torch.inference_mode():
+                read_text(on, request, partial(on.take, request.sequence))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # another way through the prompt would give other keys, so there is none to fall back to
+            count = request.committed_len
+            raise MemoryError(f"out of memory over a prompt of {count} tokens; {on.cache.plan.arithmetic()}") from error
         _synchronise(on.decoder)
         request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
 

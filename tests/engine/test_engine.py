@@ -236,6 +236,23 @@ def test_poisoned_slots_poison_nobody(family, deterministic, engine_of, planned)
 
 
 @pytest.mark.hazard(26)
+@pytest.mark.parametrize("mode", ["lossless", "early_exit"])
+def test_out_of_memory_over_a_prompt_gives_the_arithmetic(mode, engine, planned, plain, monkeypatch):
+    """And the engine lives; seen to fail while the device's own words were passed on."""
+    planned(engine, "right")
+    policy = fixed_exit(2, 4)
+
+    def prefill(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prefill", prefill)
+        with pytest.raises(MemoryError, match=rf"a prompt of {len(PROMPT) - 1} tokens; KV cache 2 x"):
+            engine.generate(PROMPT, mode=mode, policy=policy, max_new_tokens=NEW)
+    assert engine.generate(PROMPT, speculation=False, max_new_tokens=NEW).token_ids == plain
+
+
+@pytest.mark.hazard(26)
 @pytest.mark.parametrize("where", ["draft", "verify"])
 def test_out_of_memory_shrinks_the_tree_then_stops_drafting(where, engine, planned, plain, monkeypatch):
     heads = planned(engine, "right")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from skipstone.engine.fused import FusedWeights
+from skipstone.engine.engine import reach_of
+from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import PLAIN, best_first
 from skipstone.engine.inventory import inventory, memory_items
 from skipstone.engine.tree import MAX_NODES
@@ -63,6 +64,25 @@ def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> 
         engine.fused = FusedWeights(engine.decoder)
     (item,) = (item for item in memory_items(engine, 1, 100) if "device rounds" in item.what)
     assert item.what == "rows of device rounds of 1 x 1" and item.arithmetic.startswith("16 rows x ")
+
+
+def test_steps_over_prompts_are_in_the_budget(engine_of: Callable) -> None:
+    engine = engine_of()
+    engine.policy = PLAIN
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    assert not any("prompts" in item.what for item in memory_items(engine, 1, 200))
+    engine._reads_fused = True
+    cache = engine._cache_for(engine._requests([[1, 2]], None, True, {"max_new_tokens": 198}))
+    (item,) = (item for item in memory_items(engine, 1, cache.plan.context) if "prompts" in item.what)
+    reader, stores = engine._reader_for(cache), {}
+    assert reader is not None
+    for size in reader.sizes:
+        step = FusedStep(engine.fused, cache, size, reach=min(reach_of(200), cache.plan.context))
+        for part in (step, step.rows, step._scratch, step._parts):
+            tensors = [t for t in vars(part).values() if isinstance(t, torch.Tensor)]
+            stores |= {(size, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    assert item.num_bytes == sum(stores.values())
 
 
 def test_lists_of_neurons_are_in_the_budget(engine_of: Callable) -> None:
