@@ -119,9 +119,9 @@ def print_plan(document: Mapping[str, Any]) -> None:
     layers = "  ".join(f"{rows}: {costs['num_layers'] * ms:.2f}" for rows, ms in costs["layer_ms"].items())
     asks = "  ".join(f"{exit_layer}: {ms:.2f}" for exit_layer, ms in costs["ask_ms"].items())
     out.print(f"ms of all layers by rows: {layers}; the rest of a plain step: {costs['step_ms']:.2f}")
-    out.print(
-        f"ms of a head's answer by exit: {asks or '-'}; at exit 0: {costs['open_ms']:.2f}, then {costs['grow_ms']}"
-    )
+    grown = "  ".join(f"{rows}: {ms:.2f}" for rows, ms in costs["grow_ms"].items())
+    first = f"{costs['open_ms']:.2f}, then by rows {grown}" if grown else "-"
+    out.print(f"ms of a head's answer by exit: {asks or '-'}; at exit 0: {first}")
     table = titled("Best first", "policy", ">tokens/s", ">tokens per verification", ">drafted", ">ms a round")
     for choice in choices:
         numbers = (choice[key] for key in ("tokens_per_second", "tokens_per_verification", "drafted", "round_ms"))
