@@ -9,6 +9,8 @@ fixed tile of 16 agrees, the engine decodes plainly and says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def parts_agree(decoder: Decoder, tiles: RowTiles) -> bool:
     generator = torch.Generator().manual_seed(2)
     one = torch.ones(1, device=decoder.device)
     norms = [n for n in (layer.attn_norm, layer.mlp_norm, layer.attn_post_norm, layer.mlp_post_norm) if n is not None]
-    pieces = [(norm, config.hidden_size) for norm in norms]
+    pieces: list[tuple[Callable[[Tensor], Tensor], int]] = [(norm, config.hidden_size) for norm in norms]
     pieces.append((lambda x: decoder._activation(x, one), config.intermediate_size))
     for piece, width in pieces:
         x = 2 * torch.randn(MAX_NODES, width, generator=generator).to(decoder.device)
