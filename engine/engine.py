@@ -24,7 +24,7 @@ from .device_loop import decode_on_device, kinds_of, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, DraftPolicy, Lookup, best_first, calibrated, fixed_exit
+from .gate import PLAIN, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -453,7 +453,10 @@ class Engine:
         if speculation is True and policy is None:
             slower = processed or any(one.logprobs is not None for one in params)
             way = len(requests), fused is not None, slower
-            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests))))
+            calibration = None if self.heads is None else self.heads.calibration
+            rehearsed = calibration is not None and calibration.rehearsal is not None
+            trusted: frozenset[Source] = frozenset({"heads"} if rehearsed else ())
+            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests)), trusted=trusted))
             if pace.ladder is not None:  # heads' memories need room for its longest chains
                 chosen = dataclasses.replace(chosen, max_depth=len(pace.ladder.rungs))
         cache = self._cache_for(requests)

@@ -43,12 +43,14 @@ class Account:
 @dataclass
 class Pace:
     """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long chains of
-    heads should be."""
+    heads should be. `trusted` sources were measured before, as heads are when they are calibrated: they begin with all
+    the gain that is ever remembered, so that a bad start does not put them out for hundreds of tokens."""
 
     plain_ms: float | None = None
     rounds_since_plain: int = 0
     accounts: dict[Source, Account] = field(default_factory=dict)
     ladder: Ladder | None = None
+    trusted: frozenset[Source] = frozenset()
     _warm: list[float] = field(default_factory=list)
 
     @property
@@ -90,6 +92,8 @@ class Pace:
         self._warm.append(ms)
         if len(self._warm) >= WARM_STEPS:
             self.plain_ms = min(self._warm)
+            for source in self.trusted & self.accounts.keys():
+                self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
 
     def _charge(self, account: Account, ms: float, lost: float | None) -> None:
         """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""

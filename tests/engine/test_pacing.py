@@ -58,6 +58,17 @@ def test_drafting_that_does_not_pay_costs_a_share(draft_ms, tokens):
     assert pace.accounts["heads"].pauses > 0 and drafted > 0
 
 
+def test_heads_that_were_measured_before_survive_a_bad_start_and_no_more():
+    """Ten rounds in vain put out heads that nobody has measured; measured ones go on, and pause if that never ends."""
+    for trusted, paused in ((frozenset(), True), (frozenset({"heads"}), False)):
+        pace = Pace(trusted=trusted)
+        play(pace, WARM_STEPS + 10, 10.0, 20.0, 1.0)
+        assert ("heads" in pace.paused) == paused
+    spent, written, _ = play(pace, 4000, 10.0, 20.0, 1.0)
+    assert "heads" in pace.paused and "text" not in pace.accounts
+    assert spent <= 10.0 * written * (1 + SHARE) + (GAIN_STEPS + CREDIT_STEPS + 1) * 20.0
+
+
 @pytest.mark.parametrize("draft_ms", [11.0, 13.0, 20.0, 40.0])
 def test_useless_heads_keep_98_percent_of_plain_speed(draft_ms):
     """A task of 24 answers of 64 tokens, its clock made up; nothing that is drafted is ever accepted. Planted bug: a
