@@ -1,4 +1,5 @@
-"""Questions in Spec-Bench's format: JSON lines with `question_id`, `category` and `turns`.
+"""Questions in Spec-Bench's format: JSON lines with `question_id`, `category` and `turns`; or a `prompt` each, as
+training's files have.
 
 Spec-Bench (arXiv 2401.07851) reports six tasks; its multi-turn task holds the eight categories of MT-bench. A file with
 other categories is fine: each is then a task of its own. The built-in set was written for this project.
@@ -46,7 +47,9 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no prompt file at {path}; expected JSON lines with question_id, category and turns")
+        raise FileNotFoundError(
+            f"no prompt file at {path}; expected JSON lines with question_id, category and turns, or prompt"
+        )
     return parse_questions(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -58,10 +61,12 @@ def parse_questions(text: str, source: str) -> list[Question]:
             continue
         try:
             record = json.loads(line)
+            if "prompt" in record:
+                record = {"question_id": number, "category": record.get("source", "all"), "turns": [record["prompt"]]}
             question = Question(record["question_id"], str(record["category"]), tuple(record["turns"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{source} line {number}: expected JSON with question_id, category and turns ({error!r})"
+                f"{source} line {number}: expected JSON with question_id, category and turns, or prompt ({error!r})"
             ) from error
         if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
             raise ValueError(f"{source} line {number}: turns is {record['turns']!r}, expected texts, at least one")
@@ -69,7 +74,9 @@ def parse_questions(text: str, source: str) -> list[Question]:
             raise ValueError(f"{source} line {number}: question_id {question.question_id!r} stands there twice")
         questions[question.question_id] = question
     if not questions:
-        raise ValueError(f"{source} holds no questions: expected JSON lines with question_id, category and turns")
+        raise ValueError(
+            f"{source} holds no questions: expected JSON lines with question_id, category and turns, or prompt"
+        )
     return list(questions.values())
 
 

@@ -78,6 +78,11 @@ class Options:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods are {list(self.methods)}, expected some of {', '.join(METHODS)}")
+        misspelt = [name for name in self.write or () if name.split(" ")[0] not in (DENSE, "tda", *self.methods)]
+        if misspelt:  # before the text is read, which takes minutes; `those_that_write` knows the rest of the names
+            raise ValueError(
+                f"write names {misspelt}, expected a method that is measured and its share, as in 'tda 0.75'"
+            )
         for name, shares in (("densities", self.densities), ("levels", self.levels)):
             if not all(0 < share < 1 for share in shares):
                 raise ValueError(f"{name} are {list(shares)}, expected numbers between 0 and 1")

@@ -28,9 +28,15 @@ def test_a_file_is_read_in_order(tmp_path: Path) -> None:
     assert [(q.question_id, q.turns) for q in read_questions(path)] == [(7, ("q7", "more")), (3, ("q3", "more"))]
 
 
+def test_prompts_of_a_training_file_are_questions_of_one_turn() -> None:
+    found = parse_questions('{"source": "code", "prompt": "a"}\n\n{"prompt": "b"}', "prompts")
+    assert found == [Question(1, "code", ("a",)), Question(3, "all", ("b",))]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"prompt": 3}', "expected texts"),
         ('{"question_id": 1, "category": "qa"}', "line 1: expected JSON"),
         ("not json", "line 1: expected JSON"),
         ('{"question_id": 1, "category": "qa", "turns": []}', "at least one"),

@@ -164,11 +164,16 @@ def test_options_that_make_no_sense_are_refused(wrong, words):
         Options(**wrong)
 
 
+def test_a_misspelt_setting_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match=r"write names \['grifin 0.5'\]"):
+        Options(write=("tda 0.5", "grifin 0.5"))
+
+
 def test_settings_that_are_not_measured_cannot_write(engine, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     options = Options(
-        methods=("tda",), densities=(0.5,), windows=2, prompt_len=20, length=30, calibration_texts=1, write=("x",)
+        methods=("tda",), densities=(0.5,), windows=2, prompt_len=20, length=30, calibration_texts=1, write=("tda 0.9",)
     )
     with pytest.raises(ValueError, match="write names"):
         report(engine, text, options)
