@@ -54,7 +54,8 @@ from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
 ARMS = (
-    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "teal", "prefill", "cublas-1", "cublas-16"
+    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "teal", "prefill",
+    "cublas-1", "cublas-16",
 )  # fmt: skip
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of each layer's neurons that are kept
@@ -425,7 +426,8 @@ def measure_model(
         channels = ChannelWeights(Decoder(config, weights, weights["embed.weight"].dtype, device), nothing)
         for context in contexts:
             for level in levels:
-                start, dropped = time.perf_counter(), []
+                start = time.perf_counter()
+                dropped: list[float] = []
 
                 def aim(step: AimedStep, level: float = level, dropped: list[float] = dropped) -> None:
                     dropped.append(round(step.aim(level), 4))
@@ -454,9 +456,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
-    parser.add_argument("--contexts", default="64,4096", help="of the arms step..., tda and teal: tokens before the rows")
+    parser.add_argument("--contexts", default="64,4096", help="of step..., tda and teal: tokens before the rows")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the arm tda: kept shares of neurons")
-    parser.add_argument("--levels", default=",".join(map(str, LEVELS)), help="of the arm teal: dropped shares of inputs")
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)), help="of the arm teal: dropped shares")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)

@@ -58,8 +58,8 @@ ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its f
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
 MOST_ROUNDS = 16  # shapes of captured rounds that are kept
 ONE_BY_ONE = (
-    "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so verifying a draft "
-    "costs a step for each of its tokens. Leave policy and lookup out, or load with verify='dense'"
+    "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so a draft's "
+    "verification costs a step for each token of it. Leave policy and lookup out, or load with verify='dense'"
 )
 
 
@@ -229,9 +229,9 @@ class Engine:
         on_cpu = decoder.device.type == "cpu"
         if draft is not None and not on_cpu:
             raise ValueError(
-                f"draft='teal' thins drafts out on the CPU only, and the model is on {decoder.device}: there rows share "
-                "no reads once they drop inputs, and verification goes on from none of the layers that drafted. Load "
-                "with draft='dense', or with device='cpu'"
+                f"draft='teal' thins drafts out on the CPU only, and the model is on {decoder.device}: rows that drop "
+                "inputs share no reads there, and verification runs the layers that drafted again, so a drafted token "
+                "costs nearly a step. Load with draft='dense', or with device='cpu'"
             )
         if verify is not None and not on_cpu and self.fused is None:
             raise ValueError(

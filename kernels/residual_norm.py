@@ -3,16 +3,14 @@
     h' = h + sum of y,  or  h' = h + RMSNorm(y) * w_post,    x' = norm(h') * w (+ b)
 
 For steps whose projections look at their real inputs (TEAL compares |x| with a threshold): x is what the norm gives,
-rounded to the model's dtype. One program has a whole row, so each kernel in front and behind waits for one launch of a
-few microseconds; tiles of 16 rows go without (`tile.py`). One pass: the row stays in registers, LayerNorm's variance is
-of what is left when the mean is off.
+rounded to the model's dtype, where tiles of 16 rows defer their norms and launch nothing (`tile.py`). One program has a
+whole row in registers, so it is one pass; LayerNorm's variance is of what is left when the mean is off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -61,7 +61,7 @@ class Channels:
         for start, (_, rows) in zip(ends, own, strict=False):
             columns = slice(start, start + rows.stop - rows.start)
             weight[:, columns] = dense[rows].T
-            if bias is not None:
+            if bias is not None and linear.bias is not None:
                 bias[columns] = linear.bias[rows]
         return cls(weight, bias, tuple(ends[1:]), slice(own[0][0], own[-1][0] + 1))
 
@@ -128,15 +128,16 @@ class TealStep(FusedStep):
             ValueError: states for heads are asked for; nothing drafts beside these steps.
         """
         if taps:
-            raise ValueError(f"states after layers {sorted(taps)} were asked for, and a step that drops inputs has none")
+            raise ValueError(f"states after layers {sorted(taps)} were asked for, a step that drops inputs keeps none")
         weights, config, shape, rows, pdl = self.weights, self.weights.config, self.weights.shape, self.rows, self.pdl
         self._add((), None, self._readers(start))
         for index in range(start, stop):
-            layer, own = weights.layers[index], weights.channels[index]
+            layer = weights.layers[index]
             keys, values = self.cache.k[index], self.cache.v[index]
             self.product(index, "qkv", self.x)
+            q_end, k_end, _ = weights.channels[index]["qkv"].ends
             place_qkv(
-                self._products["qkv"], own["qkv"].ends[:2], layer.qk_norm, *weights.rotary[index],
+                self._products["qkv"], (q_end, k_end), layer.qk_norm, *weights.rotary[index],
                 self._q, keys, values, rows, shape, pdl=pdl,
             )  # fmt: skip
             tree_attention(

@@ -241,8 +241,8 @@ def test_what_a_residual_norm_does_not_do_is_refused() -> None:
     hidden, rows = drawn(32, 8), some_rows([0])
     with pytest.raises(ValueError, match="post norm: True"):
         residual_norm(hidden, hidden, [hidden, hidden], rows, 1, 1e-5, post=hidden[0])
+    readers = (hidden[0], None, hidden), (hidden[0], hidden[1], hidden)
     with pytest.raises(ValueError, match="the other has none"):
-        readers = (hidden[0], None, hidden), (hidden[0], hidden[1], hidden)
         residual_norm(hidden, hidden, [], rows, 1, 1e-5, norms=readers)
 
 

@@ -1,4 +1,4 @@
-"""Plain decoding of rows that drop inputs, in rounds on the device: the tokens of the loop that waits, whoever is beside.
+"""Plain decoding of rows that drop inputs, in rounds on the device: the loop that waits has the same tokens.
 
 Without a GPU the rounds run kernel by kernel in Triton's interpreter, on few layers and for few tokens, against the
 CPU's own path, which skips channels; on a GPU they are captured graphs, in bf16, too, and the loop that waits zeroes
