@@ -14,6 +14,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
 | `step-unshared` | the same where attention reads its keys for each row, and whether all bits are those of `step` and of each row alone |
 | `tda` | the same step over the weights of neurons on a random list of its own in each layer (`verify="tda"`), at each of `--shares`; 1.0 beside `step` is what the lists cost |
+| `teal` | the same step of one row that drops small inputs (`verify="teal"`), at each of `--levels`; 0 beside `step` is what it costs. Thresholds are set so that each projection drops that share of this row's inputs; `dropped_share` is what was dropped of the layers' weights |
 | `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
@@ -44,6 +45,8 @@ from ..engine.fused import FusedStep, FusedWeights
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from ..engine.prompt_reader import PromptReader
+from ..engine.sparsity.teal_step import ChannelWeights, TealStep
+from ..engine.sparsity.thresholded import projections
 from .baselines import as_transformers
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
@@ -51,10 +54,12 @@ from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
 ARMS = (
-    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "prefill", "cublas-1", "cublas-16"
+    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "teal", "prefill",
+    "cublas-1", "cublas-16",
 )  # fmt: skip
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of each layer's neurons that are kept
+LEVELS = (0.0, 0.25, 0.4, 0.5, 0.65)  # of each projection's inputs that are dropped
 # Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
 TOLERANCE = 0.05
 PROMPT_LENGTHS = (64, 256, 1024, 4096)
@@ -274,6 +279,35 @@ def prompt_readers(decoder: Decoder, length: int) -> dict[str, Callable[[], floa
     return found
 
 
+class AimedStep(TealStep):
+    """A step of one row, row 0, whose thresholds are set on the way."""
+
+    def __init__(self, weights: ChannelWeights, cache: KVCache, num_rows: int, *, pdl: bool = False) -> None:
+        super().__init__(weights, cache, 1, pdl=pdl)
+        self._aim: float | None = None
+        self._dropped: list[tuple[float, int]] = []
+
+    def aim(self, level: float) -> float:
+        """Make every threshold drop that share of the inputs that it meets; the share of all weights dropped with
+        them."""
+        self._aim, self._dropped = level, []
+        self.embed()
+        self.run(0, self.weights.config.num_layers)
+        self._aim = None
+        return sum(share * size for share, size in self._dropped) / sum(size for _, size in self._dropped)
+
+    def product(self, index: int, name: str, x: Tensor) -> None:
+        if self._aim is not None:
+            own = self.weights.channels[index][name]
+            strengths = x[0].float().abs()
+            count = round(self._aim * len(strengths))
+            limit = float(strengths.kthvalue(count).values) if count else 0.0
+            self.weights.thresholds[index, own.places] = limit
+            self._limits[0, index, own.places] = limit
+            self._dropped.append((float((strengths <= limit).float().mean()), own.weight.numel()))
+        super().product(index, name, x)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to measure: `source` is "random weights" or where they come from."""
@@ -327,6 +361,7 @@ def measure_model(
     read: float,
     contexts: tuple[int, ...] = (64, 4096),
     shares: tuple[float, ...] = SHARES,
+    levels: tuple[float, ...] = LEVELS,
 ) -> list[dict[str, Any]]:
     """Rows of one model; each is printed to stderr as it comes. `read` is the bandwidth in GB/s."""
     config, weights = subject.config, subject.weights
@@ -386,6 +421,20 @@ def measure_model(
                     spread = step_us(fused, context, live, share=share)
                     add(f"tda-{live}", spread, start, context=context, kept_share=share)
         del fused
+    if "teal" in arms:
+        nothing = torch.zeros(config.num_layers, len(projections(config)))
+        channels = ChannelWeights(Decoder(config, weights, weights["embed.weight"].dtype, device), nothing)
+        for context in contexts:
+            for level in levels:
+                start = time.perf_counter()
+                dropped: list[float] = []
+
+                def aim(step: AimedStep, level: float = level, dropped: list[float] = dropped) -> None:
+                    dropped.append(round(step.aim(level), 4))
+
+                spread = step_us(channels, context, 1, step_of=AimedStep, prepare=aim)
+                add("teal-1", spread, start, context=context, level=level, dropped_share=dropped[0])
+        del channels
     if "prefill" in arms:
         own = Decoder(config, weights, weights["embed.weight"].dtype, device)
         for length in PROMPT_LENGTHS:
@@ -407,14 +456,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
-    parser.add_argument("--contexts", default="64,4096", help="of the arms step... and tda: tokens before the rows")
+    parser.add_argument("--contexts", default="64,4096", help="of step..., tda and teal: tokens before the rows")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the arm tda: kept shares of neurons")
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)), help="of the arm teal: dropped shares")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     arms, paths = tuple(args.arms.split(",")), dict(pair.split("=", 1) for pair in args.weights)
     contexts = tuple(int(context) for context in args.contexts.split(","))
     shares = tuple(float(share) for share in args.shares.split(","))
+    levels = tuple(float(level) for level in args.levels.split(","))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"unknown arms {unknown}; expected some of {', '.join(ARMS)}")
     if not torch.cuda.is_available():
@@ -433,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models.split(","):
         subject = load_subject(name, paths.get(name), torch.bfloat16, device)
         document["rows"] += measure_model(
-            subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts, shares
+            subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts, shares, levels
         )
         del subject
         torch.cuda.empty_cache()

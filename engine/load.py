@@ -47,8 +47,8 @@ def load(
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
         verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt; "teal"
-            drops every row's small inputs behind the prompt, on the CPU (both lossy against the whole model, lossless
-            against their own plain decoding).
+            drops every row's small inputs behind the prompt, on a GPU without speculation (both lossy against the whole
+            model, lossless against their own plain decoding).
         sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds; None: the shipped
             ones of this model.
         draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on
@@ -57,7 +57,7 @@ def load(
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), "flash" (flash-attn 2, 3 or 4, where it is installed,
             on a GPU and in half precision), "fused" (the decode step's kernels, on a GPU with Triton), or "auto":
-            "fused" where the target is the whole model and such kernels decode it, else "sdpa".
+            "fused" where such kernels decode the target, unless it is "tda", else "sdpa".
         plan: how drafting is chosen: "cached" follows the plan that `skipstone plan` kept for this machine, model and
             heads, if there is one, else the heads' calibration; "now" measures one (seconds) where none was kept, and
             keeps it; "none" looks for none.

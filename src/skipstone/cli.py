@@ -60,7 +60,7 @@ Verify = Annotated[
     str,
     typer.Option(
         help="The target model: dense; tda: each sequence skips neurons by its prompt; teal: each row drops small "
-        "inputs, CPU (both lossy)."
+        "inputs, on a GPU without drafts (both lossy)."
     ),
 ]
 Sparsity = Annotated[
