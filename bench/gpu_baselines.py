@@ -48,7 +48,7 @@ from ..engine.prompt_reader import PromptReader
 from ..engine.sparsity.teal_step import ChannelWeights, TealStep
 from ..engine.sparsity.thresholded import projections
 from .baselines import as_transformers
-from .device_time import Spread, bandwidth, capture, replay_us
+from .device_time import Spread, bandwidth, capture, clock_mhz, replay_us
 from .environment import describe_device, versions
 from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
@@ -373,6 +373,8 @@ def measure_model(
     def add(arm: str, spread: Spread, start: float, **more: Any) -> None:
         row = {"model": subject.name, "arm": arm, "us_per_token": round(spread.p50, 2), **spread.to_json()}
         row |= {"device": device_name, "weights": subject.source, **more}
+        if device.type == "cuda":
+            row["clock_mhz"] = clock_mhz(device)
         row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -5,11 +5,11 @@
 One program takes one row and the query heads of one KV head (the rows of its products), and keys by absolute
 position: position p lies in slot p if it is committed (p < base), else in slot base + path[p - base]. Keys are read in
 blocks at fixed absolute positions (half a block where a split holds no more of them), with a running maximum over the
-row's own keys, and contexts are cut into splits at fixed absolute positions, whose partial results are put together one after the other. So a row's bits depend on
-its own tokens and positions only: not on the tree, the place in it, the round's start, other rows or the cache
-(design rule 3), because its keys stand at the same place of the same products whatever tree they came from. Weights
-are rounded to the cache's dtype before their product with v, and the denominator is the product of the same weights
-with ones.
+row's own keys, and contexts are cut into splits at fixed absolute positions, whose partial results are put together
+one after the other. So a row's bits depend on its own tokens and positions only: not on the tree, the place in it, the
+round's start, other rows or the cache (design rule 3), because its keys stand at the same place of the same products
+whatever tree they came from. Weights are rounded to the cache's dtype before their product with v, and the denominator
+is the product of the same weights with ones.
 
 Rows of one sequence read most of their keys together. A split is closed if all rows of the sequence see all of it:
 its positions are committed and in everybody's window. If a tile of 16 has more rows of the sequence than a KV head has
