@@ -48,6 +48,7 @@ def document(engine, tmp_path_factory):
     texts = torch.randint(320, (2, 60), generator=torch.Generator().manual_seed(0))
     teal = calibrate_teal(engine.decoder, texts, levels=(0.4,), error_texts=texts)
     found = report(engine, text, OPTIONS, teal)
+    assert not found["failed"]
     assert engine.verify == "dense", "the engine is given back as it came"
     return json.loads(json.dumps(found, allow_nan=False))
 
