@@ -8,7 +8,7 @@ than one. It is what the engine decodes under each target, up to rounding.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,7 @@
 """What a setting writes side by side is what the engine decodes with it alone.
 
-Regimes: families with soft-caps, windows and post-norms; prompts of several lengths, one too short for a mask; the whole
-model, TDA, GRIFFIN and TEAL; texts that end at different times; fp32, so that the two ways' rounding decides nothing.
+Regimes: families with soft-caps, windows and post-norms; prompts of several lengths, one too short for a mask; the
+whole model, TDA, GRIFFIN and TEAL; texts that end at different times; fp32, so that rounding decides nothing.
 
 Planted bugs seen to fail here: one text's mask for all; a row's position one too low; windows left out; TEAL's rows
 through the whole model.
