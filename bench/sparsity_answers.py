@@ -101,16 +101,17 @@ def write(
         prompts: token ids, at least 2 each.
         checkers: fresh, one a prompt; they take the tokens.
     """
-    config, device, target = decoder.config, decoder.device, setting.target
+    config, device = decoder.config, decoder.device
+    skipping = setting.target if isinstance(setting.target, SparseTarget) else None
     room = max(len(prompt) + checker.num_remaining for prompt, checker in zip(prompts, checkers, strict=True))
     texts, kept = Texts(decoder, len(prompts), room), []
     rows, mlp = setting.rows(decoder), None
     with without_plans(device):
         for i, prompt in enumerate(prompts):
-            watch = target.watch(i) if isinstance(target, SparseTarget) else None
+            watch = None if skipping is None else skipping.watch(i)
             texts.read(i, torch.tensor(prompt[:-1], device=device), watch)
-            if watch is not None:
-                kept.append(target.kept(watch))
+            if skipping is not None and watch is not None:
+                kept.append(skipping.kept(watch))
         if kept:
             mlp = KeptNeurons(decoder, kept)
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=device)
