@@ -741,6 +741,7 @@ def report(
         Path, typer.Option(help="Plain text, wikitext-2 for one: its first half calibrates, its second is measured.")
     ],
     out: Annotated[Path | None, typer.Option(help="A folder for report.json and pictures (PNG).")] = None,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Draw none: matplotlib is not needed.")] = False,
     methods: Annotated[
         str,
         typer.Option(
@@ -781,7 +782,8 @@ def report(
     if out is not None:
         from .train.plots import require_matplotlib
 
-        require_matplotlib()
+        if not no_pictures:
+            require_matplotlib()
         if (out / "report.json").exists():
             raise FileExistsError(f"{out / 'report.json'} exists; choose another folder")
     from .bench.sparsity_report import report as measured
@@ -817,7 +819,7 @@ def report(
     document = about | measured(engine, text, wanted, thresholds, note, save)
     save(document)
     if out is not None:
-        for written in [out / "report.json", *plot_sparsity(document, out)]:
+        for written in [out / "report.json", *([] if no_pictures else plot_sparsity(document, out))]:
             note(f"wrote {written}")
     if as_json:
         print_json(document, indent=None)
