@@ -492,6 +492,9 @@ def test_sparsity_is_reported(tiny_folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "other")])
     assert refused.exit_code == 2 and "pip install 'skipstone[plot]'" in refused.stderr
+    short = [*command, "--out", str(tmp_path / "other"), "--methods", "teal", "--no-claims"]
+    assert CliRunner().invoke(cli.app, [*short, "--no-pictures"]).exit_code == 0
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(

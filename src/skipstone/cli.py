@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -741,6 +741,7 @@ def report(
         Path, typer.Option(help="Plain text, wikitext-2 for one: its first half calibrates, its second is measured.")
     ],
     out: Annotated[Path | None, typer.Option(help="A folder for report.json and pictures (PNG).")] = None,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Draw none: matplotlib is not needed.")] = False,
     methods: Annotated[
         str,
         typer.Option(
@@ -759,7 +760,10 @@ def report(
     predictor_texts: Annotated[int, typer.Option(help="Of predictor: of 256 tokens, to train on.")] = 64,
     predictor_rank: Annotated[int, typer.Option(help="Of predictor: width between its two matrices.")] = 128,
     predictor_epochs: Annotated[int, typer.Option(help="Of predictor: passes over its texts.")] = 4,
-    questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 16); 0: none.")] = 16,
+    questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 64); 0: none.")] = 16,
+    difficulty: Annotated[
+        str, typer.Option(help="Of the maths questions: easy, medium, hard; one that the whole model half knows.")
+    ] = "medium",
     no_claims: Annotated[bool, typer.Option("--no-claims", help="Leave inertia and uncertainty out.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; 0: none.")] = 5,
     long: Annotated[int, typer.Option(help="Tokens of long texts that are read and written; 0: none.")] = 0,
@@ -778,7 +782,8 @@ def report(
     if out is not None:
         from .train.plots import require_matplotlib
 
-        require_matplotlib()
+        if not no_pictures:
+            require_matplotlib()
         if (out / "report.json").exists():
             raise FileExistsError(f"{out / 'report.json'} exists; choose another folder")
     from .bench.sparsity_report import report as measured
@@ -789,8 +794,8 @@ def report(
         methods=tuple(_words(methods)), densities=_shares("--densities", densities), prior_tokens=prior_tokens,
         levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
         calibration_texts=calibration_texts, predictor_texts=predictor_texts, predictor_rank=predictor_rank,
-        predictor_epochs=predictor_epochs, questions=questions, claims=not no_claims, repeats=repeats, long=long,
-        long_texts=long_texts,
+        predictor_epochs=predictor_epochs, questions=questions, difficulty=difficulty, claims=not no_claims,
+        repeats=repeats, long=long, long_texts=long_texts,
         write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,
     )  # fmt: skip
     if threads is not None:
@@ -802,18 +807,26 @@ def report(
 
     thresholds = None if teal is None else load_teal(model, teal, _dtype(dtype))
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # without this machine's folders
-    document = {"command": shlex.join(["skipstone", *shown])}
-    document |= measured(engine, text, wanted, thresholds, note)
+    about = {"command": shlex.join(["skipstone", *shown])}
+
+    def save(document: Mapping[str, Any]) -> None:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            beside = out / "report.json.part"
+            beside.write_text(json.dumps({**about, **document}, allow_nan=False) + "\n", encoding="utf-8")
+            beside.replace(out / "report.json")
+
+    document = about | measured(engine, text, wanted, thresholds, note, save)
+    save(document)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "report.json"
-        path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
-        for written in [path, *plot_sparsity(document, out)]:
+        for written in [out / "report.json", *([] if no_pictures else plot_sparsity(document, out))]:
             note(f"wrote {written}")
     if as_json:
         print_json(document, indent=None)
     else:
         print_sparsity(document)
+    if document["failed"]:
+        raise typer.Exit(1)
 
 
 def _words(given: str) -> list[str]:
