@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.sparsity.quality import Quality
+from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.tda import CettCurves, Tda, cut, measure_curves
 from ..engine.sparsity.teal import Teal, TealLevel
 from ..engine.stopping import StopChecker
@@ -187,13 +188,14 @@ def _add_speed(
     rows: Mapping[str, dict[str, Any]], engine: Engine, settings: Sequence[Setting], prompt: list[int], repeats: int
 ) -> None:
     on_gpu = engine.decoder.device.type == "cuda"
-    if on_gpu:  # its captured steps drop no inputs
-        settings = [setting for setting in settings if not isinstance(setting.target, TealLevel)]
     engines = {setting.name: engine for setting in settings}
-    selections = [setting.selection for setting in settings if setting.selection is not None]
-    if on_gpu and selections:  # lists of neurons take the weights by neuron, so a second engine of the same model
-        second = Engine(engine.decoder, engine.tokenizer, model_id=engine.model_id, sparsity=selections[0])
-        engines |= {setting.name: second for setting in settings if setting.selection is not None}
+    if on_gpu:  # weights by neuron and weights by channel are other copies, so each way has an engine of its own
+        for kind in (SparseTarget, TealLevel):
+            own = [setting for setting in settings if isinstance(setting.target, kind)]
+            if own:
+                target = own[0].target if kind is TealLevel else own[0].selection
+                another = Engine(engine.decoder, engine.tokenizer, model_id=engine.model_id, sparsity=target)
+                engines |= {setting.name: another for setting in own}
     if on_gpu and any(own.fused is None for own in engines.values()):
         raise ValueError("the fused kernels are not in use here, so speeds would be those of the reference path")
     times: dict[str, list[float]] = {setting.name: [] for setting in settings}
