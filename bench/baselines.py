@@ -19,7 +19,7 @@ from ..engine.config import ModelConfig
 from ..engine.engine import Engine
 from ..engine.pretrained import PACKAGED, load_pretrained
 from ..engine.recipes import hf_recipes
-from .arms import Outcome
+from .arms import PLAIN_ARM, Outcome
 
 BASELINES = ("hf", "hf-lookup", "hf-early-exit")
 LOOKUP_TOKENS = 10  # as the transformers documentation uses it
@@ -119,7 +119,7 @@ class TransformersArm:
         exit_layer: of early exit.
     """
 
-    lossless = False
+    lossless, plain = False, PLAIN_ARM
 
     def __init__(self, name: str, model: Any, engine: Engine, exit_layer: int) -> None:
         if name not in BASELINES:

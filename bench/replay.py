@@ -69,7 +69,7 @@ class PlainRun:
 class ReplayArm:
     """A fixed exit and length, counted from a plain run."""
 
-    lossless = True
+    lossless, plain = True, "plain"
 
     def __init__(self, name: str, run: PlainRun, heads: HeadSet, exit_layer: int, length: int) -> None:
         self.name, self.plain, self.heads = name, run, heads

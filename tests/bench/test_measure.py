@@ -21,7 +21,7 @@ class Rote:
     def __init__(
         self, name: str, reply: Callable[[list[int]], list[int]], log: list[Any], lossless: bool = True
     ) -> None:
-        self.name, self.reply, self.log, self.lossless = name, reply, log, lossless
+        self.name, self.reply, self.log, self.lossless, self.plain = name, reply, log, lossless, "plain"
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
         ids = self.reply(prompt_ids)

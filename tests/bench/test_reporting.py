@@ -41,7 +41,7 @@ DRAFTED = Statistics(
 class Rote:
     """An arm with a time a token; counts how often it is asked."""
 
-    lossless = True
+    lossless, plain = True, "plain"
 
     def __init__(self, name: str, ms: float, stats: Statistics | None = None, fails_after: int = 99) -> None:
         self.name, self.ms, self.stats, self.left, self.asked = name, ms, stats, fails_after, 0
