@@ -206,9 +206,7 @@ def _found_or_measured(
 ) -> list[tuple[Outcome, int]]:
     """Outcomes and their sessions. A batch of which the journal lacks an answer is measured again as a whole, since its
     answers share its time."""
-    places = [
-        (arm.name, q.question_id, turn, repeat, ids) for q, ids in zip(questions, prompts, strict=True)
-    ]
+    places = [(arm.name, q.question_id, turn, repeat, ids) for q, ids in zip(questions, prompts, strict=True)]
     known = None if journal is None else journal.find_all(places)
     if known is not None:
         return known

@@ -25,7 +25,7 @@ from ..engine.loop import Machinery
 from ..engine.statistics import Statistics
 from ..heads import StatefulHead
 from ..heads.head_set import HeadSet
-from .arms import Arm, EngineArm, Outcome
+from .arms import PLAIN_ARM, Arm, EngineArm, Outcome
 
 
 class PlainRun:
@@ -69,7 +69,7 @@ class PlainRun:
 class ReplayArm:
     """A fixed exit and length, counted from a plain run."""
 
-    lossless, plain = True, "plain"
+    lossless, plain = True, PLAIN_ARM
 
     def __init__(self, name: str, run: PlainRun, heads: HeadSet, exit_layer: int, length: int) -> None:
         self.name, self.plain, self.heads = name, run, heads
@@ -134,7 +134,7 @@ def replayed(arms: Sequence[Arm], engine: Engine) -> list[Arm]:
     """The same arms, those with a fixed exit and stateless heads counted from one plain run."""
 
     def heads_of(arm: Arm) -> HeadSet | None:
-        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")) or "+" in arm.name:
+        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")) or set("+%") & set(arm.name):
             return None
         heads = arm.engine.heads
         assert heads is not None

@@ -11,9 +11,11 @@ from typing import Any
 
 from ..engine.forward import Working
 from ..engine.tokenizer import Tokenizer
-from .arms import Arm, EarlyExitArm, EngineArm
+from .arms import Arm, EngineArm
 from .measure import prompt_ids
 from .questions import Question
+
+MOST_TOKENS = 48  # on a GPU a round takes tens of ms here
 
 
 def sample(
@@ -26,8 +28,9 @@ def sample(
         the model's own, entropy in nats of the draft) and `rejected` (the drafted texts that were not accepted).
     """
     ids = prompt_ids(tokenizer, question.turns[:1], ())
-    drafting = [arm for arm in arms if isinstance(arm, EngineArm) and not isinstance(arm, EarlyExitArm)]
-    shown = {arm.name: _rounds(arm, ids, tokenizer, sampling) for arm in drafting if arm.name != "plain"}
+    sampling = {**sampling, "max_new_tokens": min(MOST_TOKENS, sampling["max_new_tokens"])}
+    drafting = [arm for arm in arms if isinstance(arm, EngineArm) and arm.lossless and arm.speculation is not False]
+    shown = {arm.name: _rounds(arm, ids, tokenizer, sampling) for arm in drafting}
     return {"question_id": question.question_id, "prompt": question.turns[0], "arms": shown}
 
 

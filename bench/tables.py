@@ -192,8 +192,8 @@ def print_bench(document: Mapping[str, Any]) -> None:
             if len(document.get("contexts", {})) > 1:
                 title = "By most tokens of the prompt: tok/s, speedup; acceptance, tokens per verification"
                 out.print(_by_task(document["contexts"] | {OVERALL: summary[OVERALL]}, title, "tokens"))
-    if document.get("early_exit"):
-        out.print(_early_exit(document["early_exit"]))
+    if document.get("lossy"):
+        out.print(_lossy(document["lossy"]))
     if document["skipped_questions"]:
         out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")
     found = document["lossless"]
@@ -312,9 +312,9 @@ def _drafts(arms: Mapping[str, Any]) -> Table:
     return table
 
 
-def _early_exit(arms: Mapping[str, Any]) -> Table:
+def _lossy(arms: Mapping[str, Any]) -> Table:
     table = titled(
-        "Early exit (lossy). Depth: layers until a token is written; row layers: with those made up for later; "
+        "Lossy arms. Depth: layers until a token is written; row layers: with those made up for later; "
         "agreement with the full model after the same prefix; perplexity under the full model",
         "arm", ">depth", ">saved", ">row layers/tok", ">by exits", "tokens by exit", ">agreement", ">of exits",
         ">equal texts", ">differs from", ">perplexity", ">plain's",

@@ -622,13 +622,20 @@ def bench(
         typer.Option(
             help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
             "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
-            "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS takes another head set. To sweep: LEVEL 0.6-0.95, "
-            "LENGTH 1-6, EXIT * (all that have heads).",
+            "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS: another head set, FORM%TARGET skips weights: "
+            "tda[:SHARE], teal[:LEVEL] (lossy), teal-draft[:LEVEL]. To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all "
+            "that have heads). all: everything that makes sense for these heads.",
         ),
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="hf, hf-lookup, hf-early-exit; may be given again.")
+        list[str] | None,
+        typer.Option(help="hf, hf-lookup, hf-early-exit (transformers), compile (torch.compile, GPU); again for more."),
     ] = None,
+    baseline_limit: Annotated[
+        int | None,
+        typer.Option(help="Slow arms (baselines; on a GPU what the host drafts) answer so many questions, evenly."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered side by side.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks or categories, comma-separated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions in all, evenly over the tasks.")] = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -694,7 +701,10 @@ def bench(
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     questions = choose(built_in() if source is None else read_questions(source), chosen_tasks, limit)
-    engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity, draft, teal, teal_level)
+    # thresholds that the engine itself does not take are for arms
+    of_engine = (verify == "tda", "teal" in (verify, draft))
+    own_tda, own_teal = (path if taken else None for path, taken in zip((sparsity, teal), of_engine, strict=True))
+    engine = _load(model, heads, dtype, device, prefill, None, verify, own_tda, draft, own_teal, teal_level)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
 
@@ -705,6 +715,10 @@ def bench(
         command=shlex.join(["skipstone", *sys.argv[1:]]),
         arms=arms,
         baselines=tuple(baseline or []),
+        baseline_limit=baseline_limit,
+        batch=batch,
+        sparsity=None if sparsity is None or own_tda else str(sparsity),
+        teal=None if teal is None or own_teal else str(teal),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
