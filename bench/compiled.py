@@ -1,4 +1,4 @@
-"""Greedy decoding through torch.compile over a static cache, a token a CUDA graph: what a user writes without an engine.
+"""Greedy decoding through torch.compile over a static cache, a token a CUDA graph: a user's loop without an engine.
 
 gpt-fast's scheme with draw and counters inside the graph, so that the host does nothing but replay.
 """

@@ -106,7 +106,8 @@ def measure(
         max_context: of the model; longer questions are left out for all arms.
         batch: questions that are answered side by side.
         only: arm -> the questions (by id) that it answers; an arm that is not there answers all.
-        deadline: of `time.monotonic()`: no question is begun after it, but for the first one; what is returned then is interrupted.
+        deadline: of `time.monotonic()`: but for the first, no question is begun after it; what is returned
+            then is interrupted.
         journal: keeps every answer; those that it has are not measured again.
         on_step: called after each answer with what was done.
     """

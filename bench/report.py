@@ -62,6 +62,7 @@ def _metrics(records: Sequence[Record], plain: Sequence[Record], num_layers: int
     per_question = [1e3 * len(r.outcome.token_ids) / r.outcome.wall_ms for r in records if r.outcome.wall_ms]
     metrics: dict[str, Any] = {
         "num_answers": len(records),
+        "num_questions": len({r.question.question_id for r in records}),
         "num_tokens": sum(len(r.outcome.token_ids) for r in records),
         "num_errors": sum(r.outcome.error is not None for r in records),
         "decode_tokens_per_second": _median([decode for decode, _ in rates]),

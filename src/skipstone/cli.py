@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shlex
 import sys
@@ -551,7 +552,9 @@ def _calibrate_teal(
 @command
 def plan(
     model: Model = DEFAULT_MODEL,
-    heads: Heads = "default",
+    heads: Annotated[
+        str, typer.Option(help="As elsewhere; of several, 'recurrent,adapter', or 'all' shipped ones: the best wins.")
+    ] = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
     prefill: Prefill = "auto",
@@ -563,6 +566,9 @@ def plan(
     prompts: Annotated[Path | None, typer.Option(help="Of --check: questions; the built-in ones by default.")] = None,
     max_new_tokens: MaxNewTokens = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Of --check: every answer this often.")] = 3,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Of --check: begin no question after it; every policy answers one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     no_keep: Annotated[bool, typer.Option("--no-keep", help="Do not keep the plan for later loads.")] = False,
     as_json: AsJson = False,
@@ -572,27 +578,57 @@ def plan(
         import torch
 
         torch.set_num_threads(threads)
-    engine = _load(model, heads, dtype, device, prefill)
     from .bench.tables import print_plan
     from .engine import planner
 
-    made = planner.plan(engine, seconds)
-    path = None if no_keep else planner.store_plan(made)
-    document = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
+    plans = {name: (own, planner.plan(own, seconds)) for name, own in _engines(model, heads, dtype, device, prefill)}
+    rivals: dict[str, dict[str, Any]] = {}
+    for name, (_, made) in plans.items():
+        path = None if no_keep else planner.store_plan(made)
+        rivals[name] = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
+    best = max(plans, key=lambda name: plans[name][1].chosen.tokens_per_second)
+    engine, made = plans[best]
+    document = {**rivals[best], "heads": best}
+    document["rivals"] = {
+        name: {key: rivals[name][key] for key in ("chosen", "expected_speedup", "kept")}
+        | {"tokens_per_second": found.chosen.tokens_per_second}
+        for name, (_, found) in plans.items()
+    }
     if check:
         from .bench.plan_check import check as measured
         from .bench.questions import built_in, choose, read_questions
 
         questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
         document["check"] = measured(
-            engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats
-        )
+            engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats,
+            seconds=math.inf if minutes is None else 60 * minutes,
+        )  # fmt: skip
     if as_json:
         print_json(document)
     else:
         print_plan(document)
     if document["check"] and document["check"]["different"]:
         raise typer.Exit(FAILED)
+
+
+def _engines(model: str, heads: str, dtype: str, device: str | None, prefill: str) -> Iterator[tuple[str, Engine]]:
+    """An engine for each head set named, over the same weights."""
+    names = [name.strip() for name in heads.split(",") if name.strip()]
+    if names == ["all"]:
+        from .engine.load import shipped_kinds
+
+        names = [kind for kind in shipped_kinds(model, _dtype(dtype)) if kind != "tda"]
+        if not names:
+            raise ValueError(f"no heads are shipped for {model}: give --heads, one or more folders")
+    if not names:
+        raise ValueError(f"--heads is {heads!r}, expected one or more head sets, comma-separated")
+    first = _load(model, names[0], dtype, device, prefill)
+    yield names[0], first
+    for name in names[1:]:
+        from .bench.arms import with_heads
+        from .engine.load import load_heads
+
+        yield name, with_heads(first, load_heads(model, name, _dtype(dtype)))
 
 
 @app.command(
