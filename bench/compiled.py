@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class CompiledArm:
         self.engine, self.config = engine, loaded.config
         self.weights = {name: weight.to(device, engine.decoder.dtype) for name, weight in loaded.weights.items()}
         self._loops: dict[int, CompiledLoop] = {}
-        self._make: Callable[[StaticDecoder, Tensor, int], CompiledLoop] = lambda *given: CompiledLoop(*given, True)
+        self._make: Callable[..., CompiledLoop] = partial(CompiledLoop, in_graph=True)
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
         if sampling.get("temperature"):

@@ -72,22 +72,22 @@ class ReplayArm:
     lossless, plain = True, PLAIN_ARM
 
     def __init__(self, name: str, run: PlainRun, heads: HeadSet, exit_layer: int, length: int) -> None:
-        self.name, self.plain, self.heads = name, run, heads
+        self.name, self.source, self.heads = name, run, heads
         self.exit_layer, self.length = exit_layer, length
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
-        out = self.plain.answer(prompt_ids, sampling)
-        guesses = self.plain.guesses(self.heads, self.exit_layer)
-        room = self.plain.engine.decoder.config.max_context - len(prompt_ids)
+        out = self.source.answer(prompt_ids, sampling)
+        guesses = self.source.guesses(self.heads, self.exit_layer)
+        room = self.source.engine.decoder.config.max_context - len(prompt_ids)
         budget = min(int(sampling["max_new_tokens"]), room)
         stats = replay(out.token_ids, guesses, self.exit_layer, self.length, budget)
-        row_layers = self.plain.engine.decoder.config.num_layers * (stats.num_verifications + stats.num_drafted)
+        row_layers = self.source.engine.decoder.config.num_layers * (stats.num_verifications + stats.num_drafted)
         stats = replace(stats, num_row_layers=row_layers)
         return Outcome(out.text, out.token_ids, 0.0, 0.0, 0, stats, out.error)
 
     def describe(self) -> dict[str, Any]:
         return EngineArm(
-            self.name, self.plain.engine, "always", fixed_exit(self.exit_layer, self.length)
+            self.name, self.source.engine, "always", fixed_exit(self.exit_layer, self.length)
         ).describe() | {"replayed": True}
 
 

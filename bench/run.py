@@ -200,10 +200,13 @@ def _arms(engine: Engine, settings: Settings) -> tuple[list[Arm], dict[str, str]
 
     @cache
     def thresholds_of(kind: str) -> Any:
-        if kind == "teal" and settings.teal is None:
+        found: Any
+        if kind == "tda":
+            found = load_tda(model, settings.sparsity, dtype)
+        elif settings.teal is not None:
+            found = load_teal(model, settings.teal, dtype)
+        else:
             raise ValueError("arms with %teal need thresholds: give --teal, a folder of calibrate --sparsity teal")
-        load, folder = (load_tda, settings.sparsity) if kind == "tda" else (load_teal, settings.teal)
-        found: Any = load(model, folder, dtype)
         digests[kind] = sha256(found.thresholds.numpy().tobytes()).hexdigest()[:16]
         return found
 

@@ -6,6 +6,7 @@ engine it was made from; a batch's seeds by place; a batch's whole time given to
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +199,23 @@ def test_arms_that_wait_for_the_host_are_slow(engine: Engine, tiny_folder: Path,
     assert [is_slow(arm) for arm in arms] == [0, 1, 1], "drafts of trunk exits are the host's, early exit is eager"
 
 
+def test_replayed_arms_are_compared_too(engine: Engine) -> None:
+    """Planted bug, which types found first: a replayed arm's plain run in the place of its plain arm's name."""
+    settings = Settings("tiny", arms="bare:2:1-2,fixed:2:2", replay=True, max_new_tokens=8, repeats=1)
+    document = run(engine, QUESTIONS, settings, progress=False)
+    assert document["problems"] == [] and document["lossless"]["num_compared"] == 3 * 4
+
+
 # --- the compiled loop
 
 
 def test_the_compiled_loop_writes_plain_decoding_and_stops(
     engine: Engine, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not compiled here. Planted bugs: tokens behind a stop id kept; the first token counted into the clock."""
+    """Not compiled here. Planted bug: tokens behind a stop id kept."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     arm = CompiledArm(str(tiny_folder), engine)
-    arm._make = lambda *given: CompiledLoop(*given, False)
+    arm._make = partial(CompiledLoop, in_graph=False)
     ids, sampling = engine.tokenizer.encode("a stone skips over"), {"max_new_tokens": 20}  # type: ignore[union-attr]
     plain = engine.generate(ids, speculation=False, **sampling)
     for _ in range(2):  # a second answer on the same cache
