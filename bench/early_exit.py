@@ -105,10 +105,15 @@ def judged(
         if len(texts) > 1
     }
     num_layers = engine.decoder.config.num_layers
+
+    def plains(name: str, of: Mapping[str, Mapping[Any, Any]]) -> dict[Any, Any]:
+        """Plain decoding's of the same questions: a slow arm may have answered fewer."""
+        return {key: own for key, own in of[PLAIN_ARM].items() if key in of[name]}
+
     return {
-        name: _summary(texts[name], texts["plain"], opinions[name], opinions["plain"], num_layers)
+        name: _summary(texts[name], plains(name, texts), opinions[name], plains(name, opinions), num_layers)
         for name in opinions
-        if name != "plain" and texts[name]
+        if name != PLAIN_ARM and texts[name]
     }
 
 

@@ -56,12 +56,14 @@ class Divergence:
 
 @dataclass
 class Measurements:
-    """All answers so far, whole or interrupted. `skipped` are questions whose prompt does not fit the context."""
+    """All answers so far, whole or interrupted. `skipped` are questions whose prompt does not fit the context, `failed`
+    arms that could not even warm up, and why."""
 
     records: list[Record] = field(default_factory=list)
     divergences: list[Divergence] = field(default_factory=list)
     num_compared: int = 0
     skipped: list[int | str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
 
@@ -101,7 +103,7 @@ def measure(
     """Answer every question with every arm, `repeats` times. Ctrl-C ends it early; what was measured is returned.
 
     Args:
-        arms: the first is plain decoding.
+        arms: the first is plain decoding. Another one that fails in its warm-up is left out, and reported.
         sampling: fields of `SamplingParams`; question i uses `derive_seed(seed, i)`.
         max_context: of the model; longer questions are left out for all arms.
         batch: questions that are answered side by side.
@@ -109,7 +111,7 @@ def measure(
         deadline: of `time.monotonic()`: but for the first, no question is begun after it; what is returned
             then is interrupted.
         journal: keeps every answer; those that it has are not measured again.
-        on_step: called after each answer with what was done.
+        on_step: called before each warm-up and after each answer with what is, or was, done.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected at least 1")
@@ -118,10 +120,17 @@ def measure(
     groups = [list(questions[i : i + batch]) for i in range(0, len(questions), batch)]
     try:
         warm = prompt_ids(tokenizer, questions[0].turns[:1], ())[: max(1, max_context - WARM_UP_TOKENS)]
+        own = {**sampling, "max_new_tokens": min(WARM_UP_TOKENS, budget)}
         for arm in arms:
-            for size in sorted({len(group) for group in groups}):
-                own = {**sampling, "max_new_tokens": min(WARM_UP_TOKENS, budget)}
-                _answers(arm, [warm] * size, own, [int(sampling.get("seed", 0))] * size)
+            on_step(f"{arm.name}: warming up")
+            try:
+                for size in sorted({len(group) for group in groups}):
+                    _answers(arm, [warm] * size, own, [int(sampling.get("seed", 0))] * size)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                if arm is arms[0]:
+                    raise
+                found.failed[arm.name] = f"{type(error).__name__}: {error}"
+        arms = [arm for arm in arms if not {arm.name, arm.plain} & set(found.failed)]
         for repeat in range(repeats):
             for i, group in enumerate(groups):
                 if time.monotonic() > deadline and found.records:

@@ -316,7 +316,11 @@ def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings
             "num_different": len(found.divergences),
             "divergences": [vars(d) for d in found.divergences],
         },
-        "problems": [*map(str, found.divergences), *_errors(found.records)],
+        "problems": [
+            *map(str, found.divergences),
+            *_errors(found.records),
+            *(f"arm {name} was left out: {error}" for name, error in found.failed.items()),
+        ],
         "equal_to_plain": {name: list(agreement(found.records, name)) for name in others},
         "summary": summary,
         "contexts": by_context(found.records, arms, num_layers),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -34,6 +37,9 @@ from .report import document, strict
 from .sample import sample
 from .shapes import weight_bytes
 
+ALL = "all"
+SECONDS_A_LINE = 15  # of progress, where no bar can be drawn
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,6 +55,7 @@ class Settings:
         sparsity, teal: folders of thresholds, for arms with %tda (None: the shipped ones) and %teal.
         repeats: how often every answer is written.
         context: prompt lengths in tokens, in place of the questions' own (`contexts.at_contexts`).
+        minutes: after which no further question is begun; None: no limit.
         note: on the circumstances, for the record.
         replay: count `fixed:` and `bare:` arms from one plain run (see `replay`) in place of running them.
     """
@@ -69,6 +76,7 @@ class Settings:
     repeats: int = 3
     replay: bool = False
     context: tuple[int, ...] = ()
+    minutes: float | None = None
     note: str = ""
 
 
@@ -141,12 +149,22 @@ def run(
     }
     kept = None if journal is None else Journal(journal, _conditions(about, questions))
     turns = {question.question_id: len(question.turns) for question in questions}
-    total = settings.repeats * sum(turns[one] for arm in arms for one in only.get(arm.name, turns))
+    deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    total = len(arms) + settings.repeats * sum(turns[one] for arm in arms for one in only.get(arm.name, turns))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)
     warm_up_s = None if engine.fused is None else round(engine.warm_up(settings.batch, **sampling), 2)
     shown: AbstractContextManager[Any] = bar if progress and console.is_terminal else nullcontext()
+    printed = time.monotonic()
+
+    def on_step(step: str) -> None:
+        nonlocal printed
+        bar.update(task, advance=1, description=step)
+        if progress and not console.is_terminal and time.monotonic() - printed > SECONDS_A_LINE:
+            printed = time.monotonic()
+            print(f"{bar.tasks[0].completed:.0f} of {total}, {step}", file=sys.stderr, flush=True)
+
     with shown:
         task = bar.add_task("warming up", total=total)
         found = measure(
@@ -159,7 +177,8 @@ def run(
             batch=settings.batch,
             only=only,
             journal=kept,
-            on_step=lambda step: bar.update(task, advance=1, description=step),
+            deadline=deadline,
+            on_step=on_step,
         )
     if not found.records and not found.interrupted:
         raise ValueError(
@@ -181,12 +200,15 @@ def run(
         "warm_up_s": warm_up_s,
     }
     lossy = judged(engine, found, arms, questions, engine.tokenizer, sampling)
-    example = {} if found.interrupted else sample(arms, questions[0], engine.tokenizer, sampling)
+    example = (
+        {}
+        if found.interrupted
+        else sample([arm for arm in arms if arm.name not in found.failed], questions[0], engine.tokenizer, sampling)
+    )
     whole = document(found, arms, engine.decoder.config.num_layers, about)
+    failed = [f"arm {name} has no sample: {error}" for name, error in example.get("failed", {}).items()]
+    whole["problems"] += failed
     return whole | strict({"lossy": lossy, "sample": example})
-
-
-ALL = "all"
 
 
 def _arms(engine: Engine, settings: Settings) -> tuple[list[Arm], dict[str, str]]:

@@ -699,6 +699,9 @@ def bench(
             "that was stopped goes on where it was."
         ),
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin no question after it; with --report the next run goes on.")
+    ] = None,
     remark: Annotated[str, typer.Option("--note", help="On the circumstances; stands in the report.")] = "",
     model: Model = DEFAULT_MODEL,
     heads: Heads = "default",
@@ -761,6 +764,7 @@ def bench(
         repeats=repeats,
         replay=replay,
         context=() if context is None else parse_sizes(context),
+        minutes=minutes,
         note=remark,
     )
     if report is not None:
