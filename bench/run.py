@@ -199,6 +199,8 @@ def run(
         else None,
         "warm_up_s": warm_up_s,
     }
+    if progress:
+        print("measured; lossy texts are judged, one answer of each arm is drawn", file=sys.stderr, flush=True)
     lossy = judged(engine, found, arms, questions, engine.tokenizer, sampling)
     example = (
         {}
