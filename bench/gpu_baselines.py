@@ -48,6 +48,7 @@ from ..engine.prompt_reader import PromptReader
 from ..engine.sparsity.teal_step import ChannelWeights, TealStep
 from ..engine.sparsity.thresholded import projections
 from .baselines import as_transformers
+from .compiled import CompiledLoop, StaticDecoder, check
 from .device_time import Spread, bandwidth, capture, clock_mhz, replay_us
 from .environment import describe_device, versions
 from .profile import rows_that_differ, step_us
@@ -60,149 +61,7 @@ ARMS = (
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of each layer's neurons that are kept
 LEVELS = (0.0, 0.25, 0.4, 0.5, 0.65)  # of each projection's inputs that are dropped
-# Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
-TOLERANCE = 0.05
 PROMPT_LENGTHS = (64, 256, 1024, 4096)
-
-
-class StaticDecoder(torch.nn.Module):
-    """A Llama or Qwen2 over a static KV cache, for torch.compile: fixed shapes, no branches, nothing read back.
-
-    Args:
-        config: of a model with RMSNorm, rotary positions, gated MLP and full attention.
-        weights: canonical, on their device, in the dtype to compute in.
-        context: slots of the cache.
-
-    Raises:
-        ValueError: a config with more to it than that.
-    """
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], context: int) -> None:
-        super().__init__()
-        if config.family not in ("llama", "qwen2") or any(config.windows) or len(set(config.ropes)) > 1:
-            raise ValueError(f"a {config.family} model of this kind is not written here; expected a Llama or Qwen2")
-        self.config = config
-        embedding = weights["embed.weight"]
-        slots = torch.arange(context, device=embedding.device)
-        frequencies = torch.tensor(config.ropes[0].inv_freq, device=embedding.device)
-        angles = torch.outer(slots.float(), frequencies).repeat(1, 2)
-        buffers = {"slots": slots, "cos": angles.cos(), "sin": angles.sin(), **weights}
-        for index in range(config.num_layers):  # one buffer a layer: a mutated view of a larger one may be copied whole
-            for name in ("k_cache", "v_cache"):
-                cache = embedding.new_zeros(config.num_kv_heads, context, config.head_dim)
-                buffers[f"layers.{index}.{name}"] = cache
-        for name, buffer in buffers.items():
-            self.register_buffer(name.replace(".", "_"), buffer, persistent=False)
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and absolute positions, long `[T]` each -> logits `[T, V]`; their keys and values are cached."""
-        config, hidden = self.config, self._get("embed.weight")[ids]
-        rotary = self._get("cos")[positions].unsqueeze(1), self._get("sin")[positions].unsqueeze(1)
-        # A KV head's queries are rows of one product: no copy of keys for each query head.
-        visible = (self._get("slots") <= positions.unsqueeze(1)).repeat(config.group_size, 1)
-        for index in range(config.num_layers):
-            at = f"layers.{index}."
-            normed = self._norm(hidden, f"{at}attn_norm")
-            hidden = hidden + self._attention(normed, at, positions, rotary, visible)
-            gate, up = self._linear(self._norm(hidden, f"{at}mlp_norm"), f"{at}up").chunk(2, -1)
-            hidden = hidden + self._linear(F.silu(gate) * up, f"{at}down")
-        return self._linear(self._norm(hidden, "final_norm"), "embed" if config.tied_head else "lm_head")
-
-    def next_token(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The likeliest token after each row, long `[T]`."""
-        return self(ids, positions).argmax(-1)
-
-    def _attention(
-        self, x: Tensor, at: str, positions: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
-    ) -> Tensor:
-        config, rows = self.config, len(x)
-        heads, kv = config.num_heads, config.num_kv_heads
-        q, k, v = self._linear(x, f"{at}qkv").view(rows, -1, config.head_dim).split([heads, kv, kv], 1)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        keys, values = self._get(f"{at}k_cache"), self._get(f"{at}v_cache")
-        keys[:, positions] = k.transpose(0, 1)
-        values[:, positions] = v.transpose(0, 1)
-        grouped = q.view(rows, kv, config.group_size, -1).permute(1, 2, 0, 3).reshape(1, kv, -1, config.head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=visible, scale=config.attention_scale
-        )
-        out = out.view(kv, config.group_size, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
-        return self._linear(out, f"{at}o")
-
-    def _get(self, name: str) -> Any:
-        return getattr(self, name.replace(".", "_"), None)
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self._get(f"{name}.weight"), self._get(f"{name}.bias"))
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
-        return (wide * scale).to(x.dtype) * self._get(f"{name}.weight")
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
-
-
-class CompiledLoop:
-    """Greedy decoding of one sequence whose step is compiled; `self.new` holds the tokens.
-
-    Args:
-        decoder: on the GPU.
-        prompt: long `[T]`.
-        num_new: tokens to write.
-        in_graph: the step, the draw and the counters in one CUDA graph; False runs torch.compile's own graphs from
-            Python.
-    """
-
-    def __init__(self, decoder: StaticDecoder, prompt: Tensor, num_new: int, in_graph: bool) -> None:
-        from torch._inductor import config as inductor_config
-
-        self.decoder, self.prompt = decoder, prompt
-        self.token, self.position, self.index = (prompt.new_zeros(1) for _ in range(3))
-        self.new = prompt.new_zeros(num_new)
-        inductor_config.coordinate_descent_tuning = True  # as gpt-fast sets it
-        mode = None if in_graph else "reduce-overhead"
-        self.next_token = torch.compile(decoder.next_token, mode=mode, fullgraph=True, dynamic=False)
-        self.read_prompt()
-        self.graph = capture(self._step) if in_graph else None
-        for _ in range(3):
-            self.advance()
-
-    def read_prompt(self) -> None:
-        """Fill the cache and draw the first token, not compiled."""
-        tokens = self.decoder.next_token(self.prompt, torch.arange(len(self.prompt), device=self.prompt.device))
-        self.token.copy_(tokens[-1:])
-        self.position.fill_(len(self.prompt))
-        self.index.fill_(1)
-        self.new[:1].copy_(self.token)
-
-    def advance(self) -> None:
-        """One more token."""
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        torch.compiler.cudagraph_mark_step_begin()
-        self._step()
-
-    def _step(self) -> None:
-        token = self.next_token(self.token, self.position)
-        self.new.index_copy_(0, self.index, token)
-        self.token.copy_(token)
-        self.position.add_(1)
-        self.index.add_(1)
-
-    def token_us(self) -> float:
-        """Wall time a token, from the first to the last."""
-        self.read_prompt()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(len(self.new) - 1):
-            self.advance()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / (len(self.new) - 1)
 
 
 class _FirstToken:
@@ -333,22 +192,6 @@ def load_subject(name: str, path: str | None, dtype: torch.dtype, device: torch.
     if wrong:
         raise ValueError(f"{path} differs from {name} in {', '.join(wrong)}")
     return Subject(name, path, loaded.config, {k: w.to(device) for k, w in loaded.weights.items()})
-
-
-@torch.no_grad()
-def check(decoder: StaticDecoder, reference: Any, prompt: Tensor) -> float:
-    """Relative error of the static decoder's logits against transformers', prompt and one cached step.
-
-    Raises:
-        RuntimeError: they are not the same model.
-    """
-    expected = reference(prompt.unsqueeze(0)).logits[0].float()
-    positions = torch.arange(len(prompt), device=prompt.device)
-    found = torch.cat([decoder(prompt[:-1], positions[:-1]), decoder(prompt[-1:], positions[-1:])]).float()
-    error = float((found - expected).norm() / expected.norm())
-    if not error < TOLERANCE:
-        raise RuntimeError(f"the static decoder's logits differ from transformers' by {error:.3g}, not timing them")
-    return error
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; dee
 CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 2048, ... positions
 ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
-MOST_ROUNDS = 16  # shapes of captured rounds that are kept
+MOST_ROUNDS = 16  # shapes of captured rounds that are kept, by default
 ONE_BY_ONE = (
     "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so a draft's "
     "verification costs a step for each token of it. Leave policy and lookup out, or load with verify='dense'"
@@ -92,6 +92,7 @@ class Engine:
         flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
         policy: how it drafts where it is not told; plainly while its rows drop inputs on a GPU.
+        most_rounds: shapes of captured rounds (batch, draft, reach) that are kept; with more, the oldest is made anew.
         plan: where `policy` comes from, if it was planned (`engine/planner.py`).
     """
 
@@ -148,6 +149,7 @@ class Engine:
         self._reader: PromptReader | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}
+        self.most_rounds = MOST_ROUNDS
         self._paces: dict[Way, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -581,7 +583,7 @@ class Engine:
                 draft=None if shape is None else draft, exit_layer=0, reach=reach,
             )  # fmt: skip
         self._rounds[key] = found  # the last one used is the last one
-        while len(self._rounds) > MOST_ROUNDS:
+        while len(self._rounds) > self.most_rounds:
             del self._rounds[next(iter(self._rounds))]
         with torch.inference_mode():
             found.prepare(kinds_of(found, policy))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
-from skipstone.bench.baselines import BASELINES, baseline_arms, load_reference
+from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
 from skipstone.engine.gate import PLAIN
 from skipstone.engine.load import load
@@ -136,7 +136,7 @@ def test_a_bare_exit_is_the_final_norm_and_the_lm_head(engine: Engine) -> None:
 def test_baselines_write_what_plain_decoding_writes(engine: Engine, tiny_folder: Path) -> None:
     """fp32 on a small model without near-ties: other arithmetic, the same tokens."""
     plain = parse_arms("plain", engine)[0].run(ids_of(engine), SAMPLING)
-    for arm in baseline_arms(BASELINES, str(tiny_folder), engine):
+    for arm in baseline_arms(TRANSFORMERS, str(tiny_folder), engine):
         outcome = arm.run(ids_of(engine), SAMPLING)
         assert outcome.token_ids == plain.token_ids and outcome.text == plain.text, arm.name
         assert 0 < outcome.decode_ms < outcome.wall_ms
