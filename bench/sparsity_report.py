@@ -191,11 +191,11 @@ def _add_speed(
     engines = {setting.name: engine for setting in settings}
     if on_gpu:  # weights by neuron and weights by channel are other copies, so each way has an engine of its own
         for kind in (SparseTarget, TealLevel):
-            own = [setting for setting in settings if isinstance(setting.target, kind)]
-            if own:
-                target = own[0].target if kind is TealLevel else own[0].selection
+            alike = [setting for setting in settings if isinstance(setting.target, kind)]
+            if alike:
+                target = alike[0].target if isinstance(alike[0].target, TealLevel) else alike[0].selection
                 another = Engine(engine.decoder, engine.tokenizer, model_id=engine.model_id, sparsity=target)
-                engines |= {setting.name: another for setting in own}
+                engines |= {setting.name: another for setting in alike}
     if on_gpu and any(own.fused is None for own in engines.values()):
         raise ValueError("the fused kernels are not in use here, so speeds would be those of the reference path")
     times: dict[str, list[float]] = {setting.name: [] for setting in settings}
