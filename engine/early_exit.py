@@ -114,7 +114,7 @@ def _begin(on: Machinery, request: Request, works: dict[int, Working]) -> None:
         hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
         work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden)
         works[request.sequence] = work
-        on.cache.clear_open(request.sequence, keys=not on.tiles.deterministic)
+        on.cache.clear_open(request.sequence)
     else:
         work.tree.add(len(work.tree) - 1, request.pending)
     work.embed_new(on.decoder)
