@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text
+from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text, likely
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 from .energy import meter_of
@@ -24,7 +24,8 @@ from .energy import meter_of
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
     "with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
-    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
+    "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
     "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set; to sweep, LEVEL may be "
     "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
@@ -121,6 +122,7 @@ class EngineArm:
             "branch": policy.branch,
             "beam": policy.beam,
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
+            "confidence": policy.confidence,
             "paced": self.speculation is True and self.policy is None,
             **looked,
         }
@@ -244,10 +246,10 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
     looked = _LOOKUP.search(form)
     whole, at, heads = (form[: looked.start()] if looked else form).partition("@")
     kind, *parts = whole.split(":")
-    if kind not in ("accuracy", "early", "fixed", "bare") or not parts:
+    if kind not in ("accuracy", "likely", "early", "fixed", "bare") or not parts:
         return [form]
     tail = at + heads + (looked[0] if looked else "")
-    by_level = kind in ("accuracy", "early")
+    by_level = kind in ("accuracy", "likely", "early")
     firsts = _levels(form, parts[0]) if by_level else [parts[0]]
     if not by_level and parts[0] == "*":
         if not exits:
@@ -288,8 +290,8 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
                 f"({engine.warning or 'no head set'}); give --heads, or arms such as bare:12:4"
             )
         return EngineArm(name, engine, speculation=True if name == "default" else "always")
-    if kind == "accuracy" and rest:
-        if engine.heads is None or engine.heads.calibration is None:
+    if kind in ("accuracy", "likely") and rest:
+        if engine.heads is None or (kind == "accuracy" and engine.heads.calibration is None):
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
         level, depth, layers, *more = [*rest.split(":"), "", ""]
         try:
@@ -297,11 +299,14 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             asked = [int(exit_layer) for exit_layer in layers.split("+")] if layers else None
         except ValueError:
             raise ValueError(
-                f"arm {name!r}: expected a level such as accuracy:0.9, accuracy:0.9:4 or accuracy:0.9:4:12+18"
+                f"arm {name!r}: expected a level such as {kind}:0.9, {kind}:0.9:4 or {kind}:0.9:4:12+18"
             ) from None
         if any(more):
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
-        policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
+        if kind == "likely":
+            policy = likely(asked or engine.heads.exits, accuracy, max_depth=max_depth)
+        else:
+            policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
     if kind == "early" and rest:
         level, _, layers = rest.partition(":")

@@ -64,10 +64,12 @@ def check_policy(heads: HeadSet | None, policy: DraftPolicy) -> None:
     many tokens may wait) are.
 
     Raises:
-        ValueError: exits without heads, or whose heads have a memory of their own; a lookup.
+        ValueError: exits without heads, or whose heads have a memory of their own; a lookup; gates by another measure.
     """
     if policy.lookup is not None:
         raise ValueError("mode 'early_exit' drafts nothing, so its policy takes no lookup")
+    if policy.confidence != "entropy":
+        raise ValueError(f"mode 'early_exit' has gates by entropy, and this policy's are by {policy.confidence!r}")
     known = {} if heads is None else heads.heads
     missing = sorted(set(policy.exits) - set(known))
     if missing:

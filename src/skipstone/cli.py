@@ -621,7 +621,8 @@ def bench(
         str | None,
         typer.Option(
             help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
-            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the "
+            "probability of the whole draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
             "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS takes another head set. To sweep: LEVEL 0.6-0.95, "
             "LENGTH 1-6, EXIT * (all that have heads).",
         ),
