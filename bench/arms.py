@@ -291,7 +291,8 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             )
         return EngineArm(name, engine, speculation=True if name == "default" else "always")
     if kind in ("accuracy", "likely") and rest:
-        if engine.heads is None or (kind == "accuracy" and engine.heads.calibration is None):
+        calibration = None if engine.heads is None else engine.heads.calibration
+        if engine.heads is None or (kind == "accuracy" and calibration is None):
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
         level, depth, layers, *more = [*rest.split(":"), "", ""]
         try:
@@ -303,10 +304,13 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             ) from None
         if any(more):
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
-        if kind == "likely":
-            policy = likely(asked or engine.heads.exits, accuracy, max_depth=max_depth)
+        if calibration is not None and kind == "accuracy":
+            policy = calibrated(calibration, asked, accuracy, max_depth=max_depth)
         else:
-            policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
+            asked = asked or list(engine.heads.exits)
+            if missing := sorted(set(asked) - set(engine.heads.exits)):
+                raise ValueError(f"arm {name!r}: no heads at exits {missing}, they are at {list(engine.heads.exits)}")
+            policy = likely(asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
     if kind == "early" and rest:
         level, _, layers = rest.partition(":")

@@ -194,7 +194,8 @@ def matched(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         For each `bare:` and `fixed:` arm, the `accuracy:` or `likely:` arm of the highest acceptance rate among those
-        with at least as many tokens per verification (None where there is none), and the quotient of the acceptance rates.
+        with at least as many tokens per verification (None where there is none), and the quotient of the acceptance
+        rates.
         `frontier`: no other arm of its kind is as good in both.
     """
     drafted = {name: m for name, m in arms.items() if m.get("num_drafted")}
