@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text
+from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text, likely
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 from .energy import meter_of
@@ -25,7 +25,8 @@ from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
     "with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
-    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
+    "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
     "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set, FORM%TARGET skips weights, "
     f"TARGET of {FORMS}; to sweep, LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
@@ -152,6 +153,7 @@ class EngineArm:
             "branch": policy.branch,
             "beam": policy.beam,
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
+            "confidence": policy.confidence,
             "paced": self.speculation is True and self.policy is None,
             **looked,
         }
@@ -309,10 +311,10 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
     looked = _LOOKUP.search(head)
     whole, at, heads = (head[: looked.start()] if looked else head).partition("@")
     kind, *parts = whole.split(":")
-    if kind not in ("accuracy", "early", "fixed", "bare") or not parts:
+    if kind not in ("accuracy", "likely", "early", "fixed", "bare") or not parts:
         return [form]
     tail = at + heads + (looked[0] if looked else "") + percent + target
-    by_level = kind in ("accuracy", "early")
+    by_level = kind in ("accuracy", "likely", "early")
     firsts = _levels(form, parts[0]) if by_level else [parts[0]]
     if not by_level and parts[0] == "*":
         if not exits:
@@ -353,8 +355,9 @@ def _arm(name: str, engine: Engine) -> Arm:
                 f"({engine.warning or 'no head set'}); give --heads, or arms such as bare:12:4"
             )
         return EngineArm(name, engine, speculation=True if name == "default" else "always")
-    if kind == "accuracy" and rest:
-        if engine.heads is None or engine.heads.calibration is None:
+    if kind in ("accuracy", "likely") and rest:
+        calibration = None if engine.heads is None else engine.heads.calibration
+        if engine.heads is None or (kind == "accuracy" and calibration is None):
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
         level, depth, layers, *more = [*rest.split(":"), "", ""]
         try:
@@ -362,11 +365,17 @@ def _arm(name: str, engine: Engine) -> Arm:
             asked = [int(exit_layer) for exit_layer in layers.split("+")] if layers else None
         except ValueError:
             raise ValueError(
-                f"arm {name!r}: expected a level such as accuracy:0.9, accuracy:0.9:4 or accuracy:0.9:4:12+18"
+                f"arm {name!r}: expected a level such as {kind}:0.9, {kind}:0.9:4 or {kind}:0.9:4:12+18"
             ) from None
         if any(more):
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
-        policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
+        if calibration is not None and kind == "accuracy":
+            policy = calibrated(calibration, asked, accuracy, max_depth=max_depth)
+        else:
+            asked = asked or list(engine.heads.exits)
+            if missing := sorted(set(asked) - set(engine.heads.exits)):
+                raise ValueError(f"arm {name!r}: no heads at exits {missing}, they are at {list(engine.heads.exits)}")
+            policy = likely(asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
     if kind == "early" and rest:
         level, _, layers = rest.partition(":")

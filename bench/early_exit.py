@@ -56,7 +56,7 @@ def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[in
                 tree.add(len(tree) - 1, token)
             work = Working(0, first, tree, torch.zeros(MAX_NODES, decoder.config.hidden_size, device=decoder.device))
             work.embed_new(decoder)
-            cache.clear_open(0, keys=not tiles.deterministic)
+            cache.clear_open(0)
             advance(decoder, cache, [(work, range(len(tree)))], decoder.config.num_layers, tiles)
             yield from node_logits(decoder, work.hidden[: len(tree)], tiles)
             cache.commit(0, list(range(len(tree))))

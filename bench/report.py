@@ -214,12 +214,13 @@ def matched(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         arms: metrics by arm, of one task.
 
     Returns:
-        For each `bare:` and `fixed:` arm, the `accuracy:` arm of the highest acceptance rate among those with at least
-        as many tokens per verification (None where there is none), and the quotient of the acceptance rates.
+        For each `bare:` and `fixed:` arm, the `accuracy:` or `likely:` arm of the highest acceptance rate among those
+        with at least as many tokens per verification (None where there is none), and the quotient of the acceptance
+        rates.
         `frontier`: no other arm of its kind is as good in both.
     """
     drafted = {name: m for name, m in arms.items() if m.get("num_drafted")}
-    gated = {name: m for name, m in drafted.items() if name.startswith("accuracy:")}
+    gated = {name: m for name, m in drafted.items() if name.startswith(("accuracy:", "likely:"))}
     rows = []
     for name, own in drafted.items():
         kind = name.partition(":")[0]

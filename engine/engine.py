@@ -70,7 +70,7 @@ class Engine:
         decoder: the model.
         tokenizer: None allows prompts of token ids only.
         heads: exit heads of this model; None decodes plainly.
-        deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
+        deterministic: False gives up equal bits across widths, trees and batches for passes of any number of rows.
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
@@ -156,7 +156,7 @@ class Engine:
 
     def _find_tiles(self) -> RowTiles:
         if not self.deterministic:
-            return RowTiles(least=1, most=1024, deterministic=False)
+            return RowTiles(1, 1024, gathered=self.decoder.device.type == "cuda", deterministic=False)
         try:
             return find_tiles(self.decoder)
         except NotDeterministic as error:

@@ -657,7 +657,8 @@ def bench(
         str | None,
         typer.Option(
             help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
-            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the "
+            "probability of the whole draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
             "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS: another head set, FORM%TARGET skips weights: "
             "tda[:SHARE], teal[:LEVEL] (lossy), teal-draft[:LEVEL]. To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all "
             "that have heads). all: everything that makes sense for these heads.",
