@@ -16,19 +16,23 @@ from typing import Any, Protocol, TypeVar
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text
+from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text, likely
 from ..engine.statistics import Statistics
 from ..heads.head_set import HeadSet, adapter_config
 from .energy import meter_of
+from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
 
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
     "with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
-    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
-    "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set; to sweep, LEVEL may be "
-    "0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
+    "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
+    "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+    "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set, FORM%TARGET skips weights, "
+    f"TARGET of {FORMS}; to sweep, LEVEL may be 0.6-0.95 (steps of 0.05), LENGTH 1-6, EXIT * (all that have heads)"
 )
 LEVEL_STEP = 0.05
+PLAIN_ARM = "plain"
+BARE = "bare:"  # among head sets: exits without training; no name that can be typed behind @
 BRANCHES = {"lookup": 1, "suffix": 2}
 Number = TypeVar("Number", int, float)
 
@@ -65,7 +69,8 @@ class Arm(Protocol):
     """One way to decode."""
 
     name: str
-    lossless: bool  # its tokens must equal plain decoding's
+    plain: str  # the arm that decodes the same target plainly
+    lossless: bool  # its tokens must equal that arm's
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
         """Answer one prompt; `sampling` holds fields of `SamplingParams`."""
@@ -81,14 +86,20 @@ class EngineArm:
         name: in reports.
         engine: it may be shared with other arms.
         speculation, policy: as for `Engine.generate`.
+        alone: answer one prompt at a time also where others answer several side by side.
     """
 
-    lossless = True
+    lossless, plain = True, PLAIN_ARM
 
     def __init__(
-        self, name: str, engine: Engine, speculation: Speculation = True, policy: DraftPolicy | None = None
+        self,
+        name: str,
+        engine: Engine,
+        speculation: Speculation = True,
+        policy: DraftPolicy | None = None,
+        alone: bool = False,
     ) -> None:
-        self.name, self.engine, self.speculation, self.policy = name, engine, speculation, policy
+        self.name, self.engine, self.speculation, self.policy, self.alone = name, engine, speculation, policy, alone
         self.meter = meter_of(engine.decoder.device)
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
@@ -104,16 +115,37 @@ class EngineArm:
             tuple(blocks), tuple(out.exit_layers), None if before is None or after is None else after - before,
         )  # fmt: skip
 
+    def run_together(
+        self, prompts: Sequence[list[int]], sampling: Mapping[str, Any], seeds: Sequence[int]
+    ) -> list[Outcome]:
+        """Answer several prompts side by side. Each answer has an even share of the batch's times, so that sums over
+        answers are time that passed; blocks are not timed."""
+        before, start = self.meter.joules(), time.perf_counter()
+        outs = self.engine.generate(list(prompts), seeds=seeds, **self.drafting(), **sampling)
+        wall_ms, after, count = 1e3 * (time.perf_counter() - start), self.meter.joules(), len(outs)
+        joules = None if before is None or after is None else (after - before) / count
+        decode_ms = max(out.stats.decode_ms for out in outs)  # an answer's own runs until its last token
+        return [
+            Outcome(
+                out.text, out.token_ids, wall_ms / count, decode_ms / count, len(out.token_ids), out.stats, out.error,
+                exit_layers=tuple(out.exit_layers), joules=joules,
+            )
+            for out in outs
+        ]  # fmt: skip
+
     def drafting(self) -> dict[str, Any]:
         """Options of `Engine.generate` that say how it decodes."""
         return {"speculation": self.speculation, "policy": self.policy}
 
     def describe(self) -> dict[str, Any]:
-        policy = self.policy or self.engine.policy
+        policy, engine = self.policy or self.engine.policy, self.engine
+        target = {} if engine.verify == "dense" else {"verify": engine.verify}
+        target |= {} if engine.teal_draft is None else {"draft": engine.draft}
         if self.speculation is False or not policy.drafts:
-            return {"speculation": False}
+            return {"speculation": False, **target}
         looked = {} if policy.lookup is None else {"lookup": vars(policy.lookup)}
         return {
+            **target,
             "speculation": self.speculation,
             "exits": list(policy.exits),
             "max_depth": policy.max_depth,
@@ -121,6 +153,7 @@ class EngineArm:
             "branch": policy.branch,
             "beam": policy.beam,
             "gates": {str(e): [_finite(gate.low), _finite(gate.high)] for e, gate in policy.gates.items()},
+            "confidence": policy.confidence,
             "paced": self.speculation is True and self.policy is None,
             **looked,
         }
@@ -177,41 +210,74 @@ def with_heads(engine: Engine, heads: HeadSet) -> Engine:
     )  # fmt: skip
 
 
-def parse_arms(text: str, engine: Engine, heads_of: Callable[[str], HeadSet] | None = None) -> list[Arm]:
+def parse_arms(
+    text: str,
+    engine: Engine,
+    heads_of: Callable[[str], HeadSet] | None = None,
+    thresholds_of: ThresholdsOf | None = None,
+) -> list[Arm]:
     """Arms from a comma-separated list of `ARM_FORMS`; plain is always there and first, for it is what the others are
-    measured by.
+    measured by, and so is the plain decoding of every other target.
 
     Args:
         heads_of: reads another head set of the same model, for forms with @.
+        thresholds_of: reads the thresholds of "tda" or "teal", for forms with %.
 
     Raises:
         ValueError: a form that is unknown, or that this engine's heads cannot serve.
     """
     given = [part.strip() for part in text.split(",") if part.strip()]
     exits = engine.heads.exits if engine.heads is not None else ()
-    names = list(dict.fromkeys(["plain", *(name for form in given for name in expand(form, exits))]))
-    bare_exits = sorted({_exit_and_length(_LOOKUP.sub("", n))[0] for n in names if n.startswith("bare:")})
-    bare = with_bare_heads(engine, bare_exits) if bare_exits else None
-    others: dict[str, Engine] = {}
+    every = [name for form in given for name in expand(form, exits)]
+    names = list(dict.fromkeys(name for form in (PLAIN_ARM, *every) for name in (plain_of(form), form)))
+    bare_exits = sorted({_exit_and_length(_parts(n)[0])[0] for n in names if n.startswith("bare:")})
+    engines: dict[tuple[str, str], Engine] = {("", ""): engine}
+
+    def engine_of(name: str, heads: str, target: str) -> Engine:
+        if heads and heads != BARE and heads_of is None:
+            raise ValueError(f"arm {name!r}: other heads are read by name only where the model has one")
+        if target and thresholds_of is None:
+            raise ValueError(f"arm {name!r}: thresholds are read only where the model has a name")
+        if (heads, target) not in engines:
+            own = bare_heads(engine.decoder.config, bare_exits) if heads == BARE else engine.heads
+            if heads and heads != BARE:
+                own = heads_of(heads)  # type: ignore[misc]
+            if target:
+                engines[heads, target] = with_target(engine, own, target, thresholds_of)  # type: ignore[arg-type]
+            else:
+                engines[heads, target] = with_heads(engine, own)  # type: ignore[arg-type]
+        return engines[heads, target]
+
     arms: list[Arm] = []
     for name in names:
-        form, found = _LOOKUP.sub("", name), _LOOKUP.search(name)
-        form, _, wanted = form.partition("@")
-        if wanted and wanted not in others:
-            if heads_of is None:
-                raise ValueError(f"arm {name!r}: other heads are read by name only where the model has one")
-            others[wanted] = with_heads(engine, heads_of(wanted))
-        owner = others[wanted] if wanted else engine
-        if not form:
+        form, heads, found, target = _parts(name)
+        if form.startswith("bare:") and heads:
+            raise ValueError(f"arm {name!r}: a bare exit is no head set's, leave @{heads} out")
+        owner = engine_of(name, BARE if form.startswith("bare:") else heads, target)
+        if form:
+            arm = _arm(form, owner)
+            arm = arm if found is None else _with_text(arm, name, found)
+        else:
             assert found is not None
-            arms.append(EngineArm(name, owner, "always", _from_text(name, found)))
-            continue
-        arm = _arm(form, owner, bare)
-        if found is not None:
-            arm = _with_text(arm, name, found)
-        arm.name = name
+            arm = EngineArm(name, owner, "always", _from_text(name, found))
+        arm.name, arm.plain = name, plain_of(name)
+        if arm.name == arm.plain != PLAIN_ARM:  # the text of another model, compared with the whole one's
+            arm.lossless, arm.plain = False, PLAIN_ARM
         arms.append(arm)
     return arms
+
+
+def plain_of(name: str) -> str:
+    """The arm that decodes an arm's target plainly."""
+    target = name.partition("%")[2]
+    return f"{PLAIN_ARM}%{target}" if kind_of(target) in LOSSY else PLAIN_ARM
+
+
+def _parts(name: str) -> tuple[str, str, re.Match[str] | None, str]:
+    """Form, head set, what drafts from the text, target."""
+    whole, _, target = name.partition("%")
+    form, _, heads = _LOOKUP.sub("", whole).partition("@")
+    return form, heads, _LOOKUP.search(whole), target
 
 
 # `lookup` or `suffix` with sizes: alone, or behind another form and a +
@@ -241,13 +307,14 @@ def expand(form: str, exits: Sequence[int]) -> list[str]:
     Raises:
         ValueError: a * without heads, or a range that does not rise.
     """
-    looked = _LOOKUP.search(form)
-    whole, at, heads = (form[: looked.start()] if looked else form).partition("@")
+    head, percent, target = form.partition("%")
+    looked = _LOOKUP.search(head)
+    whole, at, heads = (head[: looked.start()] if looked else head).partition("@")
     kind, *parts = whole.split(":")
-    if kind not in ("accuracy", "early", "fixed", "bare") or not parts:
+    if kind not in ("accuracy", "likely", "early", "fixed", "bare") or not parts:
         return [form]
-    tail = at + heads + (looked[0] if looked else "")
-    by_level = kind in ("accuracy", "early")
+    tail = at + heads + (looked[0] if looked else "") + percent + target
+    by_level = kind in ("accuracy", "likely", "early")
     firsts = _levels(form, parts[0]) if by_level else [parts[0]]
     if not by_level and parts[0] == "*":
         if not exits:
@@ -277,7 +344,7 @@ def _bounds(form: str, text: str, number: Callable[[str], Number]) -> tuple[Numb
     return first, last
 
 
-def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
+def _arm(name: str, engine: Engine) -> Arm:
     kind, _, rest = name.partition(":")
     if name == "plain":
         return EngineArm(name, engine, speculation=False)
@@ -288,8 +355,9 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
                 f"({engine.warning or 'no head set'}); give --heads, or arms such as bare:12:4"
             )
         return EngineArm(name, engine, speculation=True if name == "default" else "always")
-    if kind == "accuracy" and rest:
-        if engine.heads is None or engine.heads.calibration is None:
+    if kind in ("accuracy", "likely") and rest:
+        calibration = None if engine.heads is None else engine.heads.calibration
+        if engine.heads is None or (kind == "accuracy" and calibration is None):
             raise ValueError(f"arm {name!r} needs calibrated heads, and this engine has none; give --heads")
         level, depth, layers, *more = [*rest.split(":"), "", ""]
         try:
@@ -297,11 +365,17 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
             asked = [int(exit_layer) for exit_layer in layers.split("+")] if layers else None
         except ValueError:
             raise ValueError(
-                f"arm {name!r}: expected a level such as accuracy:0.9, accuracy:0.9:4 or accuracy:0.9:4:12+18"
+                f"arm {name!r}: expected a level such as {kind}:0.9, {kind}:0.9:4 or {kind}:0.9:4:12+18"
             ) from None
         if any(more):
             raise ValueError(f"arm {name!r} has too many parts; expected {ARM_FORMS}")
-        policy = calibrated(engine.heads.calibration, asked, accuracy, max_depth=max_depth)
+        if calibration is not None and kind == "accuracy":
+            policy = calibrated(calibration, asked, accuracy, max_depth=max_depth)
+        else:
+            asked = asked or list(engine.heads.exits)
+            if missing := sorted(set(asked) - set(engine.heads.exits)):
+                raise ValueError(f"arm {name!r}: no heads at exits {missing}, they are at {list(engine.heads.exits)}")
+            policy = likely(asked, accuracy, max_depth=max_depth)
         return EngineArm(name, engine, "always", policy)
     if kind == "early" and rest:
         level, _, layers = rest.partition(":")
@@ -314,11 +388,10 @@ def _arm(name: str, engine: Engine, bare: Engine | None) -> Arm:
         return EngineArm(name, engine, "always", _tree(name, engine))
     if kind in ("fixed", "bare"):
         exit_layer, length = _exit_and_length(name)
-        owner = engine if kind == "fixed" else bare
-        exits = owner.heads.exits if owner is not None and owner.heads is not None else ()
-        if owner is None or exit_layer not in exits:
+        exits = engine.heads.exits if engine.heads is not None else ()
+        if exit_layer not in exits:
             raise ValueError(f"arm {name!r}: no trained head at exit {exit_layer}; trained exits are {list(exits)}")
-        return EngineArm(name, owner, "always", fixed_exit(exit_layer, length))
+        return EngineArm(name, engine, "always", fixed_exit(exit_layer, length))
     raise ValueError(f"unknown arm {name!r}; expected {ARM_FORMS}")
 
 

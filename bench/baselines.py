@@ -1,4 +1,5 @@
-"""Other ways to decode the same weights: `transformers` generate, its prompt lookup and its early exit.
+"""Other ways to decode the same weights: `transformers` generate, its prompt lookup and its early exit, and a loop
+through torch.compile (`compiled.py`).
 
 They compute in another order, so near-ties may fall differently: their tokens are compared with ours for information
 and never fail a benchmark.
@@ -19,9 +20,11 @@ from ..engine.config import ModelConfig
 from ..engine.engine import Engine
 from ..engine.pretrained import PACKAGED, load_pretrained
 from ..engine.recipes import hf_recipes
-from .arms import Outcome
+from .arms import PLAIN_ARM, Arm, Outcome
+from .compiled import CompiledArm
 
-BASELINES = ("hf", "hf-lookup", "hf-early-exit")
+TRANSFORMERS = ("hf", "hf-lookup", "hf-early-exit")
+BASELINES = (*TRANSFORMERS, CompiledArm.name)
 LOOKUP_TOKENS = 10  # as the transformers documentation uses it
 
 
@@ -113,17 +116,17 @@ class TransformersArm:
     """`transformers` generate as an arm.
 
     Args:
-        name: one of `BASELINES`.
+        name: one of `TRANSFORMERS`.
         model: from `load_reference`.
         engine: whose tokenizer and stop ids are used.
         exit_layer: of early exit.
     """
 
-    lossless = False
+    lossless, plain = False, PLAIN_ARM
 
     def __init__(self, name: str, model: Any, engine: Engine, exit_layer: int) -> None:
-        if name not in BASELINES:
-            raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
+        if name not in TRANSFORMERS:
+            raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(TRANSFORMERS)}")
         self.name, self.model, self.engine = name, model, engine
         self.options: dict[str, Any] = {
             "hf": {},
@@ -191,19 +194,25 @@ def _translated(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def baseline_arms(names: Sequence[str], model: str, engine: Engine) -> list[TransformersArm]:
+def baseline_arms(names: Sequence[str], model: str, engine: Engine) -> list[Arm]:
     """The baselines by name, over one model.
 
     Raises:
-        ValueError: an unknown name, or weights that transformers cannot load.
+        ValueError: an unknown name, weights that the baseline cannot load, or a device that it is not for.
     """
+    device = engine.decoder.device
     wrong = [name for name in names if name not in BASELINES]
     if wrong:
         raise ValueError(f"unknown baselines {wrong}; expected some of {', '.join(BASELINES)}")
-    if not names:
-        return []
-    reference = load_reference(model, engine.decoder.dtype, engine.decoder.device)
+    if CompiledArm.name in names and device.type != "cuda":
+        raise ValueError(f"baseline 'compile' is a CUDA graph, and the model is on {device}: leave it out")
+    arms: list[Arm] = [CompiledArm(model, engine)] if CompiledArm.name in names else []
+    own = [name for name in dict.fromkeys(names) if name in TRANSFORMERS]
+    if not own:
+        return arms
+    reference = load_reference(model, engine.decoder.dtype, device)
     exit_layer = max(1, engine.decoder.config.num_layers // 2)
-    if engine.heads is not None:
-        exit_layer = min(engine.heads.exits, key=lambda layer: abs(layer - exit_layer))
-    return [TransformersArm(name, reference, engine, exit_layer) for name in dict.fromkeys(names)]
+    trained = [layer for layer in engine.heads.exits if layer] if engine.heads is not None else []
+    if trained:
+        exit_layer = min(trained, key=lambda layer: abs(layer - exit_layer))
+    return [*(TransformersArm(name, reference, engine, exit_layer) for name in own), *arms]

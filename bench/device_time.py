@@ -13,9 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: nothing is timed on a GPU
+    triton = None
+
 WARM_UP = 3
 REPLAYS, REPEATS = 50, 5
 BANDWIDTH_BYTES = 2**31  # some thirty times the largest L2
+CLOCK_NS = 50_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,32 @@ def events_us(body: Callable[[], object], count: int) -> float:
     end.record()
     end.synchronize()
     return 1e3 * float(start.elapsed_time(end)) / count
+
+
+if triton is not None:
+
+    @triton.jit
+    def _cycles():  # type: ignore[no-untyped-def]
+        return tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+    @triton.jit
+    def _clock_kernel(out, NANOSECONDS: tl.constexpr):  # type: ignore[no-untyped-def]
+        start = tl.extra.cuda.globaltimer()
+        cycles = _cycles()
+        now = start
+        while now - start < NANOSECONDS:
+            now = tl.extra.cuda.globaltimer()
+        tl.store(out, _cycles() - cycles)
+        tl.store(out + 1, now - start)
+
+
+def clock_mhz(device: torch.device) -> int:
+    """The multiprocessors' clock right now, from a kernel that counts cycles for 50 us. Latency-bound steps follow it:
+    the same captured step took 489 and 539 us in one process (docs/kernels.md)."""
+    found = torch.zeros(2, dtype=torch.int64, device=device)
+    _clock_kernel[(1,)](found, NANOSECONDS=CLOCK_NS, num_warps=1)
+    cycles, nanoseconds = found.tolist()
+    return round(1e3 * cycles / nanoseconds)
 
 
 def bandwidth(device: torch.device, num_bytes: int = BANDWIDTH_BYTES) -> dict[str, float]:

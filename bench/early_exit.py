@@ -1,4 +1,4 @@
-"""What early exit costs: its text as the full model judges it.
+"""What lossy arms (early exit, targets that skip weights) cost: their text as the full model judges it.
 
 The full model reads each text again, 16 tokens a pass, with the rows of decoding, so after the same prefix it says
 exactly what plain decoding would say there (design rules 2 and 3).
@@ -22,9 +22,11 @@ from ..engine.sampling import Context, History, SamplingParams, TargetSampler
 from ..engine.statistics import Statistics
 from ..engine.tokenizer import Tokenizer
 from ..engine.tree import MAX_NODES, DraftTree
-from .arms import Arm, EarlyExitArm
+from .arms import PLAIN_ARM, Arm, EngineArm
 from .measure import Measurements, Record, prompt_ids, question_seeds
-from .questions import Question
+from .questions import Question, choose
+
+MOST_QUESTIONS = 48  # that are judged, evenly over the tasks: it takes about as long as plain decoding
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[in
                 tree.add(len(tree) - 1, token)
             work = Working(0, first, tree, torch.zeros(MAX_NODES, decoder.config.hidden_size, device=decoder.device))
             work.embed_new(decoder)
-            cache.clear_open(0, keys=not tiles.deterministic)
+            cache.clear_open(0)
             advance(decoder, cache, [(work, range(len(tree)))], decoder.config.num_layers, tiles)
             yield from node_logits(decoder, work.hidden[: len(tree)], tiles)
             cache.commit(0, list(range(len(tree))))
@@ -85,12 +87,15 @@ def judged(
     tokenizer: Tokenizer,
     sampling: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Early-exit arm -> what it saved and what it cost, over the first repeat of all questions."""
+    """Lossy arm of our engine -> what it saved and what it cost, over the first repeat of at most `MOST_QUESTIONS`."""
     seeds = question_seeds(questions, sampling)
     texts: dict[str, dict[tuple[int | str, int], tuple[list[int], Record]]] = {}
+    read = {q.question_id for q in choose(questions, limit=MOST_QUESTIONS)}
+    records = [r for r in found.records if r.repeat == 0 and r.question.question_id in read]
     for arm in arms:
-        if arm.name == "plain" or isinstance(arm, EarlyExitArm):
-            texts[arm.name] = _conversations([r for r in found.records if r.arm == arm.name], tokenizer)
+        if arm.name == PLAIN_ARM or (isinstance(arm, EngineArm) and not arm.lossless):
+            own = [r for r in records if r.arm == arm.name]
+            texts[arm.name] = _conversations(sorted(own, key=lambda r: r.turn), tokenizer)
     opinions = {
         name: {
             key: judge(engine, prompt, record.outcome.token_ids, {**sampling, "seed": seeds[key[0]]})
@@ -100,24 +105,29 @@ def judged(
         if len(texts) > 1
     }
     num_layers = engine.decoder.config.num_layers
+
+    def plains(name: str, of: Mapping[str, Mapping[Any, Any]]) -> dict[Any, Any]:
+        """Plain decoding's of the same questions: a slow arm may have answered fewer."""
+        return {key: own for key, own in of[PLAIN_ARM].items() if key in of[name]}
+
     return {
-        name: _summary(texts[name], texts["plain"], opinions[name], opinions["plain"], num_layers)
+        name: _summary(texts[name], plains(name, texts), opinions[name], plains(name, opinions), num_layers)
         for name in opinions
-        if name != "plain" and texts[name]
+        if name != PLAIN_ARM and texts[name]
     }
 
 
 def _conversations(
     records: Sequence[Record], tokenizer: Tokenizer
 ) -> dict[tuple[int | str, int], tuple[list[int], Record]]:
-    """(question, turn) -> the prompt that the arm saw, and its answer."""
+    """(question, turn) -> the prompt that the arm saw, and its answer; records by rising turn."""
     found: dict[tuple[int | str, int], tuple[list[int], Record]] = {}
-    answers: list[str] = []
+    answers: dict[int | str, list[str]] = {}
     for record in records:
-        if record.repeat == 0:
-            answers = [*answers, record.outcome.text] if record.turn else [record.outcome.text]
-            ids = prompt_ids(tokenizer, record.question.turns[: record.turn + 1], answers[:-1])
-            found[record.question.question_id, record.turn] = ids, record
+        before = answers.setdefault(record.question.question_id, [])
+        ids = prompt_ids(tokenizer, record.question.turns[: record.turn + 1], before)
+        found[record.question.question_id, record.turn] = ids, record
+        before.append(record.outcome.text)
     return found
 
 

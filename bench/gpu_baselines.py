@@ -14,6 +14,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `step` | our own step up to the draw with 1 and 16 live rows, at each of `--contexts`; the table of docs/kernels.md |
 | `step-unshared` | the same where attention reads its keys for each row, and whether all bits are those of `step` and of each row alone |
 | `tda` | the same step over the weights of neurons on a random list of its own in each layer (`verify="tda"`), at each of `--shares`; 1.0 beside `step` is what the lists cost |
+| `teal` | the same step of one row that drops small inputs (`verify="teal"`), at each of `--levels`; 0 beside `step` is what it costs. Thresholds are set so that each projection drops that share of this row's inputs; `dropped_share` is what was dropped of the layers' weights |
 | `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
@@ -44,160 +45,23 @@ from ..engine.fused import FusedStep, FusedWeights
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from ..engine.prompt_reader import PromptReader
+from ..engine.sparsity.teal_step import ChannelWeights, TealStep
+from ..engine.sparsity.thresholded import projections
 from .baselines import as_transformers
-from .device_time import Spread, bandwidth, capture, replay_us
+from .compiled import CompiledLoop, StaticDecoder, check
+from .device_time import Spread, bandwidth, capture, clock_mhz, replay_us
 from .environment import describe_device, versions
 from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
 
 ARMS = (
-    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "prefill", "cublas-1", "cublas-16"
+    "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "teal", "prefill",
+    "cublas-1", "cublas-16",
 )  # fmt: skip
 DEFAULT_ARMS = ("floor", "hf-eager", "compile", "cublas-1", "cublas-16")
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of each layer's neurons that are kept
-# Both sides compute in bf16 in different orders; a wrong mask, rope or layout gives an error near 1.
-TOLERANCE = 0.05
+LEVELS = (0.0, 0.25, 0.4, 0.5, 0.65)  # of each projection's inputs that are dropped
 PROMPT_LENGTHS = (64, 256, 1024, 4096)
-
-
-class StaticDecoder(torch.nn.Module):
-    """A Llama or Qwen2 over a static KV cache, for torch.compile: fixed shapes, no branches, nothing read back.
-
-    Args:
-        config: of a model with RMSNorm, rotary positions, gated MLP and full attention.
-        weights: canonical, on their device, in the dtype to compute in.
-        context: slots of the cache.
-
-    Raises:
-        ValueError: a config with more to it than that.
-    """
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], context: int) -> None:
-        super().__init__()
-        if config.family not in ("llama", "qwen2") or any(config.windows) or len(set(config.ropes)) > 1:
-            raise ValueError(f"a {config.family} model of this kind is not written here; expected a Llama or Qwen2")
-        self.config = config
-        embedding = weights["embed.weight"]
-        slots = torch.arange(context, device=embedding.device)
-        frequencies = torch.tensor(config.ropes[0].inv_freq, device=embedding.device)
-        angles = torch.outer(slots.float(), frequencies).repeat(1, 2)
-        buffers = {"slots": slots, "cos": angles.cos(), "sin": angles.sin(), **weights}
-        for index in range(config.num_layers):  # one buffer a layer: a mutated view of a larger one may be copied whole
-            for name in ("k_cache", "v_cache"):
-                cache = embedding.new_zeros(config.num_kv_heads, context, config.head_dim)
-                buffers[f"layers.{index}.{name}"] = cache
-        for name, buffer in buffers.items():
-            self.register_buffer(name.replace(".", "_"), buffer, persistent=False)
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and absolute positions, long `[T]` each -> logits `[T, V]`; their keys and values are cached."""
-        config, hidden = self.config, self._get("embed.weight")[ids]
-        rotary = self._get("cos")[positions].unsqueeze(1), self._get("sin")[positions].unsqueeze(1)
-        # A KV head's queries are rows of one product: no copy of keys for each query head.
-        visible = (self._get("slots") <= positions.unsqueeze(1)).repeat(config.group_size, 1)
-        for index in range(config.num_layers):
-            at = f"layers.{index}."
-            normed = self._norm(hidden, f"{at}attn_norm")
-            hidden = hidden + self._attention(normed, at, positions, rotary, visible)
-            gate, up = self._linear(self._norm(hidden, f"{at}mlp_norm"), f"{at}up").chunk(2, -1)
-            hidden = hidden + self._linear(F.silu(gate) * up, f"{at}down")
-        return self._linear(self._norm(hidden, "final_norm"), "embed" if config.tied_head else "lm_head")
-
-    def next_token(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The likeliest token after each row, long `[T]`."""
-        return self(ids, positions).argmax(-1)
-
-    def _attention(
-        self, x: Tensor, at: str, positions: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
-    ) -> Tensor:
-        config, rows = self.config, len(x)
-        heads, kv = config.num_heads, config.num_kv_heads
-        q, k, v = self._linear(x, f"{at}qkv").view(rows, -1, config.head_dim).split([heads, kv, kv], 1)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        keys, values = self._get(f"{at}k_cache"), self._get(f"{at}v_cache")
-        keys[:, positions] = k.transpose(0, 1)
-        values[:, positions] = v.transpose(0, 1)
-        grouped = q.view(rows, kv, config.group_size, -1).permute(1, 2, 0, 3).reshape(1, kv, -1, config.head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=visible, scale=config.attention_scale
-        )
-        out = out.view(kv, config.group_size, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
-        return self._linear(out, f"{at}o")
-
-    def _get(self, name: str) -> Any:
-        return getattr(self, name.replace(".", "_"), None)
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self._get(f"{name}.weight"), self._get(f"{name}.bias"))
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
-        return (wide * scale).to(x.dtype) * self._get(f"{name}.weight")
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
-
-
-class CompiledLoop:
-    """Greedy decoding of one sequence whose step is compiled; `self.new` holds the tokens.
-
-    Args:
-        decoder: on the GPU.
-        prompt: long `[T]`.
-        num_new: tokens to write.
-        in_graph: the step, the draw and the counters in one CUDA graph; False runs torch.compile's own graphs from
-            Python.
-    """
-
-    def __init__(self, decoder: StaticDecoder, prompt: Tensor, num_new: int, in_graph: bool) -> None:
-        from torch._inductor import config as inductor_config
-
-        self.decoder, self.prompt = decoder, prompt
-        self.token, self.position, self.index = (prompt.new_zeros(1) for _ in range(3))
-        self.new = prompt.new_zeros(num_new)
-        inductor_config.coordinate_descent_tuning = True  # as gpt-fast sets it
-        mode = None if in_graph else "reduce-overhead"
-        self.next_token = torch.compile(decoder.next_token, mode=mode, fullgraph=True, dynamic=False)
-        self.read_prompt()
-        self.graph = capture(self._step) if in_graph else None
-        for _ in range(3):
-            self.advance()
-
-    def read_prompt(self) -> None:
-        """Fill the cache and draw the first token, not compiled."""
-        tokens = self.decoder.next_token(self.prompt, torch.arange(len(self.prompt), device=self.prompt.device))
-        self.token.copy_(tokens[-1:])
-        self.position.fill_(len(self.prompt))
-        self.index.fill_(1)
-        self.new[:1].copy_(self.token)
-
-    def advance(self) -> None:
-        """One more token."""
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        torch.compiler.cudagraph_mark_step_begin()
-        self._step()
-
-    def _step(self) -> None:
-        token = self.next_token(self.token, self.position)
-        self.new.index_copy_(0, self.index, token)
-        self.token.copy_(token)
-        self.position.add_(1)
-        self.index.add_(1)
-
-    def token_us(self) -> float:
-        """Wall time a token, from the first to the last."""
-        self.read_prompt()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(len(self.new) - 1):
-            self.advance()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / (len(self.new) - 1)
 
 
 class _FirstToken:
@@ -274,6 +138,35 @@ def prompt_readers(decoder: Decoder, length: int) -> dict[str, Callable[[], floa
     return found
 
 
+class AimedStep(TealStep):
+    """A step of one row, row 0, whose thresholds are set on the way."""
+
+    def __init__(self, weights: ChannelWeights, cache: KVCache, num_rows: int, *, pdl: bool = False) -> None:
+        super().__init__(weights, cache, 1, pdl=pdl)
+        self._aim: float | None = None
+        self._dropped: list[tuple[float, int]] = []
+
+    def aim(self, level: float) -> float:
+        """Make every threshold drop that share of the inputs that it meets; the share of all weights dropped with
+        them."""
+        self._aim, self._dropped = level, []
+        self.embed()
+        self.run(0, self.weights.config.num_layers)
+        self._aim = None
+        return sum(share * size for share, size in self._dropped) / sum(size for _, size in self._dropped)
+
+    def product(self, index: int, name: str, x: Tensor) -> None:
+        if self._aim is not None:
+            own = self.weights.channels[index][name]
+            strengths = x[0].float().abs()
+            count = round(self._aim * len(strengths))
+            limit = float(strengths.kthvalue(count).values) if count else 0.0
+            self.weights.thresholds[index, own.places] = limit
+            self._limits[0, index, own.places] = limit
+            self._dropped.append((float((strengths <= limit).float().mean()), own.weight.numel()))
+        super().product(index, name, x)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to measure: `source` is "random weights" or where they come from."""
@@ -302,22 +195,6 @@ def load_subject(name: str, path: str | None, dtype: torch.dtype, device: torch.
 
 
 @torch.no_grad()
-def check(decoder: StaticDecoder, reference: Any, prompt: Tensor) -> float:
-    """Relative error of the static decoder's logits against transformers', prompt and one cached step.
-
-    Raises:
-        RuntimeError: they are not the same model.
-    """
-    expected = reference(prompt.unsqueeze(0)).logits[0].float()
-    positions = torch.arange(len(prompt), device=prompt.device)
-    found = torch.cat([decoder(prompt[:-1], positions[:-1]), decoder(prompt[-1:], positions[-1:])]).float()
-    error = float((found - expected).norm() / expected.norm())
-    if not error < TOLERANCE:
-        raise RuntimeError(f"the static decoder's logits differ from transformers' by {error:.3g}, not timing them")
-    return error
-
-
-@torch.no_grad()
 def measure_model(
     subject: Subject,
     arms: tuple[str, ...],
@@ -327,6 +204,7 @@ def measure_model(
     read: float,
     contexts: tuple[int, ...] = (64, 4096),
     shares: tuple[float, ...] = SHARES,
+    levels: tuple[float, ...] = LEVELS,
 ) -> list[dict[str, Any]]:
     """Rows of one model; each is printed to stderr as it comes. `read` is the bandwidth in GB/s."""
     config, weights = subject.config, subject.weights
@@ -338,6 +216,8 @@ def measure_model(
     def add(arm: str, spread: Spread, start: float, **more: Any) -> None:
         row = {"model": subject.name, "arm": arm, "us_per_token": round(spread.p50, 2), **spread.to_json()}
         row |= {"device": device_name, "weights": subject.source, **more}
+        if device.type == "cuda":
+            row["clock_mhz"] = clock_mhz(device)
         row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -386,6 +266,20 @@ def measure_model(
                     spread = step_us(fused, context, live, share=share)
                     add(f"tda-{live}", spread, start, context=context, kept_share=share)
         del fused
+    if "teal" in arms:
+        nothing = torch.zeros(config.num_layers, len(projections(config)))
+        channels = ChannelWeights(Decoder(config, weights, weights["embed.weight"].dtype, device), nothing)
+        for context in contexts:
+            for level in levels:
+                start = time.perf_counter()
+                dropped: list[float] = []
+
+                def aim(step: AimedStep, level: float = level, dropped: list[float] = dropped) -> None:
+                    dropped.append(round(step.aim(level), 4))
+
+                spread = step_us(channels, context, 1, step_of=AimedStep, prepare=aim)
+                add("teal-1", spread, start, context=context, level=level, dropped_share=dropped[0])
+        del channels
     if "prefill" in arms:
         own = Decoder(config, weights, weights["embed.weight"].dtype, device)
         for length in PROMPT_LENGTHS:
@@ -407,14 +301,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=PATH")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens")
-    parser.add_argument("--contexts", default="64,4096", help="of the arms step... and tda: tokens before the rows")
+    parser.add_argument("--contexts", default="64,4096", help="of step..., tda and teal: tokens before the rows")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the arm tda: kept shares of neurons")
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)), help="of the arm teal: dropped shares")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     arms, paths = tuple(args.arms.split(",")), dict(pair.split("=", 1) for pair in args.weights)
     contexts = tuple(int(context) for context in args.contexts.split(","))
     shares = tuple(float(share) for share in args.shares.split(","))
+    levels = tuple(float(level) for level in args.levels.split(","))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"unknown arms {unknown}; expected some of {', '.join(ARMS)}")
     if not torch.cuda.is_available():
@@ -433,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models.split(","):
         subject = load_subject(name, paths.get(name), torch.bfloat16, device)
         document["rows"] += measure_model(
-            subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts, shares
+            subject, arms, args.prompt, args.new, args.repeats, found["best"], contexts, shares, levels
         )
         del subject
         torch.cuda.empty_cache()

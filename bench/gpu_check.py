@@ -120,7 +120,7 @@ class FusedRows:
 
     def reference(self, tree: DraftTree) -> Tensor:
         """Logits `[nodes, V]` of the first sequence's tree through the decoder's own operations, not the kernels."""
-        self.cache.clear_open(0, keys=True)
+        self.cache.clear_open(0)
         decoder, tiles = self.decoder, RowTiles(gathered=True)
         hidden = torch.zeros(MAX_NODES, decoder.config.hidden_size, device=decoder.device)
         work = Working(0, self.cache.lens[0], tree, hidden)

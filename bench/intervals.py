@@ -7,6 +7,7 @@ questions have in common (a loaded host, the model) is not in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,12 @@ def interval(tables: Sequence[Table], statistic: Statistic, draws: int = DRAWS, 
         return None
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p of McNemar's test: how likely so uneven a split is of answers that differ only by chance."""
+    count, least = lost + gained, min(lost, gained)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(least + 1)) / 2**count)
 
 
 def rate(count: Table, total: Table) -> Table:

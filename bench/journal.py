@@ -72,9 +72,18 @@ class Journal:
         self, arm: str, question_id: int | str, turn: int, repeat: int, prompt: Sequence[int]
     ) -> tuple[Outcome, int] | None:
         """A finished answer to this very prompt, and the session it was measured in."""
-        found = self._known.get(key_of(arm, question_id, turn, repeat, prompt))
-        self.num_found += found is not None
-        return found
+        found = self.find_all([(arm, question_id, turn, repeat, prompt)])
+        return None if found is None else found[0]
+
+    def find_all(
+        self, places: Sequence[tuple[str, int | str, int, int, Sequence[int]]]
+    ) -> list[tuple[Outcome, int]] | None:
+        """`find` for several answers that are worth something only together; None if one is missing."""
+        known = [self._known[key] for key in (key_of(*place) for place in places) if key in self._known]
+        if len(known) < len(places):
+            return None
+        self.num_found += len(known)
+        return known
 
     def add(
         self, arm: str, question_id: int | str, turn: int, repeat: int, prompt: Sequence[int], outcome: Outcome

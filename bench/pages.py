@@ -17,6 +17,8 @@ COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9
 EXIT_COLOURS = ("#cdeac0", "#bfe3f2", "#d5ccf2", "#f6d5e5", "#fbe3b5", "#e0e0d0")
 TEXT_COLOUR = "#ffe08a"
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 260, 46, 38
+ROW, NAMES = 20, 190  # of charts with a row an arm: its height, and the room for its name
+MOST_CURVES = 8  # that can be told apart
 CSV_COLUMNS = (
     "num_answers", "num_tokens", "decode_tokens_per_second", "speedup", "end_to_end_tokens_per_second",
     "end_to_end_speedup", "first_token_ms_p50", "token_ms_p50", "token_ms_p99", "acceptance_rate",
@@ -55,14 +57,12 @@ def csv_rows(document: Mapping[str, Any]) -> list[list[Any]]:
 def page(document: Mapping[str, Any]) -> str:
     """The whole page."""
     summary = document["summary"]
-    tasks = [task for task in summary if task != OVERALL]
     arms = list(summary.get(OVERALL, {}))
-    drafting = [name for name in arms if summary[OVERALL][name].get("num_drafted")]
+    drafting = fastest(summary.get(OVERALL, {}))
     parts = [f"<h1>{_esc(document['model'])}: {len(arms)} ways to decode</h1>", _about(document)]
     if arms:
         parts.append(_section("All tasks together", _overall(summary[OVERALL])))
-        speeds = {name: [_get(summary, task, name, "speedup") for task in [*tasks, OVERALL]] for name in arms}
-        parts.append(_section("Speed by task, against plain decoding", bars([*tasks, OVERALL], speeds, 1.0)))
+        parts.append(_section("Speed against plain decoding: all tasks together (bars), each (dots)", rows(summary)))
         if len(document["contexts"]) > 1:
             sizes = list(document["contexts"])
             rates = {n: [_get(document["contexts"], size, n, "acceptance_rate") for size in sizes] for n in drafting}
@@ -71,7 +71,9 @@ def page(document: Mapping[str, Any]) -> str:
             charts = bars(names, rates) + bars(names, taus, 1.0)
             parts.append(_section("By length of the prompt: acceptance rate; tokens per verification", charts))
     if drafting:
-        overall = summary[OVERALL]
+        overall, num_drafting = summary[OVERALL], sum(bool(m.get("num_drafted")) for m in summary[OVERALL].values())
+        if len(drafting) < num_drafting:
+            parts.append(f"<p><small>Below: the {MOST_CURVES} fastest of {num_drafting} arms that draft.</small></p>")
         places = {name: overall[name]["acceptance_by_position"] for name in drafting}
         parts.append(_section("Acceptance by position in the draft, given that the draft got there", lines(places, 1)))
         bins = {n: _by_entropy(overall[n]["acceptance_by_entropy"]) for n in drafting}
@@ -93,6 +95,35 @@ def page(document: Mapping[str, Any]) -> str:
     )
 
 
+def fastest(arms: Mapping[str, Any]) -> list[str]:
+    """The `MOST_CURVES` fastest arms that draft, in the order of the run."""
+    drafting = [name for name, m in arms.items() if m.get("num_drafted")]
+    first = sorted(drafting, key=lambda name: -(arms[name]["speedup"] or arms[name]["tokens_per_verification"]))
+    return [name for name in drafting if name in first[:MOST_CURVES]]
+
+
+def notes(d: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers has to know: fewer questions, batches, targets of their own."""
+    overall, found = d["summary"].get(OVERALL, {}), []
+    limited = [name for name in d.get("limited_arms", ()) if name in overall]
+    if limited:
+        found.append(
+            f"{', '.join(limited)}: {overall[limited[0]]['num_questions']} of {d['num_questions']} questions, evenly "
+            "over the tasks; their speedups are over those."
+        )
+    if d.get("batch", 1) > 1:
+        found.append(
+            f"{d['batch']} questions side by side (solo: one at a time); an answer's time is its share of the batch's."
+        )
+    for name, m in overall.items():
+        if m.get("target_speedup") is not None:
+            plain = f"plain%{name.partition('%')[2]}"
+            found.append(f"{name}: {m['target_speedup']:.2f}x its own target's plain decoding ({plain}), same tokens.")
+    for name, (equal, count) in d.get("equal_to_plain", {}).items():
+        found.append(f"{name} is not held to plain decoding's tokens: {equal} of {count} answers have them.")
+    return found
+
+
 def _about(d: Mapping[str, Any]) -> str:
     found = d["lossless"]
     verdict = f"{found['num_compared']} answers compared with plain decoding, {found['num_different']} differ"
@@ -104,6 +135,7 @@ def _about(d: Mapping[str, Any]) -> str:
         f"{d['created']}; <code>{_esc(d['command'])}</code>",
         f"<b>{verdict}</b>" + ("; INTERRUPTED" if d["interrupted"] else ""),
     ]
+    lines += map(_esc, notes(d))
     if d.get("note"):
         lines.append(f"<b>{_esc(d['note'])}</b>")
     if d.get("problems"):
@@ -181,6 +213,48 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 
 # --- charts
+
+
+def rows(summary: Mapping[str, Any]) -> str:
+    """A row an arm: a bar of the speedup of all tasks together with its interval, and a dot for each task."""
+    arms, tasks = summary[OVERALL], [task for task in summary if task != OVERALL]
+    known = [v for own in summary.values() for m in own.values() if (v := m.get("speedup")) is not None]
+    top, width, tall = _top(known, 1.0), WIDTH * 1.6, ROW * len(arms) + 24
+
+    def at(value: float) -> float:
+        return NAMES + (width - NAMES - 10) * value / top
+
+    body = "".join(
+        f'<line x1="{at(top * i / 4):.1f}" y1="0" x2="{at(top * i / 4):.1f}" y2="{tall - 22}" stroke="#eee"/>'
+        + _label(at(top * i / 4), tall - 8, f"{top * i / 4:.2f}")
+        for i in range(4)
+    )
+    for row, (name, m) in enumerate(arms.items()):
+        y = ROW * row + ROW / 2
+        speed = m.get("speedup")
+        body += (
+            f'<text x="{NAMES - 6}" y="{y + 4:.1f}" font-size="12" text-anchor="end" fill="#222">{_esc(name)}</text>'
+        )
+        if speed is None:
+            continue
+        body += (
+            f'<rect x="{NAMES}" y="{y - 6:.1f}" width="{at(speed) - NAMES:.1f}" height="12" fill="#d5dbe8">'
+            f"<title>{_esc(name)}: {speed:.3f}</title></rect>"
+        )
+        if bounds := m.get("speedup_interval"):
+            body += (
+                f'<line x1="{at(bounds[0]):.1f}" y1="{y:.1f}" x2="{at(min(bounds[1], top)):.1f}" y2="{y:.1f}" '
+                'stroke="#555"/>'
+            )
+        for i, task in enumerate(tasks):
+            value = _get(summary, task, name, "speedup")
+            if value is not None:
+                body += (
+                    f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="3.5" fill="{_colour(i)}" fill-opacity="0.85">'
+                    f"<title>{_esc(name)}, {_esc(task)}: {value:.3f}</title></circle>"
+                )
+    body += f'<line x1="{at(1):.1f}" y1="0" x2="{at(1):.1f}" y2="{tall - 22}" stroke="#888" stroke-dasharray="4 3"/>'
+    return _svg(body, width, tall) + _legend(tasks)
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], rule: float | None = None) -> str:
@@ -264,8 +338,8 @@ def _label(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y}" font-size="11" text-anchor="middle" fill="#444">{_esc(text)}</text>'
 
 
-def _svg(body: str, width: float) -> str:
-    return f'<svg viewBox="0 0 {width:.0f} {HEIGHT}" width="{width:.0f}" height="{HEIGHT}">{body}</svg>'
+def _svg(body: str, width: float, height: float = HEIGHT) -> str:
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">{body}</svg>'
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engine.engine import Engine
+from ..engine.engine import MOST_ROUNDS, Engine
 from ..engine.planner import Choice, Plan, lookups_of, rank
 from .arms import Arm, EngineArm
 from .intervals import interval, rate_ratio
@@ -14,6 +16,7 @@ from .questions import Question
 from .report import OVERALL, question_tables, summarise
 
 NUM_ARMS = 3
+SWEEP_SHARE = 0.6  # of a bounded check's time; the rest is for the best of the sweep
 NUM_RETIMED, LEAST_REPEATS = 5, 3  # the best of a sweep, timed again in turns: the fastest of many was lucky, too
 
 
@@ -25,6 +28,7 @@ def check(
     arms: int | None = NUM_ARMS,
     max_new_tokens: int = 64,
     repeats: int = 3,
+    seconds: float = math.inf,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Measure plain decoding, the chosen policy and some others, every answer compared with plain decoding's.
@@ -32,12 +36,15 @@ def check(
     Args:
         arms: the best so many of the plan's choices beside those two; None sweeps every policy that was considered, and
             times the `NUM_RETIMED` best, plain decoding and the chosen policy again.
+        seconds: after which no further question is begun, in a sweep `SWEEP_SHARE` of it before the best are timed
+            again; every policy answers one at least.
 
     Returns:
         `arms`: name, expected and measured tokens a second, tokens per verification, ms a round and speed-up, `error` =
         expected / measured - 1, `chosen_share`: the chosen policy's measured speed over this one's, and its interval;
-        `retimed`: likewise, after a sweep; `chosen_share`: over the best one's, of those that were timed last;
-        `different`: answers that were not plain decoding's.
+        `retimed`: likewise, after a sweep; `best`: the fastest of those that were timed last; `chosen_share`: over its
+        speed, and the interval; `num_answered`: questions of each timing; `different`: answers that were not plain
+        decoding's.
 
     Raises:
         ValueError: the engine has no tokenizer.
@@ -47,19 +54,22 @@ def check(
         raise ValueError("this engine has no tokenizer, so it cannot read questions")
     everything = engine.heads.calibration if engine.heads is not None and arms is None else None
     others = made.choices[:arms] if everything is None else rank(everything, made.costs, lookups_of(engine))
-    compared = 0
+    start, compared = time.monotonic(), 0
+    answered: list[int] = []
     different: list[str] = []
 
-    def timed(others: Sequence[Choice], repeats: int) -> list[dict[str, Any]]:
+    def timed(others: Sequence[Choice], repeats: int, seconds: float) -> list[dict[str, Any]]:
         nonlocal compared
         choices = list({choice.name: choice for choice in (made.plain, made.chosen, *others)}.values())
         run: list[Arm] = [
             EngineArm(own.name, engine, "always" if own.policy.drafts else False, own.policy) for own in choices
         ]
+        engine.most_rounds = len(run) * MOST_ROUNDS
         found = measure(
             run, questions, tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,
-            max_context=engine.decoder.config.max_context, on_step=on_step,
+            max_context=engine.decoder.config.max_context, deadline=start + seconds, on_step=on_step,
         )  # fmt: skip
+        answered.append(len({record.question.question_id for record in found.records}))
         compared += found.num_compared
         different.extend(map(str, found.divergences))
         measured = summarise(found.records, run, engine.decoder.config.num_layers)[OVERALL]
@@ -69,16 +79,23 @@ def check(
             for own in choices
         ]
 
-    rows = timed(others, repeats)
+    rows = timed(others, repeats, seconds if everything is None else SWEEP_SHARE * seconds)
     retimed = []
     if everything is not None:
         fastest = sorted(rows, key=lambda row: -row["measured_tokens_per_second"])[:NUM_RETIMED]
         names = {row["name"] for row in fastest}
-        retimed = timed([choice for choice in others if choice.name in names], max(repeats, LEAST_REPEATS))
+        again = [choice for choice in others if choice.name in names]
+        retimed = timed(again, max(repeats, LEAST_REPEATS), seconds)
+    engine.most_rounds = MOST_ROUNDS
+    best = min(retimed or rows, key=lambda row: row["chosen_share"])
     return {
         "arms": rows,
         "retimed": retimed,
-        "chosen_share": min(row["chosen_share"] for row in retimed or rows),
+        "best": best["name"],
+        "chosen_share": best["chosen_share"],
+        "chosen_share_interval": best["chosen_share_interval"],
+        "num_answered": answered,
+        "seconds": time.monotonic() - start,
         "num_questions": len(questions),
         "max_new_tokens": max_new_tokens,
         "repeats": repeats,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..train.plots import DPI, SIZE, require_matplotlib
+from .pages import OVERALL, fastest
 
-OVERALL = "overall"
+ROW = 0.27  # inches of one arm
+LEAST_DRAFTED = 10  # tokens of a bin of entropies that is drawn
 
 
 def plot_run(document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -24,7 +26,7 @@ def plot_run(document: Mapping[str, Any], folder: Path) -> list[Path]:
     summary = document["summary"]
     if OVERALL not in summary:
         return []
-    drafting = {name: m for name, m in summary[OVERALL].items() if m.get("num_drafted")}
+    drafting = {name: summary[OVERALL][name] for name in fastest(summary[OVERALL])}
     paths = [_speed_by_task(summary, folder / "speed_by_task.png")]
     if drafting:
         curves = {n: (range(1, 1 + len(a)), a) for n, m in drafting.items() if (a := m["acceptance_by_position"])}
@@ -32,7 +34,7 @@ def plot_run(document: Mapping[str, Any], folder: Path) -> list[Path]:
         paths.append(_curves(curves, "position in the draft", "accepted, of drafts that got there", path))
         curves = {}
         for name, m in drafting.items():
-            rows = [row for row in m["acceptance_by_entropy"] if row["drafted"]]
+            rows = [row for row in m["acceptance_by_entropy"] if row["drafted"] >= LEAST_DRAFTED]
             if rows:
                 shares = [row["accepted"] / row["drafted"] for row in rows]
                 curves[name] = [row["nats"] for row in rows], shares  # type: ignore[assignment]
@@ -42,15 +44,22 @@ def plot_run(document: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _speed_by_task(summary: Mapping[str, Any], path: Path) -> Path:
-    figure, axes = _figure()
-    arms = list(summary[OVERALL])
-    for i, name in enumerate(arms):
-        places = [group + 0.8 * i / len(arms) for group in range(len(summary))]
-        heights = [own.get(name, {}).get("speedup") or 0.0 for own in summary.values()]
-        axes.bar(places, heights, 0.8 / len(arms), label=name, align="edge")
-    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_xticks([group + 0.4 for group in range(len(summary))], list(summary), rotation=20, ha="right")
-    axes.set_ylabel("speed against plain decoding")
+    """A row an arm: a bar of all tasks together with its interval, a dot a task."""
+    arms, tasks = list(summary[OVERALL]), [task for task in summary if task != OVERALL]
+    figure, axes = _figure((SIZE[0] * 1.25, max(2.5, 1.0 + ROW * len(arms))))
+    for row, name in enumerate(arms):
+        own = summary[OVERALL][name]
+        speed = own["speedup"] or 0.0
+        low, high = own.get("speedup_interval") or (speed, speed)
+        whiskers = [[max(0.0, speed - low)], [max(0.0, high - speed)]]
+        axes.barh(row, speed, 0.62, color="#d5dbe8", xerr=whiskers, ecolor="#555", error_kw={"linewidth": 1})
+    for task in tasks:
+        known = [(own["speedup"], row) for row, name in enumerate(arms) if (own := summary[task].get(name))]
+        places = [place for place in known if place[0] is not None]
+        axes.scatter([x for x, _ in places], [y for _, y in places], s=12, label=task, zorder=3)
+    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+    axes.set(ylim=(len(arms) - 0.4, -0.6), xlim=(0, None), xlabel="speed against plain decoding; bars: all tasks, 95 %")
     return _save(figure, axes, path)
 
 
@@ -62,14 +71,15 @@ def _curves(curves: Mapping[str, Any], x: str, y: str, path: Path) -> Path:
     return _save(figure, axes, path)
 
 
-def _figure() -> Any:
+def _figure(size: tuple[float, float] = (SIZE[0] * 1.25, SIZE[1])) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(SIZE, layout="constrained")
+    figure = Figure(size, layout="constrained")
     return figure, figure.subplots()
 
 
 def _save(figure: Any, axes: Any, path: Path) -> Path:
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=DPI)
     return path

@@ -47,6 +47,10 @@ KERNEL_OPS = {
     "_up_kernel": ("up",),
     "_kept_down_kernel": (),  # how many bytes, its lists say
     "_post_norm_kernel": (),
+    "_sparse_kernel": (),  # how many bytes, its thresholds say
+    "_place_kernel": (),
+    "_activate_kernel": (),
+    "_residual_norm_kernel": (),
     "_lm_head_kernel": ("lm_head",),
 }
 LAYER_KERNELS = tuple(KERNEL_OPS)[:-1]
@@ -170,6 +174,7 @@ def step_us(
     step_of: Callable[..., FusedStep] = FusedStep,
     kernels: Kernels = KERNELS,
     share: float = 1.0,
+    prepare: Callable[[Any], object] | None = None,
 ) -> Spread:
     """Device time of a step up to the draw, for a chain of so many live rows, over replays of one CUDA graph.
 
@@ -177,6 +182,7 @@ def step_us(
         context: tokens before the chain.
         num_rows, step_of, kernels: the step to time, in place of the engine's.
         share: of each layer's neurons that the rows use, where weights are stored by neuron; random ones.
+        prepare: told the step, its rows laid, before it is captured.
     """
     config, device, dtype = weights.config, weights.decoder.device, weights.decoder.dtype
     step = _chain_step(weights, random_cache(weights, context + num_rows), num_rows, step_of)
@@ -199,6 +205,8 @@ def step_us(
         pick(value, best, step.rows, targets, pdl=step.pdl)
 
     with torch.inference_mode():
+        if prepare is not None:
+            prepare(step)
         return replay_us(capture(body))
 
 

@@ -25,7 +25,7 @@ from ..engine.loop import Machinery
 from ..engine.statistics import Statistics
 from ..heads import StatefulHead
 from ..heads.head_set import HeadSet
-from .arms import Arm, EngineArm, Outcome
+from .arms import PLAIN_ARM, Arm, EngineArm, Outcome
 
 
 class PlainRun:
@@ -69,25 +69,25 @@ class PlainRun:
 class ReplayArm:
     """A fixed exit and length, counted from a plain run."""
 
-    lossless = True
+    lossless, plain = True, PLAIN_ARM
 
     def __init__(self, name: str, run: PlainRun, heads: HeadSet, exit_layer: int, length: int) -> None:
-        self.name, self.plain, self.heads = name, run, heads
+        self.name, self.source, self.heads = name, run, heads
         self.exit_layer, self.length = exit_layer, length
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
-        out = self.plain.answer(prompt_ids, sampling)
-        guesses = self.plain.guesses(self.heads, self.exit_layer)
-        room = self.plain.engine.decoder.config.max_context - len(prompt_ids)
+        out = self.source.answer(prompt_ids, sampling)
+        guesses = self.source.guesses(self.heads, self.exit_layer)
+        room = self.source.engine.decoder.config.max_context - len(prompt_ids)
         budget = min(int(sampling["max_new_tokens"]), room)
         stats = replay(out.token_ids, guesses, self.exit_layer, self.length, budget)
-        row_layers = self.plain.engine.decoder.config.num_layers * (stats.num_verifications + stats.num_drafted)
+        row_layers = self.source.engine.decoder.config.num_layers * (stats.num_verifications + stats.num_drafted)
         stats = replace(stats, num_row_layers=row_layers)
         return Outcome(out.text, out.token_ids, 0.0, 0.0, 0, stats, out.error)
 
     def describe(self) -> dict[str, Any]:
         return EngineArm(
-            self.name, self.plain.engine, "always", fixed_exit(self.exit_layer, self.length)
+            self.name, self.source.engine, "always", fixed_exit(self.exit_layer, self.length)
         ).describe() | {"replayed": True}
 
 
@@ -134,7 +134,7 @@ def replayed(arms: Sequence[Arm], engine: Engine) -> list[Arm]:
     """The same arms, those with a fixed exit and stateless heads counted from one plain run."""
 
     def heads_of(arm: Arm) -> HeadSet | None:
-        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")) or "+" in arm.name:
+        if not isinstance(arm, EngineArm) or not arm.name.startswith(("fixed:", "bare:")) or set("+%") & set(arm.name):
             return None
         heads = arm.engine.heads
         assert heads is not None

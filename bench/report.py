@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.statistics import ENTROPY_BIN, Statistics
-from .arms import Arm
+from .arms import PLAIN_ARM, Arm
 from .intervals import interval, rate, rate_ratio, tabled
 from .measure import Measurements, Record, agreement
 
@@ -28,11 +28,21 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -
     tasks = list(dict.fromkeys(record.question.task for record in records))
     summary: dict[str, dict[str, Any]] = {}
     for task in [*tasks, OVERALL]:
-        chosen = [r for r in records if task in (OVERALL, r.question.task)]
-        by_arm = {arm.name: [r for r in chosen if r.arm == arm.name] for arm in arms}
-        plain = by_arm["plain"]
-        summary[task] = {name: _metrics(own, plain, num_layers) for name, own in by_arm.items() if own}
+        summary[task] = _by_arm([r for r in records if task in (OVERALL, r.question.task)], arms, num_layers)
     return summary
+
+
+def _by_arm(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -> dict[str, Any]:
+    """Metrics of each arm that answered anything, beside plain decoding of the same turns."""
+    by_arm = {arm.name: [r for r in records if r.arm == arm.name] for arm in arms}
+    found = {}
+    for arm in arms:
+        if not (own := by_arm[arm.name]):
+            continue
+        found[arm.name] = _metrics(own, by_arm[PLAIN_ARM], num_layers)
+        if arm.plain != PLAIN_ARM:
+            found[arm.name]["target_speedup"] = _speedups(own, by_arm[arm.plain])[0]
+    return found
 
 
 def by_context(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) -> dict[str, dict[str, Any]]:
@@ -42,34 +52,45 @@ def by_context(records: Sequence[Record], arms: Sequence[Arm], num_layers: int) 
         groups.setdefault(max(SMALLEST_CONTEXT, 1 << max(0, record.prompt_tokens - 1).bit_length()), []).append(record)
     found: dict[str, dict[str, Any]] = {}
     for most, own in sorted(groups.items()):
-        by_arm = {arm.name: [r for r in own if r.arm == arm.name] for arm in arms}
-        found[str(most)] = {name: _metrics(rs, by_arm["plain"], num_layers) for name, rs in by_arm.items() if rs}
+        found[str(most)] = _by_arm(own, arms, num_layers)
     return found
 
 
 def _metrics(records: Sequence[Record], plain: Sequence[Record], num_layers: int) -> dict[str, Any]:
-    own, base = _rates(records), _rates(plain)
-    repeats = sorted(set(own) & set(base))
-    decode = [own[i][0] for i in repeats]
-    end_to_end = [own[i][1] for i in repeats]
-    speedups = [own[i][0] / base[i][0] for i in repeats if base[i][0]]
-    wall_speedups = [own[i][1] / base[i][1] for i in repeats if base[i][1]]
+    rates = _rates(records).values()
+    speedup, end_to_end_speedup, spread = _speedups(records, plain)
     per_question = [1e3 * len(r.outcome.token_ids) / r.outcome.wall_ms for r in records if r.outcome.wall_ms]
     metrics: dict[str, Any] = {
         "num_answers": len(records),
+        "num_questions": len({r.question.question_id for r in records}),
         "num_tokens": sum(len(r.outcome.token_ids) for r in records),
         "num_errors": sum(r.outcome.error is not None for r in records),
-        "decode_tokens_per_second": _median(decode),
-        "end_to_end_tokens_per_second": _median(end_to_end),
+        "decode_tokens_per_second": _median([decode for decode, _ in rates]),
+        "end_to_end_tokens_per_second": _median([end_to_end for _, end_to_end in rates]),
         "mean_question_tokens_per_second": statistics.fmean(per_question) if per_question else None,
-        "speedup": _median(speedups),
-        "speedup_range": [min(speedups), max(speedups)] if speedups else None,
-        "end_to_end_speedup": _median(wall_speedups),
+        "speedup": speedup,
+        "speedup_range": spread,
+        "end_to_end_speedup": end_to_end_speedup,
         "worst_question_time_ratio": _worst_ratio(records, plain),
     }
     metrics |= _waits(records) | _intervals(records, plain) | {"joules_per_token": _joules(records)}
     counted = [r.outcome.stats for r in records if r.outcome.stats is not None]
     return metrics | (_drafting(Statistics.merge(counted), num_layers) if counted else {})
+
+
+def _speedups(
+    records: Sequence[Record], plain: Sequence[Record]
+) -> tuple[float | None, float | None, list[float] | None]:
+    """Decode-only and end to end, medians over the repeats, and the range of the first; over turns that both have."""
+    both = {_place(r) for r in records} & {_place(r) for r in plain}
+    own, base = (_rates([r for r in part if _place(r) in both]) for part in (records, plain))
+    decode = [own[i][0] / base[i][0] for i in own if i in base and base[i][0]]
+    end_to_end = [own[i][1] / base[i][1] for i in own if i in base and base[i][1]]
+    return _median(decode), _median(end_to_end), [min(decode), max(decode)] if decode else None
+
+
+def _place(record: Record) -> tuple[int | str, int, int]:
+    return record.question.question_id, record.turn, record.repeat
 
 
 def _waits(records: Sequence[Record]) -> dict[str, float | None]:
@@ -193,12 +214,13 @@ def matched(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         arms: metrics by arm, of one task.
 
     Returns:
-        For each `bare:` and `fixed:` arm, the `accuracy:` arm of the highest acceptance rate among those with at least
-        as many tokens per verification (None where there is none), and the quotient of the acceptance rates.
+        For each `bare:` and `fixed:` arm, the `accuracy:` or `likely:` arm of the highest acceptance rate among those
+        with at least as many tokens per verification (None where there is none), and the quotient of the acceptance
+        rates.
         `frontier`: no other arm of its kind is as good in both.
     """
     drafted = {name: m for name, m in arms.items() if m.get("num_drafted")}
-    gated = {name: m for name, m in drafted.items() if name.startswith("accuracy:")}
+    gated = {name: m for name, m in drafted.items() if name.startswith(("accuracy:", "likely:"))}
     rows = []
     for name, own in drafted.items():
         kind = name.partition(":")[0]
@@ -295,7 +317,11 @@ def document(found: Measurements, arms: Sequence[Arm], num_layers: int, settings
             "num_different": len(found.divergences),
             "divergences": [vars(d) for d in found.divergences],
         },
-        "problems": [*map(str, found.divergences), *_errors(found.records)],
+        "problems": [
+            *map(str, found.divergences),
+            *_errors(found.records),
+            *(f"arm {name} was left out: {error}" for name, error in found.failed.items()),
+        ],
         "equal_to_plain": {name: list(agreement(found.records, name)) for name in others},
         "summary": summary,
         "contexts": by_context(found.records, arms, num_layers),

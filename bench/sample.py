@@ -11,9 +11,11 @@ from typing import Any
 
 from ..engine.forward import Working
 from ..engine.tokenizer import Tokenizer
-from .arms import Arm, EarlyExitArm, EngineArm
+from .arms import Arm, EngineArm
 from .measure import prompt_ids
 from .questions import Question
+
+MOST_TOKENS = 48  # on a GPU a round takes tens of ms here
 
 
 def sample(
@@ -23,12 +25,19 @@ def sample(
 
     Returns:
         `question_id`, `prompt` (its text), and `arms`: name -> rounds, each with `tokens` (text, exit layer or None for
-        the model's own, entropy in nats of the draft) and `rejected` (the drafted texts that were not accepted).
+        the model's own, entropy in nats of the draft) and `rejected` (the drafted texts that were not accepted);
+        `failed`: arms that this could not be shown of, and why.
     """
     ids = prompt_ids(tokenizer, question.turns[:1], ())
-    drafting = [arm for arm in arms if isinstance(arm, EngineArm) and not isinstance(arm, EarlyExitArm)]
-    shown = {arm.name: _rounds(arm, ids, tokenizer, sampling) for arm in drafting if arm.name != "plain"}
-    return {"question_id": question.question_id, "prompt": question.turns[0], "arms": shown}
+    sampling = {**sampling, "max_new_tokens": min(MOST_TOKENS, sampling["max_new_tokens"])}
+    drafting = [arm for arm in arms if isinstance(arm, EngineArm) and arm.lossless and arm.speculation is not False]
+    shown, failed = {}, {}
+    for arm in drafting:
+        try:
+            shown[arm.name] = _rounds(arm, ids, tokenizer, sampling)
+        except (RuntimeError, ValueError, MemoryError) as error:  # a report of an hour's run must not end here
+            failed[arm.name] = f"{type(error).__name__}: {error}"
+    return {"question_id": question.question_id, "prompt": question.turns[0], "arms": shown, "failed": failed}
 
 
 def _rounds(arm: EngineArm, ids: list[int], tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Strongest:
 
 def compare(found: Quality, dense: Quality) -> dict[str, Any]:
     """Perplexity and agreement against the whole model, with an interval of the increase."""
-    by_window = (found.losses - dense.losses).double().mean(1)
+    by_window = (found.losses - dense.losses).double().mean(1).cpu()
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(by_window), (BOOTSTRAPS, len(by_window)), generator=generator)
     low, high = by_window[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().sub(1)
@@ -183,7 +183,8 @@ def inertia(decoder: Decoder, windows: Windows) -> dict[str, Any]:
 
 
 def token_pairs(texts: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
-    """Places (text, position) of pairs of tokens, `[n, 2]` each."""
+    """Places (text, position) of pairs of tokens, `[n, 2]` each, on the CPU."""
+    texts = texts.cpu()
     count, length = texts.shape
 
     def draw(most: int) -> Tensor:
@@ -265,8 +266,8 @@ def speed(engine: Engine, windows: Windows, targets: dict[str, Selection | None]
 
 
 def decode_ms(engine: Engine, prompt: list[int], num_tokens: int) -> float:
-    """Plain decoding on a CPU: ms of the calling thread's CPU time a token, the prompt left out."""
-    clock = time.thread_time
+    """Plain decoding, ms a token, the prompt left out: on a CPU of the calling thread's CPU time, else by the clock."""
+    clock = time.thread_time if engine.decoder.device.type == "cpu" else time.perf_counter
     with engine.stream(prompt, speculation=False, max_new_tokens=num_tokens + 1, ignore_eos=True) as stream:
         next(stream)
         start = clock()

@@ -9,43 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.engine import Engine
 from ..engine.model import Decoder
 from ..engine.sparsity.neurons import down_norms
+from ..engine.sparsity.quality import measure_quality
 from ..engine.sparsity.selection import Selection, keep
 from ..engine.sparsity.teal import TealLevel, weights_of
 from ..engine.sparsity.thresholded import Projection, RewiredDecoder, projections
+from ..engine.stopping import StopChecker
+from ..engine.tokenizer import Tokenizer
 from ..kernels.linear import PackedLinear
-from .early_exit import judge
 from .sparsity import Windows
-from .sparsity_settings import WHOLE, Setting
+from .sparsity_answers import write
+from .sparsity_settings import Setting
 
 BLOCK = 128  # tokens of a long text that are averaged
 GRAM = 4
 
 
 def long_texts(
-    engine: Engine, settings: Sequence[Setting], windows: Windows, on_step: Callable[[str], None]
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    settings: Sequence[Setting],
+    windows: Windows,
+    on_step: Callable[[str], None],
 ) -> dict[str, Any]:
     """Loss and density by position, in blocks of `BLOCK` tokens.
 
     `read`: of a long text's continuation, the loss. `written`: of greedily written text, its loss under the whole model
     and the share of its `GRAM`-grams that are new; a text that repeats itself has little of both.
     """
-    decoder, tokens = engine.decoder, windows.texts.shape[1] - windows.prompt_len
-    block, prompts = min(BLOCK, tokens), windows.texts[:, : windows.prompt_len].tolist()
+    prompts, tokens = windows.texts[:, : windows.prompt_len], windows.texts.shape[1] - windows.prompt_len
+    block = min(BLOCK, tokens)
     found: dict[str, Any] = {}
     for setting in settings:
         on_step(f"long texts with {setting.name}")
         read = setting.read(decoder, windows).losses.cpu()
-        setting.use(engine)
-        outs = engine.generate(prompts, speculation=False, max_new_tokens=tokens, ignore_eos=True)
-        WHOLE.use(engine)
-        nats = [judge(engine, prompt, out.token_ids, {}).nats for prompt, out in zip(prompts, outs, strict=True)]
+        checkers = [StopChecker(tokenizer.detokenizer(), max_new_tokens=tokens) for _ in prompts]
+        write(decoder, setting, prompts.tolist(), checkers)
+        written = torch.tensor([checker.token_ids for checker in checkers], device=prompts.device)
+        judged = measure_quality(decoder, torch.cat([prompts, written], 1), windows.prompt_len, None)
         found[setting.name] = {
             "read_nats": _blocks(read, block),
-            "written_nats": _blocks(torch.tensor(nats), block),
-            "written_new": _blocks(torch.tensor([new_grams(out.token_ids) for out in outs]), block),
+            "written_nats": _blocks(judged.losses.cpu(), block),
+            "written_new": _blocks(torch.tensor([new_grams(own) for own in written.tolist()]), block),
             **_by_position(decoder, setting, windows, block),
         }
     return {"tokens": tokens, "block": block, "texts": len(prompts), "settings": found}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.model import Decoder
-from ..engine.sparsity.quality import Quality, measure_quality
+from ..engine.sparsity.quality import Quality, joined, measure_quality
 from ..engine.sparsity.selection import MaskOptions, Selection
 from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.tda import CettCurves, Tda
@@ -18,6 +18,7 @@ from ..engine.sparsity.teal import Teal, TealLevel, calibrate_teal
 from ..engine.sparsity.thresholded import TealDecoder
 from .sparsity import Windows, baselines
 from .sparsity_predictor import Guess, TokenTarget, exact, train_predictors
+from .tasks import STORIES
 
 METHODS = {  # -> its name in `baselines`, where it is one
     "tda": None,
@@ -30,6 +31,8 @@ METHODS = {  # -> its name in `baselines`, where it is one
     "teal": None,
 }
 DENSE = "dense"
+MOST_WINDOWS = 32  # read in one pass: neurons of all their tokens are in memory
+DIFFICULTIES = tuple(STORIES)
 CALIBRATION_LENGTH, TEAL_SHARE = 256, 4  # TEAL reads 4 times TDA's texts, as in `calibrate`
 
 
@@ -47,6 +50,7 @@ class Options:
         predictor_texts, predictor_rank, predictor_epochs: of "predictor": texts of 256 tokens, the width between its
             two matrices, passes over the texts.
         questions: of each task; 0: none.
+        difficulty: of sums, of `tasks.STORIES`: one that the whole model is neither always nor never right at.
         claims: also measure what TDA rests on: inertia and uncertainty.
         repeats: timed runs of each setting; 0: none.
         long: tokens of long texts; 0: none.
@@ -67,6 +71,7 @@ class Options:
     predictor_rank: int = 128
     predictor_epochs: int = 4
     questions: int = 16
+    difficulty: str = "medium"
     claims: bool = True
     repeats: int = 5
     long: int = 0
@@ -83,6 +88,8 @@ class Options:
             raise ValueError(
                 f"write names {misspelt}, expected a method that is measured and its share, as in 'tda 0.75'"
             )
+        if self.difficulty not in DIFFICULTIES:
+            raise ValueError(f"difficulty is {self.difficulty!r}, expected one of {', '.join(DIFFICULTIES)}")
         for name, shares in (("densities", self.densities), ("levels", self.levels)):
             if not all(0 < share < 1 for share in shares):
                 raise ValueError(f"{name} are {list(shares)}, expected numbers between 0 and 1")
@@ -116,12 +123,20 @@ class Setting:
         return not isinstance(self.target, TokenTarget)
 
     def read(self, decoder: Decoder, windows: Windows) -> Quality:
-        """The loss on the windows' continuations."""
-        if isinstance(self.target, TokenTarget):
-            return self.target.read(decoder, windows)
+        """The loss on the windows' continuations, `MOST_WINDOWS` in a pass."""
         if isinstance(self.target, TealLevel):
             decoder = TealDecoder(decoder, self.target.thresholds, dense_tokens=windows.prompt_len - 1)
-        return measure_quality(decoder, windows.texts, windows.prompt_len, self.selection)
+        parts = [
+            self.target.read(decoder, Windows(texts, windows.prompt_len))
+            if isinstance(self.target, TokenTarget)
+            else measure_quality(decoder, texts, windows.prompt_len, self.selection)
+            for texts in windows.texts.split(MOST_WINDOWS)
+        ]
+        return joined(parts)
+
+    def rows(self, decoder: Decoder) -> Decoder:
+        """What every row behind a prompt runs through, but for neurons that its text drops."""
+        return self.target.decoder(decoder) if isinstance(self.target, TealLevel) else decoder
 
     def use(self, engine: Engine) -> None:
         """Make it the engine's target from now on."""
@@ -142,17 +157,15 @@ def measure_settings(
     predictor_texts: Tensor,
     teal: Teal | None,
     on_step: Callable[[str], None],
-) -> dict[str, tuple[Setting, Quality]]:
+) -> Iterator[tuple[Setting, Quality]]:
     """Every setting with its loss, the whole model first; uniform TEAL is calibrated on `texts`, predictors are trained
     on theirs, long `[B, T]`."""
-    found: dict[str, tuple[Setting, Quality]] = {}
 
-    def add(setting: Setting) -> Quality:
+    def read(setting: Setting) -> tuple[Setting, Quality]:
         on_step(f"reading with {setting.name}")
-        found[setting.name] = setting, setting.read(decoder, windows)
-        return found[setting.name][1]
+        return setting, setting.read(decoder, windows)
 
-    add(WHOLE)
+    yield read(WHOLE)
     others = {METHODS[method]: method for method in options.methods if METHODS[method] is not None}
     by_token: dict[str, Mapping[float, Guess]] = {}
     if "predictor" in options.methods:
@@ -165,31 +178,29 @@ def measure_settings(
         by_token["exact"] = dict.fromkeys(options.densities, exact)
     for density in options.densities if set(options.methods) != {"teal"} else ():
         tda = Tda(curves.thresholds_for_density(density).cpu(), density=density)
-        name = f"tda {density:g}"
-        quality = add(Setting(name, "tda", density, SparseTarget(decoder, tda)))
+        found = read(Setting(f"tda {density:g}", "tda", density, SparseTarget(decoder, tda)))
+        if "tda" in options.methods:
+            yield found
         if "prior" in options.methods:
             thresholds = curves.thresholds_for_density(density, options.prior_tokens).cpu()
             prior = curves.fixed_strengths().cpu()
             shrunk = Tda(thresholds, density=density, prior=prior, prior_tokens=options.prior_tokens)
-            add(Setting(f"prior {density:g}", "prior", density, SparseTarget(decoder, shrunk)))
-        for place, selection in baselines(decoder, tda, quality, curves).items():
+            yield read(Setting(f"prior {density:g}", "prior", density, SparseTarget(decoder, shrunk)))
+        for place, selection in baselines(decoder, tda, found[1], curves).items():
             if place in others:
                 method = others[place]
-                add(Setting(f"{method} {density:g}", method, density, SparseTarget(decoder, selection)))
+                yield read(Setting(f"{method} {density:g}", method, density, SparseTarget(decoder, selection)))
         first = tda.options.first_dense
-        share = statistics.fmean(quality.density[first:])
+        share = statistics.fmean(found[1].density[first:])
         for method, guesses in by_token.items():
-            add(Setting(f"{method} {density:g}", method, density, TokenTarget(guesses[density], share, first)))
-        if "tda" not in options.methods:
-            del found[name]
+            yield read(Setting(f"{method} {density:g}", method, density, TokenTarget(guesses[density], share, first)))
     if "teal" in options.methods and options.levels:
         uniform = calibrate_teal(decoder, texts, levels=options.levels, allocation="uniform")
         for level in options.levels:
             for kind, own in (("uniform", uniform), (None if teal is None else teal.allocation, teal)):
                 if own is not None and any(abs(level - known) < 1e-6 for known in own.levels):
                     method = f"teal {kind}"
-                    add(Setting(f"{method} {level:g}", method, level, own.at(level)))
-    return found
+                    yield read(Setting(f"{method} {level:g}", method, level, own.at(level)))
 
 
 def those_that_write(settings: Sequence[Setting], options: Options) -> list[Setting]:

@@ -22,6 +22,8 @@ def print_sparsity(document: Mapping[str, Any]) -> None:
     out.print(_overall(document, rows))
     if tasks:
         out.print(_tasks(rows, tasks))
+    if document.get("against"):
+        out.print(_against(document["against"]))
     if "tokens" in document:
         out.print(_tokens(document["tokens"]))
     if "long" in document:
@@ -29,6 +31,8 @@ def print_sparsity(document: Mapping[str, Any]) -> None:
     if document["chosen"] is not None:
         most = document["options"]["max_perplexity_increase"]
         out.print(f"fastest within {most:.0%} of the whole model's perplexity: {document['chosen']}")
+    for name, error in document.get("failed", {}).items():
+        out.print(f"{name} failed: {error}", markup=False)
 
 
 def _overall(document: Mapping[str, Any], rows: Mapping[str, Any]) -> Table:
@@ -48,22 +52,46 @@ def _overall(document: Mapping[str, Any], rows: Mapping[str, Any]) -> Table:
 
 
 def _tasks(rows: Mapping[str, Any], tasks: Sequence[str]) -> Table:
-    headings = [f">{task}{what}" for task in tasks for what in ("", " - dense (95 %)", ", first difference")]
-    found = titled("right answers, paired, and the median first token that differs", "setting", *headings)
+    parts = ("", " - dense (95 %)", ", lost / gained (p)", ", first difference")
+    headings = [f">{task}{what}" for task in tasks for what in parts]
+    counts = ", ".join(f"{next(iter(rows.values()))['tasks'][task]['n']} of {task}" for task in tasks)
+    title = f"right answers ({counts}), paired, and the median first token that differs"
+    found = titled(title, "setting", *headings)
     for name, row in rows.items():
         if "tasks" not in row:
             continue
         cells = []
         for task in tasks:
             own = row["tasks"][task]
-            bounds = own["difference_95"] or [own["difference"]] * 2
-            cells += [f"{own['accuracy']:.0%}"]
-            cells += [
-                f"{own['difference']:+.0%} ({bounds[0]:+.0%} to {bounds[1]:+.0%})" if name != DENSE else "",
-                f"{own['median_first_difference']:g}" if name != DENSE else "",
-            ]
+            beside = ("", "", "")
+            if name != DENSE:
+                beside = _difference(own), _split(own), f"{own['median_first_difference']:g}"
+            cells += [f"{own['accuracy']:.1%}", *beside]
         found.add_row(name, *cells)
     return found
+
+
+def _against(found: Mapping[str, Any]) -> Table:
+    tasks = list(dict.fromkeys(task for own in found.values() for task in own["tasks"]))
+    headings = [f">{task}{what}" for task in tasks for what in ("", ", lost / gained (p)")]
+    shown = titled("masks against each other, paired (95 %)", "settings", ">perplexity, quotient", *headings)
+    for name, own in found.items():
+        cells = []
+        for row in (own["tasks"].get(task) for task in tasks):
+            cells += ["", ""] if row is None else [_difference(row), _split(row)]
+        bounds = own["perplexity_quotient_95"]
+        between = "" if bounds is None else f" ({bounds[0]:.3f} to {bounds[1]:.3f})"
+        shown.add_row(name, f"{own['perplexity_quotient']:.3f}{between}", *cells)
+    return shown
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    low, high = row["difference_95"] or [row["difference"]] * 2
+    return f"{row['difference']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    return f"{row['lost']} / {row['gained']} ({row['mcnemar_p']:.2g})"
 
 
 def _tokens(found: Mapping[str, Any]) -> Table:

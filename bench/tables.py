@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .pages import notes
+
 PIPE_WIDTH = 150
 OVERALL = "overall"
 MOST_COLUMNS = 8  # arms that a table by task has room for
@@ -116,6 +118,13 @@ def print_plan(document: Mapping[str, Any]) -> None:
         f"{document['expected_speedup']:.2f} of plain decoding "
         f"({document['num_considered']} policies compared, {document['seconds']:.1f} s)"
     )
+    if len(document["rivals"]) > 1:
+        table = titled("Head sets", "heads", "policy", ">expected tokens/s", ">of plain")
+        for name, rival in document["rivals"].items():
+            speed = rival["tokens_per_second"]
+            table.add_row(name, rival["chosen"], f"{speed:.1f}", f"{rival['expected_speedup']:.2f}")
+        out.print(table)
+        out.print(f"{document['heads']} wins: load with --heads {document['heads']}; what follows is its plan")
     layers = "  ".join(f"{rows}: {costs['num_layers'] * ms:.2f}" for rows, ms in costs["layer_ms"].items())
     asks = "  ".join(f"{exit_layer}: {ms:.2f}" for exit_layer, ms in costs["ask_ms"].items())
     out.print(f"ms of all layers by rows: {layers}; the rest of a plain step: {costs['step_ms']:.2f}")
@@ -136,7 +145,7 @@ def print_plan(document: Mapping[str, Any]) -> None:
     if check is None:
         return
     title = (
-        f"Measured: {check['num_questions']} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats"
+        f"Measured: {check['num_answered'][0]} questions x {check['max_new_tokens']} tokens, {check['repeats']} repeats"
     )
     for name, rows in ((title, check["arms"]), ("The best of them again", check["retimed"])):
         table = titled(
@@ -156,7 +165,8 @@ def print_plan(document: Mapping[str, Any]) -> None:
         if rows:
             out.print(table)
     out.print(
-        f"the chosen policy has {check['chosen_share']:.1%} of the best one's speed; {len(check['different'])} of "
+        f"the chosen policy has {check['chosen_share']:.1%} of the best one's speed ({check['best']}; 95 % "
+        f"{_bounds(check['chosen_share_interval'])}); {len(check['different'])} of "
         f"{check['num_compared']} answers differ from plain decoding's"
     )
 
@@ -192,14 +202,14 @@ def print_bench(document: Mapping[str, Any]) -> None:
             if len(document.get("contexts", {})) > 1:
                 title = "By most tokens of the prompt: tok/s, speedup; acceptance, tokens per verification"
                 out.print(_by_task(document["contexts"] | {OVERALL: summary[OVERALL]}, title, "tokens"))
-    if document.get("early_exit"):
-        out.print(_early_exit(document["early_exit"]))
+    if document.get("lossy"):
+        out.print(_lossy(document["lossy"]))
     if document["skipped_questions"]:
         out.print(f"Left out, too long for the context: questions {document['skipped_questions']}")
     found = document["lossless"]
     out.print(f"Lossless check: {found['num_compared']} answers compared, {found['num_different']} different.")
-    for name, (equal, count) in document["equal_to_plain"].items():
-        out.print(f"For information: {equal} of {count} answers of {name} have plain decoding's tokens.")
+    for line in notes(document):
+        out.print(line)
 
 
 def print_comparison(found: Mapping[str, Any]) -> None:
@@ -312,9 +322,9 @@ def _drafts(arms: Mapping[str, Any]) -> Table:
     return table
 
 
-def _early_exit(arms: Mapping[str, Any]) -> Table:
+def _lossy(arms: Mapping[str, Any]) -> Table:
     table = titled(
-        "Early exit (lossy). Depth: layers until a token is written; row layers: with those made up for later; "
+        "Lossy arms. Depth: layers until a token is written; row layers: with those made up for later; "
         "agreement with the full model after the same prefix; perplexity under the full model",
         "arm", ">depth", ">saved", ">row layers/tok", ">by exits", "tokens by exit", ">agreement", ">of exits",
         ">equal texts", ">differs from", ">perplexity", ">plain's",
@@ -378,7 +388,8 @@ def titled(title: str, *headings: str) -> Table:
     """A table; headings that begin with > are of numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in headings:
-        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+        justify: Any = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=heading in ("arm", "policy"))
     return table
 
 

@@ -139,21 +139,15 @@ class KVCache:
         self.k[layer][sequences, :, slots] = k.to(self.k.dtype)
         self.v[layer][sequences, :, slots] = v.nan_to_num(0.0, 0.0, 0.0).to(self.v.dtype)
 
-    def clear_open(self, sequence: int, keys: bool = False) -> None:
-        """Zero what a round can read beyond the committed length, to the end of its last group (rule 4), unless that
-        was
-        done in an earlier round: rejected rows leave finite values (`Writer`), and a finite value times zero is zero.
-
-        Args:
-            keys: zero the keys too, for attention that adds its mask to the scores: NaN plus -inf is NaN.
-        """
+    def clear_open(self, sequence: int) -> None:
+        """Zero the values that a round can read beyond the committed length, to the end of its last group (rule 4),
+        unless that was done in an earlier round: rejected rows leave finite values (`Writer`), and a finite value times
+        zero is zero."""
         base = self.lens[sequence]
         end = -(-(base + MAX_NODES) // self.group) * self.group
-        start = base if keys else max(base, self._cleared[sequence])
+        start = max(base, self._cleared[sequence])
         if start < end:
             self.v[:, sequence, :, start:end].zero_()
-            if keys:
-                self.k[:, sequence, :, start:end].zero_()
         self._cleared[sequence] = end
 
     def restart(self, sequence: int) -> None:

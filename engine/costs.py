@@ -173,7 +173,7 @@ class _Probes:
         kept = {layer: torch.zeros_like(hidden) for layer in self.kept}
         work = Working(0, self.base, tree, hidden, kept=kept)
         work.embed_new(decoder)
-        self.cache.clear_open(0, keys=not self.engine.tiles.deterministic)
+        self.cache.clear_open(0)
         return work
 
     def _verify(self, tree: DraftTree) -> None:

@@ -50,6 +50,8 @@ def shape_of(policy: DraftPolicy) -> Shape | None:
     """
     if policy.lookup is not None or policy.exits != (0,) or not policy.max_nodes or not policy.max_depth:
         return None
+    if policy.confidence != "entropy":
+        return None
     gate = policy.gates[0]
     if policy.beam:
         size = policy.beam, policy.branch, policy.max_depth, policy.max_nodes

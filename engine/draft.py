@@ -77,6 +77,7 @@ def draft(
         Per row, how many nodes every gate refused.
     """
     stops = [0] * len(rows)
+    paths = [{0: 0.0} for _ in rows]  # node -> minus the log-probabilities of the likeliest tokens on its way, in nats
     frontier: list[list[int]] = [[0] if row.max_depth > 0 and policy.max_nodes > 0 else [] for row in rows]
     for depth in range(policy.max_depth):
         asked = [nodes if depth < row.max_depth else [] for row, nodes in zip(rows, frontier, strict=True)]
@@ -88,8 +89,8 @@ def draft(
                 break
             todo = [(row.work, nodes) for row, nodes in zip(rows, asked, strict=True) if nodes]
             # A parent may have stopped at a shallower exit; the keys of its deeper layers are needed now.
-            paths = [(work, _with_ancestors(work.tree, nodes)) for work, nodes in todo]
-            advance(decoder, cache, paths, exit_layer, tiles)
+            needed = [(work, _with_ancestors(work.tree, nodes)) for work, nodes in todo]
+            advance(decoder, cache, needed, exit_layer, tiles)
             if exit_layer in memories:
                 logits = memories[exit_layer].speak(todo).float()
             else:
@@ -100,13 +101,17 @@ def draft(
                 refused = []
                 for node in asked[i]:
                     nats, tree = guesses.entropies[at], row.work.tree
-                    width = policy.gates[exit_layer].width(nats, policy.branch)
+                    path = paths[i][node] - guesses.best[at][0][1]
+                    sure = nats if policy.confidence == "entropy" else path
+                    width = policy.gates[exit_layer].width(sure, policy.branch)
                     room = policy.max_nodes + 1 - len(tree)
                     if width == 0:
                         refused.append(node)
                     elif room > 0:
                         for token, _ in row.rank(guesses, at, tuple(tree.path_tokens(node)), min(width, room)):
-                            frontier[i].append(tree.add(node, token, exit_layer=exit_layer, entropy=nats))
+                            child = tree.add(node, token, exit_layer=exit_layer, entropy=nats)
+                            frontier[i].append(child)
+                            paths[i][child] = path
                     at += 1
                 asked[i] = refused
         stops = [n + len(nodes) for n, nodes in zip(stops, asked, strict=True)]

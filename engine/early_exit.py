@@ -64,10 +64,12 @@ def check_policy(heads: HeadSet | None, policy: DraftPolicy) -> None:
     many tokens may wait) are.
 
     Raises:
-        ValueError: exits without heads, or whose heads have a memory of their own; a lookup.
+        ValueError: exits without heads, or whose heads have a memory of their own; a lookup; gates by another measure.
     """
     if policy.lookup is not None:
         raise ValueError("mode 'early_exit' drafts nothing, so its policy takes no lookup")
+    if policy.confidence != "entropy":
+        raise ValueError(f"mode 'early_exit' has gates by entropy, and this policy's are by {policy.confidence!r}")
     known = {} if heads is None else heads.heads
     missing = sorted(set(policy.exits) - set(known))
     if missing:
@@ -114,7 +116,7 @@ def _begin(on: Machinery, request: Request, works: dict[int, Working]) -> None:
         hidden = torch.zeros(MAX_NODES, on.decoder.config.hidden_size, device=on.decoder.device)
         work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden)
         works[request.sequence] = work
-        on.cache.clear_open(request.sequence, keys=not on.tiles.deterministic)
+        on.cache.clear_open(request.sequence)
     else:
         work.tree.add(len(work.tree) - 1, request.pending)
     work.embed_new(on.decoder)

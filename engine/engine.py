@@ -38,6 +38,7 @@ from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
 from .sparsity.target import SparseTarget
 from .sparsity.teal import TealLevel
+from .sparsity.teal_step import ChannelWeights
 from .statistics import StatisticsRecorder
 from .stopping import Emission, StopChecker
 from .tokenizer import Tokenizer
@@ -55,7 +56,11 @@ TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; dee
 CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 2048, ... positions
 ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
-MOST_ROUNDS = 16  # shapes of captured rounds that are kept
+MOST_ROUNDS = 16  # shapes of captured rounds that are kept, by default
+ONE_BY_ONE = (
+    "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so a draft's "
+    "verification costs a step for each token of it. Leave policy and lookup out, or load with verify='dense'"
+)
 
 
 class Engine:
@@ -65,7 +70,7 @@ class Engine:
         decoder: the model.
         tokenizer: None allows prompts of token ids only.
         heads: exit heads of this model; None decodes plainly.
-        deterministic: False gives up equal bits across widths, trees and batches for torch's fused attention.
+        deterministic: False gives up equal bits across widths, trees and batches for passes of any number of rows.
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
@@ -74,7 +79,7 @@ class Engine:
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
-            output does not change. None: drafts run the target's own layers, and verification goes on from there.
+            output does not change. None: drafts run the target's own layers, and verification goes on from there. CPU.
 
     Raises:
         ValueError: flash-attn, sparsity or draft was asked for and does not take this model, or these heads, here; the
@@ -86,7 +91,8 @@ class Engine:
         fused_refused: whether that is because rows of the fused kernels disagreed in the start-up self-test.
         flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
-        policy: how it drafts where it is not told.
+        policy: how it drafts where it is not told; plainly while its rows drop inputs on a GPU.
+        most_rounds: shapes of captured rounds (batch, draft, reach) that are kept; with more, the oldest is made anew.
         plan: where `policy` comes from, if it was planned (`engine/planner.py`).
     """
 
@@ -111,15 +117,16 @@ class Engine:
             config = decoder.config
             self.flash = find_flash(decoder.device, decoder.dtype, config.head_dim, config.attention_softcap)
         self.model_id, self.deterministic = model_id, deterministic
-        self.warning: str | None = None
+        self._disagreement: str | None = None
         self.observer: Observer | None = None
+        self._channels: ChannelWeights | None = None  # of rows that drop inputs in rounds on the device
         with torch.inference_mode(), self.here():
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
             skips = sparsity is not None and not isinstance(sparsity, TealLevel)
             self.fused = self._fuse(wanted, skips)  # may store weights another way, so before tiles are looked for
             self.tiles = self._find_tiles()
             self.fused_refused = wanted and self.fused is None
-            self._reads_fused = prefill in ("auto", "fused") and self.fused is not None and sparsity is None
+            self._reads_fused = prefill in ("auto", "fused") and self.fused is not None and not skips
             if prefill == "fused" and not self._reads_fused:
                 raise ValueError(
                     "prefill is 'fused', but this engine does not decode the whole model by the fused kernels, which "
@@ -134,25 +141,26 @@ class Engine:
             if sparsity is not None and not isinstance(sparsity, TealLevel):
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
-        self.policy = PLAIN
-        if self.warning is None:
-            self.policy = _default_policy(heads, self.fused is not None)
+        self._policy = PLAIN
+        if self._disagreement is None:
+            self._policy = _default_policy(heads, self.fused is not None)
         self.plan: Plan | None = None
         self._cache: KVCache | None = None
         self._reader: PromptReader | None = None
         self._memories: dict[int, HeadMemory] = {}
         self._rounds: dict[Any, Rounds] = {}
+        self.most_rounds = MOST_ROUNDS
         self._paces: dict[Way, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
 
     def _find_tiles(self) -> RowTiles:
         if not self.deterministic:
-            return RowTiles(least=1, most=1024, deterministic=False)
+            return RowTiles(1, 1024, gathered=self.decoder.device.type == "cuda", deterministic=False)
         try:
             return find_tiles(self.decoder)
         except NotDeterministic as error:
-            self.warning = str(error)
+            self._disagreement = str(error)
             return RowTiles()
 
     def _fuse(self, wanted: bool, skips: bool = False) -> FusedWeights | None:
@@ -162,10 +170,22 @@ class Engine:
 
     def _on_device(self, params: Sequence[SamplingParams]) -> FusedWeights | None:
         """The weights of rounds on the device for requests with these options; None: the waiting loop decodes them."""
-        weights = self.fused
-        if weights is None or self.teal is not None or weights.by_neuron != (self.sparse is not None):
+        weights = self.fused if self.teal is None else self._channels
+        if weights is None or weights.by_neuron != (self.sparse is not None):
             return None
         return weights if params and all(map(samples_on_device, params)) else None
+
+    @property
+    def policy(self) -> DraftPolicy:
+        return self._policy if self._channels is None else PLAIN
+
+    @policy.setter
+    def policy(self, policy: DraftPolicy) -> None:
+        self._policy = policy
+
+    @property
+    def warning(self) -> str | None:
+        return self._disagreement if self._channels is None else ONE_BY_ONE
 
     @property
     def prefill(self) -> str:
@@ -198,7 +218,8 @@ class Engine:
         """Set which rows drop small inputs from now on: all (`verify`), those that draft (`draft`), or none.
 
         Raises:
-            ValueError: both, a model on a GPU, thresholds of another model, or heads whose drafts run no layers.
+            ValueError: both, drafts on a GPU or one without fused kernels, thresholds of another model, or heads whose
+                drafts run no layers.
             NotDeterministic: a row's sums over its kept channels depend on other rows on this machine.
             RuntimeError: a stream of this engine is open in this thread.
         """
@@ -207,10 +228,17 @@ class Engine:
 
     def _thin_out(self, verify: TealLevel | None, draft: TealLevel | None) -> None:
         decoder = self.decoder
-        if (verify or draft) is not None and decoder.device.type != "cpu":
+        on_cpu = decoder.device.type == "cpu"
+        if draft is not None and not on_cpu:
             raise ValueError(
-                f"inputs are dropped on the CPU only, and the model is on {decoder.device}: the kernels for it are not "
-                "part of a step yet. Load with device='cpu', or without 'teal'"
+                f"draft='teal' thins drafts out on the CPU only, and the model is on {decoder.device}: rows that drop "
+                "inputs share no reads there, and verification runs the layers that drafted again, so a drafted token "
+                "costs nearly a step. Load with draft='dense', or with device='cpu'"
+            )
+        if verify is not None and not on_cpu and self.fused is None:
+            raise ValueError(
+                f"verify='teal' needs the fused kernels where the model is on {decoder.device}: Triton, "
+                "deterministic=True and rows that agree. Load with device='cpu', or with verify='dense'"
             )
         if verify is not None and self.sparse is not None:
             raise ValueError(f"the target model is {self.verify!r} already: load with verify='teal' instead")
@@ -222,10 +250,17 @@ class Engine:
                 "draft='teal' thins out the layers before an exit, and these heads draft from their own state (exit 0)"
                 ": load with heads='adapter', or with a set of heads at exits above 0"
             )
-        target = None if verify is None else verify.decoder(decoder, skip=True)
-        if target is not None and self.deterministic:
+        # On a GPU rounds on the device skip channels; what they leave to the loop that waits runs with inputs zeroed.
+        target = None if verify is None else verify.decoder(decoder, skip=on_cpu)
+        if target is not None and on_cpu and self.deterministic:
             target.check_rows()
         drafter = None if draft is None else draft.decoder(decoder, num_layers=deepest, skip=True)
+        if verify is None or self.fused is None:
+            self._channels = None
+        elif self._channels is None:
+            self._channels = ChannelWeights(decoder, verify.thresholds, verify.dense_tokens)
+        else:
+            self._channels.drop(verify.thresholds, verify.dense_tokens)
         self.teal, self.teal_draft, self._teal_target, self._teal_drafter = verify, draft, target, drafter
 
     def generate(
@@ -396,7 +431,7 @@ class Engine:
         cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
         memories = self.memory_plans(self.policy, batch, wanted)
         parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
-        thinned = self._teal_target or self._teal_drafter
+        thinned = self._channels or self._teal_target or self._teal_drafter
         parts += [] if thinned is None else [thinned.arithmetic()]
         lists = self.fused is not None
         return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch, lists)])
@@ -437,6 +472,8 @@ class Engine:
         chosen = PLAIN if speculation is False else (policy or self.policy)
         if lookup is not None:
             chosen = dataclasses.replace(chosen, lookup=(chosen.lookup or Lookup()) if lookup else None)
+        if chosen.drafts and self._channels is not None:
+            raise ValueError(ONE_BY_ONE)
         if chosen.drafts and self.warning is not None:
             raise NotDeterministic(self.warning)
         if chosen.exits and self.heads is None:
@@ -546,7 +583,7 @@ class Engine:
                 draft=None if shape is None else draft, exit_layer=0, reach=reach,
             )  # fmt: skip
         self._rounds[key] = found  # the last one used is the last one
-        while len(self._rounds) > MOST_ROUNDS:
+        while len(self._rounds) > self.most_rounds:
             del self._rounds[next(iter(self._rounds))]
         with torch.inference_mode():
             found.prepare(kinds_of(found, policy))

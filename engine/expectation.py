@@ -129,6 +129,8 @@ def expect(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
         if policy.lookup is not None:
             raise ValueError("best-first trees are known by their means, so they are not played beside a lookup")
         return _expect_tree(policy, rehearsal, costs)
+    if policy.exits and policy.confidence != "entropy":
+        raise ValueError(f"gates by {policy.confidence!r} are not played: rehearsals hold entropies")
     if any(policy.gates[e].low != policy.gates[e].high for e in policy.exits) and policy.branch > 1:
         raise ValueError("gates that branch are not played; expected chains (branch=1) or best-first trees")
     rounds = _plain(rehearsal, costs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +20,13 @@ from ..kernels.attention import (
     RowKeys,
     decode_attention,
     full_attention,
-    fused_attention,
     gathered_attention,
     read_views,
     visible_keys,
     without_plans,
 )
 from ..kernels.flash import FlashAttention
-from .cache import KVCache
+from .cache import KVCache, Writer
 from .model import Decoder, Mlp
 from .tree import MAX_NODES, DraftTree
 
@@ -41,8 +41,9 @@ class RowTiles:
         least: fewest rows of a tile; shorter ones are padded with copies of their last row.
         most: most rows of a tile; equal to `least` where the shape must never change (CUDA).
         least_attention: the same lower bound for rows times query heads per KV head in attention's products.
-        gathered: attention by `gathered_attention`, whose products have one fixed shape (CUDA).
-        deterministic: False drops padding and uses torch's fused attention.
+        gathered: attention of all rows of a tile at once by `gathered_attention`, whose products have one fixed shape
+            a row (CUDA: there every launch counts).
+        deterministic: False drops padding, so bits depend on how many rows run together.
     """
 
     least: int = MAX_NODES
@@ -178,6 +179,13 @@ def _own_mlps(decoder: Decoder, cache: KVCache, spans: Sequence[Span]) -> Mlp | 
     return mlp
 
 
+def index_of(places: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index that selects these places; a slice, which copies nothing to the device, where they follow each other."""
+    if list(places) == list(range(places[0], places[0] + len(places))):
+        return slice(places[0], places[0] + len(places))
+    return torch.tensor(list(places), device=device)
+
+
 class Span:
     """The rows of one sequence in one tile: where they write and what they see, for all layers of a pass."""
 
@@ -186,18 +194,22 @@ class Span:
     ) -> None:
         self.config, self.cache, self.work, self.nodes, self.tiles = decoder.config, cache, work, nodes, tiles
         self.rows = slice(first, first + len(nodes))
-        self.index = torch.tensor(nodes, device=decoder.device)
-        self._write = cache.writer(work.sequence, [work.base + node for node in nodes])
-        self._scale = torch.full((1,), self.config.attention_scale, device=decoder.device)
+        self.index = index_of(nodes, decoder.device)
         want = -(-tiles.least_attention // self.config.group_size)
         self.padding = max(0, want - len(nodes)) if tiles.deterministic else 0
         self._seen: dict[int | None, tuple[RowKeys, list[tuple[Tensor, tuple[Tensor, ...]]]]] = {}
 
+    @cached_property
+    def _write(self) -> Writer:
+        return self.cache.writer(self.work.sequence, [self.work.base + node for node in self.nodes])
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        return torch.full((1,), self.config.attention_scale, device=self.cache.device)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._write(layer, k, v)
         window, config = self.config.windows[layer], self.config
-        if not self.tiles.deterministic:
-            return self._fused(layer, q, window)
         if window not in self._seen:
             nodes = self.nodes + self.nodes[-1:] * self.padding
             keys = row_keys(self.work.tree, nodes, self.work.base, self.cache.group, window, q.device)
@@ -211,20 +223,6 @@ class Span:
         keys, views = self._seen[window]
         out = decode_attention(q, *views[layer], keys, self._scale, config.attention_softcap)
         return out[: len(self.nodes)] if self.padding else out
-
-    def _fused(self, layer: int, q: Tensor, window: int | None) -> Tensor:
-        """torch's own attention in slot order: faster on a GPU, bits depend on the width (`deterministic=False`)."""
-        tree, base = self.work.tree, self.work.base
-        k, v = self.cache.read(layer, self.work.sequence, base + len(tree))
-        at = torch.tensor([base + tree.depths[node] for node in self.nodes], device=q.device).unsqueeze(1)
-        key_at = torch.cat([torch.arange(base), base + torch.tensor(tree.depths)]).to(q.device)
-        visible = torch.zeros(len(self.nodes), base + len(tree), dtype=torch.bool, device=q.device)
-        visible[:, :base] = True
-        for row, node in enumerate(self.nodes):
-            visible[row, [base + ancestor for ancestor in tree.path(node)]] = True
-        if window is not None:
-            visible &= key_at > at - window
-        return masked_attention(q, k, v, visible, self.config.attention_scale, self.config.attention_softcap)
 
 
 class _GatheredRows:
@@ -262,20 +260,6 @@ class _GatheredRows:
             q, self.cache.k[layer], self.cache.v[layer], self._sequences, self._slots, self._hidden[window],
             self.config.attention_scale, self.config.attention_softcap,
         )  # fmt: skip
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention of rows `q [w, H, d]` over `k, v [KV, S, d]` under a bool mask `[w, S]`, with torch's fused kernel."""
-    repeat = q.shape[1] // k.shape[0]
-    q = q.transpose(0, 1).unsqueeze(0).to(k.dtype)
-    if softcap is None:
-        with without_plans(q.device):
-            out = fused_attention(q, k.unsqueeze(0), v.unsqueeze(0), visible, scale)
-    else:
-        scores = (q * scale) @ k.repeat_interleave(repeat, 0).transpose(1, 2)
-        scores = (softcap * torch.tanh(scores.float() / softcap)).masked_fill(~visible, float("-inf"))
-        out = scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 0)
-    return out[0].transpose(0, 1).float()
 
 
 def row_keys(

@@ -1,6 +1,6 @@
-"""The gate: from a head's entropy, extend the draft, branch it or stop.
+"""The gate: from a head's confidence, extend the draft, branch it or stop.
 
-It reads the head's distribution only, never which token was drawn. One candidate a node is DSSD's gate (arXiv
+It reads heads' distributions only, never which token was drawn. One candidate a node is DSSD's gate (arXiv
 2407.21082); one exit with `ALWAYS` and a fixed depth is LayerSkip's scheme (arXiv 2404.16710); no exits is plain
 decoding. All are settings of one `DraftPolicy`.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..heads.calibration import Calibration
 from .tree import MAX_NODES
 
 Source = Literal["text", "heads"]  # of drafts
+Confidence = Literal["entropy", "path"]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Entropy thresholds in nats: H < low extends, low <= H < high branches, H >= high stops.
+    """Thresholds in nats of what `DraftPolicy.confidence` names: H < low extends, low <= H < high branches, H >= high
+    stops.
 
-    A head that is not certain (NaN entropy) stops.
+    A head that is not certain (NaN) stops.
     """
 
     low: float
@@ -32,11 +34,11 @@ class Gate:
         if not self.low <= self.high:
             raise ValueError(f"a gate needs low <= high, got low={self.low}, high={self.high}")
 
-    def width(self, entropy: float, branch: int) -> int:
-        """How many candidates a node with this entropy gets: 1, `branch` or 0."""
-        if entropy < self.low:
+    def width(self, nats: float, branch: int) -> int:
+        """How many candidates a node with this entropy, or path, gets: 1, `branch` or 0."""
+        if nats < self.low:
             return 1
-        return branch if entropy < self.high else 0
+        return branch if nats < self.high else 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class DraftPolicy:
         beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
             at exit 0, whose drafts cost no trunk layers.
         lookup: drafts from the text. Heads are asked for sequences whose text gives none.
+        confidence: what gates compare: "entropy" of the head's distribution after a node, or "path": minus the
+            log-probability of that head's likeliest token, plus those of the nodes above. The first says how sure a
+            head is of one token, the second of the draft as a whole, which alone is accepted.
     """
 
     exits: tuple[int, ...] = ()
@@ -87,6 +92,7 @@ class DraftPolicy:
     branch: int = 2
     beam: int = 0
     lookup: Lookup | None = None
+    confidence: Confidence = "entropy"
 
     def __post_init__(self) -> None:
         if list(self.exits) != sorted(set(self.exits)):
@@ -100,6 +106,12 @@ class DraftPolicy:
             raise ValueError(f"max_depth >= 0 and branch >= 1 are needed, got {self.max_depth} and {self.branch}")
         if self.beam < 0 or (self.beam and self.exits != (0,)):
             raise ValueError(f"beam is {self.beam} for exits {self.exits}: expected 0, or more for exit 0 alone")
+
+        if self.confidence not in get_args(Confidence) or (self.beam and self.confidence != "entropy"):
+            raise ValueError(
+                f"confidence is {self.confidence!r} with beam {self.beam}: expected one of {get_args(Confidence)}, and "
+                "'entropy' in best-first trees, which rank paths already"
+            )
 
     @property
     def drafts(self) -> bool:
@@ -142,6 +154,14 @@ def best_first(
 def every(exits: Sequence[int], gate: Gate, **options: Any) -> DraftPolicy:
     """One gate for all exits."""
     return DraftPolicy(tuple(exits), dict.fromkeys(exits, gate), **options)
+
+
+def likely(exits: Sequence[int], probability: float, **options: Any) -> DraftPolicy:
+    """Draft on while the heads themselves hold the draft to be right, as a whole, with more than this probability."""
+    if not 0.0 < probability < 1.0:
+        raise ValueError(f"probability is {probability}, expected within 0 and 1")
+    nats = -math.log(probability)
+    return every(exits, Gate(nats, nats), confidence="path", **options)
 
 
 DEFAULT_ACCURACY = 0.90

@@ -30,6 +30,7 @@ from .device_draft import RecurrentDraft
 from .device_state import fill
 from .fused import FusedStep, FusedWeights
 from .sampling import SamplingParams
+from .sparsity.teal_step import ChannelWeights, TealStep
 from .tree import MAX_NODES, DraftTree
 
 Kind = Literal["plain", "draft", "given", "absorb"]
@@ -195,7 +196,11 @@ class Rounds:
         head = weights.head.weight
         for rows_each in {self.rows_each("plain"), self.width}:
             rows = -(-batch * rows_each // 16) * 16
-            self.steps[rows_each] = FusedStep(weights, cache, rows, reach=self.reach, pdl=self.pdl)
+            if isinstance(weights, ChannelWeights):
+                step: FusedStep = TealStep(weights, cache, batch * rows_each, reach=self.reach, pdl=self.pdl)
+            else:
+                step = FusedStep(weights, cache, rows, reach=self.reach, pdl=self.pdl)
+            self.steps[rows_each] = step
             self.taps[rows_each] = {layer: torch.zeros(rows, config.hidden_size, device=device) for layer in taps}
             self._targets[rows_each] = whole(rows)
             if processed:

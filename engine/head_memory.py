@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..heads.stateful import Entries, StatefulHead
-from .forward import Working
+from .forward import Working, index_of
 from .gate import DraftPolicy
 from .tree import MAX_NODES
 
@@ -183,7 +183,7 @@ class HeadMemory:
 
     def outputs(self, level: Level) -> Tensor:
         """Outputs `[N, D]` of the entries at these places."""
-        parts = [self._out[own.sequence, _span(places)] for own, places in level]
+        parts = [self._out[own.sequence, index_of(places, self._out.device)] for own, places in level]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def speak(self, asked: Sequence[tuple[Working, Sequence[int]]]) -> Tensor:
@@ -198,7 +198,7 @@ class HeadMemory:
         wanted = [nodes for _, nodes in asked]
         while missing := [(own, new) for own, nodes in zip(rounds, wanted, strict=True) if (new := own.missing(nodes))]:
             exit_layer = self.head.spec.exit_layer
-            hidden = torch.cat([own.work.kept[exit_layer][_span(nodes)] for own, nodes in missing])
+            hidden = torch.cat([own.work.kept[exit_layer][index_of(nodes, self._out.device)] for own, nodes in missing])
             self.grow([(own.paths, own.add(nodes)) for own, nodes in missing], hidden)
         places = [(own.paths, [own.place[node] for node in nodes]) for own, nodes in zip(rounds, wanted, strict=True)]
         return self.head.draft_logits(self.outputs(places))
@@ -287,10 +287,3 @@ def _grow(own: Paths, parents: Sequence[int], device: torch.device) -> Entries:
     for row, place in zip(visible, new, strict=True):
         row[[own.base + seen for seen in own.paths[place]]] = True
     return Entries(own.sequence, slots, positions, visible.to(device))
-
-
-def _span(places: Sequence[int]) -> slice | list[int]:
-    """An index that selects these places; a slice, which copies nothing to the device, where they follow each other."""
-    if list(places) == list(range(places[0], places[0] + len(places))):
-        return slice(places[0], places[0] + len(places))
-    return list(places)

@@ -10,7 +10,7 @@ import torch
 from ..heads.artefact import ArtefactError
 from ..heads.base import head_kinds
 from ..heads.fingerprint import BaseIdentity, base_fingerprint, tokenizer_sha256
-from ..heads.head_set import HeadSet
+from ..heads.head_set import HeadSet, shipped_folder_for
 from .engine import Engine
 from .model import Decoder
 from .planner import follow_plan
@@ -47,8 +47,8 @@ def load(
         device: None takes a GPU if there is one.
         deterministic: see `Engine`.
         verify: the target model: "dense" is the whole model; "tda" skips neurons of each sequence by its prompt; "teal"
-            drops every row's small inputs behind the prompt, on the CPU (both lossy against the whole model, lossless
-            against their own plain decoding).
+            drops every row's small inputs behind the prompt, on a GPU without speculation (both lossy against the whole
+            model, lossless against their own plain decoding).
         sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds; None: the shipped
             ones of this model.
         draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on
@@ -57,7 +57,7 @@ def load(
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), "flash" (flash-attn 2, 3 or 4, where it is installed,
             on a GPU and in half precision), "fused" (the decode step's kernels, on a GPU with Triton), or "auto":
-            "fused" where the target is the whole model and such kernels decode it, else "sdpa".
+            "fused" where such kernels decode the target, unless it is "tda", else "sdpa".
         plan: how drafting is chosen: "cached" follows the plan that `skipstone plan` kept for this machine, model and
             heads, if there is one, else the heads' calibration; "now" measures one (seconds) where none was kept, and
             keeps it; "none" looks for none.
@@ -93,16 +93,9 @@ def load(
     stored = torch.float32 if dtype == torch.float16 else dtype
     pretrained = load_pretrained(model, stored, revision=revision, progress=progress)
     head_set = _head_set(pretrained, heads, allow_base_mismatch)
-    tda = sparsity
+    tda = sparsity if isinstance(sparsity, Tda) else None
     if verify == "tda" and tda is None:
-        tda = shipped_for(identity(pretrained))
-        if tda is None:
-            raise ArtefactError(
-                f"no thresholds are shipped for {pretrained.model_id}: give sparsity, a folder that "
-                "`skipstone calibrate --sparsity tda` wrote"
-            )
-    elif tda is not None and not isinstance(tda, Tda):
-        tda = Tda.load(_folder(tda, "tda"), identity(pretrained), allow_base_mismatch)
+        tda = _tda(pretrained, sparsity, allow_base_mismatch)  # type: ignore[arg-type]
     if teal is not None and not isinstance(teal, Teal):
         teal = Teal.load(_folder(teal, "teal"), identity(pretrained), allow_base_mismatch)
     level = None if teal is None else teal.at(teal_level)
@@ -114,6 +107,18 @@ def load(
     if plan != "none":
         follow_plan(engine, measure=plan == "now")
     return engine
+
+
+def _tda(pretrained: Pretrained, folder: str | os.PathLike[str] | None, allow_base_mismatch: bool) -> Tda:
+    if folder is not None:
+        return Tda.load(_folder(folder, "tda"), identity(pretrained), allow_base_mismatch)
+    shipped = shipped_for(identity(pretrained))
+    if shipped is None:
+        raise ArtefactError(
+            f"no thresholds are shipped for {pretrained.model_id}: give sparsity, a folder that "
+            "`skipstone calibrate --sparsity tda` wrote"
+        )
+    return shipped
 
 
 def _folder(path: str | os.PathLike[str], method: str) -> str:
@@ -132,6 +137,20 @@ def load_heads(model: str | os.PathLike[str], heads: str | os.PathLike[str], dty
     if found is None:
         raise ArtefactError(f"no heads are shipped for {model}: train some, or give a folder")
     return found
+
+
+def shipped_kinds(model: str | os.PathLike[str], dtype: torch.dtype) -> list[str]:
+    """Kinds of heads of which a set is shipped for this model; "tda" where thresholds are."""
+    stored = torch.float32 if dtype == torch.float16 else dtype
+    base = identity(load_pretrained(model, stored, progress=False))
+    kinds = [kind for kind in head_kinds() if shipped_folder_for(base, kind=kind) is not None]
+    return kinds if shipped_for(base) is None else [*kinds, "tda"]
+
+
+def load_tda(model: str | os.PathLike[str], folder: str | os.PathLike[str] | None, dtype: torch.dtype) -> Tda:
+    """TDA thresholds of a model that is loaded already: of a folder, or the shipped ones; errors as of `load`."""
+    stored = torch.float32 if dtype == torch.float16 else dtype
+    return _tda(load_pretrained(model, stored, progress=False), folder, False)
 
 
 def load_teal(model: str | os.PathLike[str], folder: str | os.PathLike[str], dtype: torch.dtype) -> Teal:

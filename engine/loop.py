@@ -19,7 +19,7 @@ from ..kernels.flash import FlashAttention
 from .best_first import best_first
 from .cache import KVCache
 from .draft import DraftRow, Guesses, Head, draft
-from .forward import RowTiles, Working, advance, node_logits, prefill
+from .forward import RowTiles, Working, advance, index_of, node_logits, prefill
 from .gate import PLAIN, DraftPolicy, Source
 from .head_memory import HeadMemory
 from .lookup import TextIndex, draft_from_text
@@ -305,7 +305,7 @@ def begin(on: Machinery, request: Request) -> Working:
     kept = {layer: torch.zeros_like(hidden) for layer in on.kept_layers}
     work = Working(request.sequence, request.committed_len, DraftTree(request.pending), hidden, kept=kept)
     work.embed_new(on.decoder)
-    on.cache.clear_open(request.sequence, keys=not on.tiles.deterministic)
+    on.cache.clear_open(request.sequence)
     return work
 
 
@@ -333,7 +333,7 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
     path = [0, *block.acceptance.nodes]
     on.cache.commit(request.sequence, path)
     if on.memories:
-        rows = torch.tensor(path, device=on.decoder.device)
+        rows = index_of(path, on.decoder.device)
         on.take(request.sequence, {layer: states[rows] for layer, states in block.states.items()})
     request.history.extend(block.tokens)
     request.origins += block.origins

@@ -5,7 +5,8 @@
         y_i' = y_i cos - y_j sin,    y_j' = y_j cos + y_i sin
 
 One program makes some pairs of one head for 16 rows, so both places of a pair are at hand; with norms over heads it
-makes the whole head. Keys and values go to each row's own slot, rounded to the cache's dtype. One pass.
+makes the whole head. Keys and values go to each row's own slot, rounded to the cache's dtype. One pass. `place_qkv` is
+what follows the product alone, for products that are made elsewhere.
 """
 
 from __future__ import annotations
@@ -40,8 +41,14 @@ def qkv_reference(
     shape: LayerShape,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q `[R, H, d]`, k and v `[R, KV, d]` in fp32, from the arguments of `qkv` and the rows' positions."""
-    y = normed_product(x, stats, weight, bias, shift, shape)
-    y = y.view(len(x), -1, shape.head_dim)
+    return placed_reference(normed_product(x, stats, weight, bias, shift, shape), qk_norm, cos, sin, positions, shape)
+
+
+def placed_reference(
+    y: Tensor, qk_norm: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor, positions: Tensor, shape: LayerShape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from products y `[R, (H + 2 KV) d]` fp32: what `place_qkv` does."""
+    y = y.view(len(y), -1, shape.head_dim)
     q, k, v = y.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
     if qk_norm is not None:
         q, k = (
@@ -72,6 +79,55 @@ def normed_product(
 
 
 if triton is not None:
+
+    @triton.jit
+    def _places(pair, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Both places of pairs in a head; those that are not rotated come behind, paired up as they are left."""
+        ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
+        rotated = pair < ROTARY_HALF
+        place_a = tl.where(rotated, pair, pair + ROTARY_HALF)
+        place_b = tl.where(rotated, pair + ROTARY_HALF, pair + ROTARY_HALF + (HEAD_DIM - ROTARY_DIM) // 2)
+        return place_a, place_b
+
+    @triton.jit
+    def _angles(cos, sin, position, pair, live, ROTARY_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Cosines and sines `[rows, pairs]`; 1 and 0 where nothing is rotated."""
+        turned = live[:, None] & (pair < ROTARY_DIM // 2)[None, :]
+        angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
+        c = tl.load(cos + angle, mask=turned, other=1.0)
+        s = tl.load(sin + angle + ROTARY_DIM // 2, mask=turned, other=0.0)  # the second half is the positive one
+        return c, s
+
+    @triton.jit
+    def _place(  # type: ignore[no-untyped-def]
+        a, b, head, pair, c, s, rows, live, sequence, slot, q_norm, k_norm, q_out, k_cache, v_cache,
+        cache_sequence, cache_head, cache_slot, eps,
+        NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+        QK_NORM: tl.constexpr,
+    ):  # fmt: skip
+        """Norm, rotate and store the pairs (a, b) `[rows, pairs]` of one head."""
+        held = pair < HEAD_DIM // 2
+        place_a, place_b = _places(pair, HEAD_DIM, ROTARY_DIM)
+        if head < NUM_HEADS + NUM_KV:
+            if QK_NORM:
+                norm = q_norm if head < NUM_HEADS else k_norm
+                spread = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
+                a = a * spread[:, None] * tl.load(norm + place_a, mask=held, other=0.0)[None, :]
+                b = b * spread[:, None] * tl.load(norm + place_b, mask=held, other=0.0)[None, :]
+            a, b = a * c - b * s, b * c + a * s
+        stored = live[:, None] & held[None, :]
+        if head < NUM_HEADS:
+            q_at = q_out + rows[:, None].to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+            tl.store(q_at + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
+            tl.store(q_at + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
+        else:
+            cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
+            kv_head = (head - NUM_HEADS) % NUM_KV
+            kv_at = (
+                cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head + slot.to(tl.int64) * cache_slot
+            )[:, None]
+            tl.store(kv_at + place_a[None, :], a.to(k_cache.dtype.element_ty), mask=stored)
+            tl.store(kv_at + place_b[None, :], b.to(k_cache.dtype.element_ty), mask=stored)
 
     @triton.jit
     def _qkv_kernel(  # type: ignore[no-untyped-def]
@@ -121,11 +177,7 @@ if triton is not None:
 
         live = live != 0
         pair = first_pair + tl.arange(0, BLOCK_P)
-        rotated = pair < ROTARY_HALF
-        turned = live[:, None] & rotated[None, :]
-        angle = position[:, None].to(tl.int64) * ROTARY_DIM + pair[None, :]
-        c = tl.load(cos + angle, mask=turned, other=1.0)
-        s = tl.load(sin + angle + ROTARY_HALF, mask=turned, other=0.0)  # the second half is the positive one
+        c, s = _angles(cos, sin, position, pair, live, ROTARY_DIM)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         y = y * scale[:, None]
         if LAYER_NORM:
@@ -133,30 +185,41 @@ if triton is not None:
         if HAS_BIAS:
             y += offset.to(tl.float32)[None, :]
         a, b = tl.split(tl.permute(tl.reshape(y, [BM, 2, BLOCK_P]), [0, 2, 1]))
+        _place(
+            a, b, head, pair, c, s, rows, live, sequence, slot, q_norm, k_norm, q_out, k_cache, v_cache,
+            cache_sequence, cache_head, cache_slot, eps, NUM_HEADS, NUM_KV, HEAD_DIM, ROTARY_DIM, QK_NORM,
+        )  # fmt: skip
 
-        held = pair < HALF
-        place_a = tl.where(rotated, pair, pair + ROTARY_HALF)
-        place_b = tl.where(rotated, pair + ROTARY_HALF, pair + ROTARY_HALF + (HEAD_DIM - ROTARY_DIM) // 2)
-        if head < NUM_HEADS + NUM_KV:
-            if QK_NORM:
-                norm = q_norm if head < NUM_HEADS else k_norm
-                spread = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
-                a = a * spread[:, None] * tl.load(norm + place_a, mask=held, other=0.0)[None, :]
-                b = b * spread[:, None] * tl.load(norm + place_b, mask=held, other=0.0)[None, :]
-            a, b = a * c - b * s, b * c + a * s
-        stored = live[:, None] & held[None, :]
-        if head < NUM_HEADS:
-            q_at = q_out + rows[:, None].to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
-            tl.store(q_at + place_a[None, :], a.to(q_out.dtype.element_ty), mask=stored)
-            tl.store(q_at + place_b[None, :], b.to(q_out.dtype.element_ty), mask=stored)
-        else:
-            cache = k_cache if head < NUM_HEADS + NUM_KV else v_cache
-            kv_head = (head - NUM_HEADS) % NUM_KV
-            kv_at = (
-                cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head + slot.to(tl.int64) * cache_slot
-            )[:, None]
-            tl.store(kv_at + place_a[None, :], a.to(k_cache.dtype.element_ty), mask=stored)
-            tl.store(kv_at + place_b[None, :], b.to(k_cache.dtype.element_ty), mask=stored)
+    @triton.jit
+    def _place_kernel(  # type: ignore[no-untyped-def]
+        y, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache, live_of, sequence_of, position_of, slot_of,
+        cache_sequence, cache_head, cache_slot, eps,
+        WIDTH: tl.constexpr, K_AT: tl.constexpr, V_AT: tl.constexpr,
+        NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+        QK_NORM: tl.constexpr, PDL: tl.constexpr, BLOCK_P: tl.constexpr,
+    ):  # fmt: skip
+        pdl_wait(PDL)
+        row = tl.program_id(0) + tl.arange(0, 1)
+        head = tl.program_id(1)
+        pair = tl.arange(0, BLOCK_P)
+        live = tl.load(live_of + row) != 0
+        position, sequence, slot = tl.load(position_of + row), tl.load(sequence_of + row), tl.load(slot_of + row)
+        place_a, place_b = _places(pair, HEAD_DIM, ROTARY_DIM)
+        start = head * HEAD_DIM
+        if head >= NUM_HEADS + NUM_KV:
+            start = V_AT + (head - NUM_HEADS - NUM_KV) * HEAD_DIM
+        elif head >= NUM_HEADS:
+            start = K_AT + (head - NUM_HEADS) * HEAD_DIM
+        real = live[:, None] & (pair < HEAD_DIM // 2)[None, :]
+        y += row[:, None].to(tl.int64) * WIDTH + start
+        a = tl.load(y + place_a[None, :], mask=real, other=0.0)
+        b = tl.load(y + place_b[None, :], mask=real, other=0.0)
+        c, s = _angles(cos, sin, position, pair, live, ROTARY_DIM)
+        pdl_next(PDL)
+        _place(
+            a, b, head, pair, c, s, row, live, sequence, slot, q_norm, k_norm, q_out, k_cache, v_cache,
+            cache_sequence, cache_head, cache_slot, eps, NUM_HEADS, NUM_KV, HEAD_DIM, ROTARY_DIM, QK_NORM,
+        )  # fmt: skip
 
 
 # Half types, by hidden size and rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
@@ -230,4 +293,36 @@ def qkv(
         HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,
         X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=bm, **chosen,
         **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def place_qkv(
+    y: Tensor,
+    starts: tuple[int, int],
+    qk_norm: tuple[Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Rows,
+    shape: LayerShape,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Norm, rotate and store what was multiplied: the first rows' q, and k and v, as far as they are live.
+
+    Args:
+        y: `[N, M]` fp32, the products of rows 0..N-1 with their bias: q from column 0 on.
+        starts: the columns that k and v start at.
+        qk_norm, cos, sin, q_out, k_cache, v_cache, rows, shape, pdl: as in `qkv`.
+    """
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
+        raise ValueError("expected caches of equal strides and a last axis without gaps")
+    _place_kernel[(len(y), shape.num_heads + 2 * shape.num_kv_heads)](
+        y, *(qk_norm or (None, None)), cos, sin, q_out, k_cache, v_cache,
+        rows.live, rows.sequence, rows.position, rows.slot, *k_cache.stride()[:3], shape.norm_eps,
+        WIDTH=y.shape[1], K_AT=starts[0], V_AT=starts[1], NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads,
+        HEAD_DIM=shape.head_dim, ROTARY_DIM=shape.rotary_dim, QK_NORM=qk_norm is not None, PDL=pdl,
+        BLOCK_P=triton.next_power_of_2(shape.head_dim // 2), num_warps=1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

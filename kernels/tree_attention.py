@@ -4,12 +4,12 @@
 
 One program takes one row and the query heads of one KV head (the rows of its products), and keys by absolute
 position: position p lies in slot p if it is committed (p < base), else in slot base + path[p - base]. Keys are read in
-blocks at fixed absolute positions, with a running maximum over the row's own keys, and contexts are cut into splits
-at fixed absolute positions, whose partial results are put together one after the other. So a row's bits depend on
-its own tokens and positions only: not on the tree, the place in it, the round's start, other rows or the cache
-(design rule 3), because its keys stand at the same place of the same products whatever tree they came from. Weights
-are rounded to the cache's dtype before their product with v, and the denominator is the product of the same weights
-with ones.
+blocks at fixed absolute positions (half a block where a split holds no more of them), with a running maximum over the
+row's own keys, and contexts are cut into splits at fixed absolute positions, whose partial results are put together
+one after the other. So a row's bits depend on its own tokens and positions only: not on the tree, the place in it, the
+round's start, other rows or the cache (design rule 3), because its keys stand at the same place of the same products
+whatever tree they came from. Weights are rounded to the cache's dtype before their product with v, and the denominator
+is the product of the same weights with ones.
 
 Rows of one sequence read most of their keys together. A split is closed if all rows of the sequence see all of it:
 its positions are committed and in everybody's window. If a tile of 16 has more rows of the sequence than a KV head has
@@ -66,6 +66,39 @@ def tree_attention_reference(
 
 
 if triton is not None:
+
+    @triton.jit
+    def _block(  # type: ignore[no-untyped-def]
+        queries, keys_of, values_of, path, first, position, first_key, base, cache_slot, scale, softcap,
+        largest, total, acc,
+        HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Take in the keys of positions first .. first + BLOCK - 1 that the row sees: the running maximum, denominator
+        and sum after them."""
+        d = tl.arange(0, BLOCK_D)
+        p = first + tl.arange(0, BLOCK)
+        seen = (p <= position) & (p >= first_key)
+        drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
+        node = tl.load(path + (p - base), mask=drafted, other=0)
+        slot = tl.where(drafted, base + node, p).to(tl.int64) * cache_slot
+        keys = tl.load(keys_of + slot[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        values = tl.load(
+            values_of + slot[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+        )
+        scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1)
+            scores = softcap - 2.0 * softcap / (tl.exp(scores * (2.0 / softcap)) + 1.0)
+        scores = tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))
+        highest = tl.maximum(largest, tl.max(scores, 1))
+        finite = tl.where(highest == float("-inf"), 0.0, highest)  # no key seen yet: windows begin inside a block
+        shrink = tl.exp2(largest - finite)
+        weights = tl.exp2(scores - finite[:, None]).to(values.dtype)
+        ones = tl.full([BLOCK, 16], 1.0, values.dtype)
+        total = total * shrink[:, None] + tl.dot(weights, ones, input_precision=PRECISION)
+        acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision=PRECISION)
+        return highest, total, acc
 
     @triton.jit
     def _part(part_acc, part_max, part_sum, first, num_parts, i, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -161,31 +194,17 @@ if triton is not None:
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for first in range(start, stop, BLOCK):
-            p = first + tl.arange(0, BLOCK)
-            seen = (p <= position) & (p >= first_key)
-            drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
-            node = tl.load(path_of + row * PATH + (p - base), mask=drafted, other=0)
-            slot = tl.where(drafted, base + node, p).to(tl.int64) * cache_slot
-            keys = tl.load(
-                keys_of + slot[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0
-            )
-            values = tl.load(
-                values_of + slot[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0
-            )
-            scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
-            if HAS_SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2x) + 1)
-                scores = softcap - 2.0 * softcap / (tl.exp(scores * (2.0 / softcap)) + 1.0)
-            scores = tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))
-            highest = tl.maximum(largest, tl.max(scores, 1))
-            finite = tl.where(highest == float("-inf"), 0.0, highest)  # no key seen yet: windows begin inside a block
-            shrink = tl.exp2(largest - finite)
-            weights = tl.exp2(scores - finite[:, None]).to(v_cache.dtype.element_ty)
-            ones = tl.full([BLOCK, 16], 1.0, v_cache.dtype.element_ty)
-            total = total * shrink[:, None] + tl.dot(weights, ones, input_precision=PRECISION)
-            acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision=PRECISION)
-            largest = highest
+        if stop - start <= BLOCK // 2:  # a row's position tells, so its bits are the same in every tree
+            largest, total, acc = _block(
+                queries, keys_of, values_of, path_of + row * PATH, start, position, first_key, base, cache_slot, scale,
+                softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK // 2,
+            )  # fmt: skip
+        else:
+            for first in range(start, stop, BLOCK):
+                largest, total, acc = _block(
+                    queries, keys_of, values_of, path_of + row * PATH, first, position, first_key, base, cache_slot,
+                    scale, softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK,
+                )  # fmt: skip
         pdl_next(PDL)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]

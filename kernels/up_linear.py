@@ -6,6 +6,7 @@
 with the norm deferred (see `tile.py`). One program makes some neurons of 16 rows, gate and up of the same ones. One
 pass. Where each tile of rows has a list of neurons (`kept.py`), place i of `a` holds the i-th of them, and programs
 whose places lie beyond the list leave at once: before they wait, for they write nothing, and the first ones do wait.
+`activate` is what follows the product alone, for products that are made elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ def up_linear_reference(
     x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, shape: LayerShape
 ) -> Tensor:
     """fp32 `[R, FF]` from the arguments of `up_linear`."""
-    y = normed_product(x, stats, weight, bias, shift, shape)
+    return activated_reference(normed_product(x, stats, weight, bias, shift, shape), shape)
+
+
+def activated_reference(y: Tensor, shape: LayerShape) -> Tensor:
+    """fp32 `[R, FF]` from products `[R, 2 FF]`, gate first, or `[R, FF]`."""
     act: Callable[[Tensor], Tensor] = F.silu
     if shape.activation != "silu":
         act = partial(F.gelu, approximate="tanh" if shape.activation == "gelu_tanh" else "none")
@@ -103,6 +108,26 @@ if triton is not None:
         to = out + rows[:, None].to(tl.int64) * FF + neuron[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=(live != 0)[:, None] & (neuron < FF)[None, :])
 
+    @triton.jit
+    def _activate_kernel(  # type: ignore[no-untyped-def]
+        y, out, live_of,
+        WIDTH: tl.constexpr, UP_AT: tl.constexpr, FF: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+        PDL: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        pdl_wait(PDL)
+        row = tl.program_id(0).to(tl.int64)
+        neuron = tl.program_id(1) * BN + tl.arange(0, BN)
+        real = (neuron < FF) & (tl.load(live_of + row) != 0)
+        a = tl.load(y + row * WIDTH + neuron, mask=real, other=0.0)
+        up = a
+        if GATED:
+            up = tl.load(y + row * WIDTH + UP_AT + neuron, mask=real, other=0.0)
+        pdl_next(PDL)
+        a = _activate(a, ACTIVATION)
+        if GATED:
+            a = a * up
+        tl.store(out + row * FF + neuron, a.to(out.dtype.element_ty), mask=real)
+
 
 # Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
@@ -157,4 +182,20 @@ def up_linear(
         ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl,
         BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def activate(y: Tensor, up_at: int, out: Tensor, rows: Rows, shape: LayerShape, *, pdl: bool = False) -> None:
+    """The inner activations of what was multiplied: the first rows', as far as they are live.
+
+    Args:
+        y: `[N, M]` fp32, the products of rows 0..N-1 with their bias: gate, or up in a plain MLP, from column 0 on.
+        up_at: the column that up starts at behind a gate.
+        out, rows, shape, pdl: as in `up_linear`.
+    """
+    wide = shape.intermediate_size
+    block = min(512, triton.next_power_of_2(wide))
+    _activate_kernel[(len(y), triton.cdiv(wide, block))](
+        y, out, rows.live, WIDTH=y.shape[1], UP_AT=up_at, FF=wide, GATED=shape.gated, ACTIVATION=shape.activation,
+        PDL=pdl, BN=block, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -359,6 +359,23 @@ def test_bench_writes_a_report_goes_on_with_it_and_compares_two(run: Run, tmp_pa
     assert "is more than the 512 tokens of this model" in run("bench", "--context", "1k").stderr
 
 
+def test_bench_is_bounded_and_takes_batches(run: Run, tmp_path: Path) -> None:
+    args = ("--limit", "2", "--arms", "default", "--repeats", "1", *SHORT)
+    done = run("bench", *args, "--minutes", "0", "--report", str(tmp_path))
+    assert done.exit_code == 130 and "only whole questions count" in done.stdout
+    whole = run("bench", *args, "--report", str(tmp_path))
+    assert whole.exit_code == 0 and strict_json((tmp_path / "run.json").read_text(encoding="utf-8"))["num_resumed"] > 0
+    batch = run("bench", *args, "--batch", "2")
+    assert batch.exit_code == 0 and "solo" in batch.stdout and "2 questions side by side" in batch.stdout
+    for wrong, words in (
+        (("--batch", "2", "--baseline", "hf"), "answer one question at a time"),
+        (("--baseline", "compile"), "is a CUDA graph"),
+        (("--arms", "plain%cats"), "unknown target 'cats'"),
+    ):
+        refused = run("bench", *args, *wrong)
+        assert refused.exit_code == 2 and words in refused.stderr.replace("\n", " ")
+
+
 def run_compare(*paths: str) -> Any:
     return CliRunner().invoke(cli.app, ["bench", "compare", *paths])
 
@@ -455,6 +472,12 @@ def test_thresholds_are_found_and_used(run: Run, engine: Engine, tmp_path: Path)
     assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
     done = run("bench", "--limit", "1", "--max-new-tokens", "6", "--repeats", "1", "--arms", "always", "--json", *where)
     assert done.exit_code == 0 and strict_json(done.stdout)["verify"] == "tda"
+    beside = ("bench", "--limit", "1", "--max-new-tokens", "6", "--repeats", "1", "--sparsity", str(out), "--json")
+    document = strict_json(run(*beside, "--arms", "always%tda").stdout)
+    assert document["verify"] == "dense" and document["thresholds"].keys() == {"tda"} and document["sparsity"] == "tda"
+    assert list(document["arms"]) == ["plain", "plain%tda", "always%tda"] and document["problems"] == []
+    refused = run(*beside, "--arms", "always")
+    assert refused.exit_code == 2 and "no arm uses --sparsity: name one, e.g. plain%tda" in refused.stderr
 
 
 def test_inputs_are_dropped(run: Run, tmp_path: Path) -> None:
@@ -492,6 +515,9 @@ def test_sparsity_is_reported(tiny_folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "other")])
     assert refused.exit_code == 2 and "pip install 'skipstone[plot]'" in refused.stderr
+    short = [*command, "--out", str(tmp_path / "other"), "--methods", "teal", "--no-claims"]
+    assert CliRunner().invoke(cli.app, [*short, "--no-pictures"]).exit_code == 0
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(

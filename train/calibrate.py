@@ -24,8 +24,9 @@ from ..engine.model import Decoder
 from ..engine.tree import DraftTree
 from ..heads import Calibration, HeadSet, fit_calibration
 from ..heads.calibration import LEVELS
-from .data import SelfText
 from .measure import head_logits, output_places, rank_of
+from .progress import bar
+from .rehearse import NUM_PROMPTS as REHEARSED
 from .rehearse import rehearse
 
 NUM_PROMPTS, NEW_TOKENS = 128, 64
@@ -163,13 +164,26 @@ def measuring_engine(decoder: Decoder, heads: HeadSet) -> Engine:
 
 
 def calibrate(
-    decoder: Decoder, heads: HeadSet, held_out: SelfText, stop_ids: Sequence[int], **options: Any
-) -> Calibration:
-    """Measure heads on the prompts of held-out text, at most `NUM_PROMPTS`, and rehearse them on some; `options` are
-    those of `record`."""
-    prompts = [
-        held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in range(len(held_out)) if held_out.greedy[i]
-    ]
-    engine = measuring_engine(decoder, heads)
-    found = record(engine, prompts[:NUM_PROMPTS], stop_ids=stop_ids, **options).fit()
-    return replace(found, rehearsal=rehearse(engine, prompts, stop_ids=stop_ids).rehearsal())
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    stop_ids: Sequence[int] = (),
+    accuracy: float = DRAFT_LEVEL,
+    batch: int | None = None,
+    progress: bool = False,
+) -> tuple[Recorder, Calibration]:
+    """Measure heads on held-out prompts and rehearse them on the first of these; the options are those of `record`.
+
+    Args:
+        progress: show bars on stderr.
+
+    Returns:
+        What was recorded, and the calibration of all of it, with the rehearsal.
+    """
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "batch": batch}
+    with bar(progress, "measuring", len(prompts) * max_new_tokens) as shown:
+        found = record(engine, prompts, accuracy=accuracy, on_tokens=shown.advance, **options)
+    with bar(progress, "rehearsing", min(REHEARSED, len(prompts)) * max_new_tokens) as shown:
+        rehearsed = rehearse(engine, prompts, on_tokens=shown.advance, **options)
+    return found, replace(found.fit(), rehearsal=rehearsed.rehearsal())

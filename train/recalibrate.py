@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,8 @@ import torch
 
 from ..heads import Calibration, HeadSet, head_kinds, shipped_folder_for, store_calibration
 from ..heads.calibration import CURVE_LEVEL
-from .calibrate import DRAFT_LEVEL, NEW_TOKENS, NUM_PROMPTS, measuring_engine, record
+from .calibrate import DRAFT_LEVEL, NEW_TOKENS, NUM_PROMPTS, calibrate, measuring_engine
 from .data import encode_chat, is_held_out, read_prompts
-from .progress import bar
-from .rehearse import NUM_PROMPTS as REHEARSED
-from .rehearse import rehearse
 from .run import device_type, load_base
 
 SHOWN_LEVELS = (0.60, 0.75, 0.90, 0.95)
@@ -34,7 +31,7 @@ class Settings:
         max_prompts, max_prompt_tokens: prompts beyond are left out.
         held_out_percent: share of the prompts, by hash, that training left out; None takes what the set's own record
             says, else 3. Give 100 for a file that training never read.
-        max_new_tokens, accuracy, batch: see `calibrate.record`.
+        max_new_tokens, accuracy, batch: see `calibrate.calibrate`.
     """
 
     model: str
@@ -123,17 +120,10 @@ def recalibrate(settings: Settings) -> Recalibrated:
             "more, or --held-out-percent 100 if training never read this file"
         )
     engine = measuring_engine(base.decoder, heads)
-    with bar(settings.progress, "measuring", len(prompts) * settings.max_new_tokens) as shown:
-        found = record(
-            engine, prompts, stop_ids=base.tokenizer.stop_ids, max_new_tokens=settings.max_new_tokens,
-            accuracy=settings.accuracy, batch=settings.batch, on_tokens=shown.advance,
-        )  # fmt: skip
-    with bar(settings.progress, "rehearsing", min(REHEARSED, len(prompts)) * settings.max_new_tokens) as shown:
-        rehearsed = rehearse(
-            engine, prompts, stop_ids=base.tokenizer.stop_ids, max_new_tokens=settings.max_new_tokens,
-            batch=settings.batch, on_tokens=shown.advance,
-        )  # fmt: skip
-    calibration = replace(found.fit(), rehearsal=rehearsed.rehearsal())
+    found, calibration = calibrate(
+        engine, prompts, stop_ids=base.tokenizer.stop_ids, max_new_tokens=settings.max_new_tokens,
+        accuracy=settings.accuracy, batch=settings.batch, progress=settings.progress,
+    )  # fmt: skip
     target = _target(settings, folder)
     if target is not None:
         store_calibration(folder, calibration, target)

@@ -37,7 +37,7 @@ from ..heads import (
     base_fingerprint,
     tokenizer_sha256,
 )
-from .calibrate import calibrate
+from .calibrate import NUM_PROMPTS, calibrate, measuring_engine
 from .chains import measure_chains
 from .checkpoint import newest_checkpoint, save_checkpoint
 from .choose import choose_heads
@@ -223,7 +223,11 @@ class _Run:
             if not self.config.shard_base:
                 # What is measured is what was stored: rounded weights, packed as in decoding.
                 heads = HeadSet.load(folder, self.identity).attach(projection)
-                heads.calibration = calibrate(self.decoder, heads, self.held_out, self.stop_ids)
+                held_out = self.held_out
+                greedy = [i for i in range(len(held_out)) if held_out.greedy[i]][:NUM_PROMPTS]
+                prompts = [held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in greedy]
+                engine, shown = measuring_engine(self.decoder, heads), self.config.progress
+                _, heads.calibration = calibrate(engine, prompts, stop_ids=self.stop_ids, progress=shown)
                 heads.save(folder, overwrite=True, card=card(heads))
             report = {"run": facts, "curve": self.curve, "minutes": (time.monotonic() - started) / 60}
             (self.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

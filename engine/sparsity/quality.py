@@ -8,7 +8,7 @@ reduced projections up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +53,13 @@ class Quality:
     def density(self) -> list[float]:
         """Kept share of neurons, mean over the texts, of each layer."""
         return [float(self.kept[i].double().mean()) if i in self.kept else 1.0 for i in range(self.num_layers)]
+
+
+def joined(parts: Sequence[Quality]) -> Quality:
+    """Of the texts of all parts, in their order."""
+    kept = {layer: torch.cat([part.kept[layer] for part in parts]) for layer in parts[0].kept}
+    losses, choices = torch.cat([part.losses for part in parts]), torch.cat([part.choices for part in parts])
+    return Quality(losses, choices, kept, parts[0].num_layers, parts[0].num_neurons)
 
 
 class Masks(Protocol):

@@ -120,8 +120,7 @@ class TealDecoder(RewiredDecoder):
     def arithmetic(self) -> str:
         """What the second copy of the weights takes, in words."""
         own = [getattr(layer, name) for layer in self.layers for name in INPUTS]
-        count = sum(projection.num_bytes for projection in own if isinstance(projection, Thresholded))
-        return f"weights by input channel, a second copy for dropping inputs = {count / 2**20:.1f} MiB"
+        return second_copy(sum(projection.num_bytes for projection in own if isinstance(projection, Thresholded)))
 
     def check_rows(self) -> None:
         """Check that a row alone has the bits that it has among others, in any place, on this machine.
@@ -131,6 +130,11 @@ class TealDecoder(RewiredDecoder):
         """
         for name in INPUTS:
             getattr(self.layers[0], name).check_rows()
+
+
+def second_copy(num_bytes: int) -> str:
+    """In words."""
+    return f"weights by input channel, a second copy for dropping inputs = {num_bytes / 2**20:.1f} MiB"
 
 
 class Thresholded:

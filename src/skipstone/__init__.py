@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.cache import ContextTooLong
     from .engine.engine import Engine
-    from .engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit, from_text
+    from .engine.gate import (
+        ALWAYS,
+        PLAIN,
+        DraftPolicy,
+        Gate,
+        Lookup,
+        best_first,
+        calibrated,
+        fixed_exit,
+        from_text,
+        likely,
+    )
     from .engine.generation import Event, Generation, LosslessReport, Stream
     from .engine.load import load
     from .engine.sampling import SamplingParams, TokenLogprobs
@@ -41,6 +52,7 @@ __all__ = [
     "calibrated",
     "fixed_exit",
     "from_text",
+    "likely",
     "load",
 ]
 
@@ -59,6 +71,7 @@ _PLACES = {
         "calibrated",
         "fixed_exit",
         "from_text",
+        "likely",
     ),
     "engine.load": ("load",),
     "engine.sampling": ("SamplingParams", "TokenLogprobs"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -60,7 +61,7 @@ Verify = Annotated[
     str,
     typer.Option(
         help="The target model: dense; tda: each sequence skips neurons by its prompt; teal: each row drops small "
-        "inputs, CPU (both lossy)."
+        "inputs, on a GPU without drafts (both lossy)."
     ),
 ]
 Sparsity = Annotated[
@@ -551,7 +552,9 @@ def _calibrate_teal(
 @command
 def plan(
     model: Model = DEFAULT_MODEL,
-    heads: Heads = "default",
+    heads: Annotated[
+        str, typer.Option(help="As elsewhere; of several, 'recurrent,adapter', or 'all' shipped ones: the best wins.")
+    ] = "default",
     dtype: Dtype = "bf16",
     device: Device = None,
     prefill: Prefill = "auto",
@@ -563,6 +566,9 @@ def plan(
     prompts: Annotated[Path | None, typer.Option(help="Of --check: questions; the built-in ones by default.")] = None,
     max_new_tokens: MaxNewTokens = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Of --check: every answer this often.")] = 3,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Of --check: begin no question after it; every policy answers one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     no_keep: Annotated[bool, typer.Option("--no-keep", help="Do not keep the plan for later loads.")] = False,
     as_json: AsJson = False,
@@ -572,27 +578,57 @@ def plan(
         import torch
 
         torch.set_num_threads(threads)
-    engine = _load(model, heads, dtype, device, prefill)
     from .bench.tables import print_plan
     from .engine import planner
 
-    made = planner.plan(engine, seconds)
-    path = None if no_keep else planner.store_plan(made)
-    document = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
+    plans = {name: (own, planner.plan(own, seconds)) for name, own in _engines(model, heads, dtype, device, prefill)}
+    rivals: dict[str, dict[str, Any]] = {}
+    for name, (_, made) in plans.items():
+        path = None if no_keep else planner.store_plan(made)
+        rivals[name] = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
+    best = max(plans, key=lambda name: plans[name][1].chosen.tokens_per_second)
+    engine, made = plans[best]
+    document = {**rivals[best], "heads": best}
+    document["rivals"] = {
+        name: {key: rivals[name][key] for key in ("chosen", "expected_speedup", "kept")}
+        | {"tokens_per_second": found.chosen.tokens_per_second}
+        for name, (_, found) in plans.items()
+    }
     if check:
         from .bench.plan_check import check as measured
         from .bench.questions import built_in, choose, read_questions
 
         questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
         document["check"] = measured(
-            engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats
-        )
+            engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats,
+            seconds=math.inf if minutes is None else 60 * minutes,
+        )  # fmt: skip
     if as_json:
         print_json(document)
     else:
         print_plan(document)
     if document["check"] and document["check"]["different"]:
         raise typer.Exit(FAILED)
+
+
+def _engines(model: str, heads: str, dtype: str, device: str | None, prefill: str) -> Iterator[tuple[str, Engine]]:
+    """An engine for each head set named, over the same weights."""
+    names = [name.strip() for name in heads.split(",") if name.strip()]
+    if names == ["all"]:
+        from .engine.load import shipped_kinds
+
+        names = [kind for kind in shipped_kinds(model, _dtype(dtype)) if kind != "tda"]
+        if not names:
+            raise ValueError(f"no heads are shipped for {model}: give --heads, one or more folders")
+    if not names:
+        raise ValueError(f"--heads is {heads!r}, expected one or more head sets, comma-separated")
+    first = _load(model, names[0], dtype, device, prefill)
+    yield names[0], first
+    for name in names[1:]:
+        from .bench.arms import with_heads
+        from .engine.load import load_heads
+
+        yield name, with_heads(first, load_heads(model, name, _dtype(dtype)))
 
 
 @app.command(
@@ -621,14 +657,22 @@ def bench(
         str | None,
         typer.Option(
             help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
-            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
-            "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS takes another head set. To sweep: LEVEL 0.6-0.95, "
-            "LENGTH 1-6, EXIT * (all that have heads).",
+            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the "
+            "probability of the whole draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS: another head set, FORM%TARGET skips weights: "
+            "tda[:SHARE], teal[:LEVEL] (lossy), teal-draft[:LEVEL]. To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all "
+            "that have heads). all: everything that makes sense for these heads.",
         ),
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="hf, hf-lookup, hf-early-exit; may be given again.")
+        list[str] | None,
+        typer.Option(help="hf, hf-lookup, hf-early-exit (transformers), compile (torch.compile, GPU); again for more."),
     ] = None,
+    baseline_limit: Annotated[
+        int | None,
+        typer.Option(help="Slow arms (baselines; on a GPU what the host drafts) answer so many questions, evenly."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered side by side.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks or categories, comma-separated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions in all, evenly over the tasks.")] = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -655,6 +699,9 @@ def bench(
             help="A folder for run.json, run.csv, report.html and plots. Started again with the same options, a run "
             "that was stopped goes on where it was."
         ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin no question after it; with --report the next run goes on.")
     ] = None,
     remark: Annotated[str, typer.Option("--note", help="On the circumstances; stands in the report.")] = "",
     model: Model = DEFAULT_MODEL,
@@ -694,7 +741,10 @@ def bench(
         return
     chosen_tasks = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     questions = choose(built_in() if source is None else read_questions(source), chosen_tasks, limit)
-    engine = _load(model, heads, dtype, device, prefill, None, verify, sparsity, draft, teal, teal_level)
+    # thresholds that the engine itself does not take are for arms
+    of_engine = (verify == "tda", "teal" in (verify, draft))
+    own_tda, own_teal = (path if taken else None for path, taken in zip((sparsity, teal), of_engine, strict=True))
+    engine = _load(model, heads, dtype, device, prefill, None, verify, own_tda, draft, own_teal, teal_level)
     from .bench.run import Settings, run
     from .bench.tables import print_bench
 
@@ -705,12 +755,17 @@ def bench(
         command=shlex.join(["skipstone", *sys.argv[1:]]),
         arms=arms,
         baselines=tuple(baseline or []),
+        baseline_limit=baseline_limit,
+        batch=batch,
+        sparsity=None if sparsity is None or own_tda else str(sparsity),
+        teal=None if teal is None or own_teal else str(teal),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         repeats=repeats,
         replay=replay,
         context=() if context is None else parse_sizes(context),
+        minutes=minutes,
         note=remark,
     )
     if report is not None:
@@ -741,6 +796,7 @@ def report(
         Path, typer.Option(help="Plain text, wikitext-2 for one: its first half calibrates, its second is measured.")
     ],
     out: Annotated[Path | None, typer.Option(help="A folder for report.json and pictures (PNG).")] = None,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Draw none: matplotlib is not needed.")] = False,
     methods: Annotated[
         str,
         typer.Option(
@@ -759,7 +815,10 @@ def report(
     predictor_texts: Annotated[int, typer.Option(help="Of predictor: of 256 tokens, to train on.")] = 64,
     predictor_rank: Annotated[int, typer.Option(help="Of predictor: width between its two matrices.")] = 128,
     predictor_epochs: Annotated[int, typer.Option(help="Of predictor: passes over its texts.")] = 4,
-    questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 16); 0: none.")] = 16,
+    questions: Annotated[int, typer.Option(help="Maths questions, and Python functions (at most 64); 0: none.")] = 16,
+    difficulty: Annotated[
+        str, typer.Option(help="Of the maths questions: easy, medium, hard; one that the whole model half knows.")
+    ] = "medium",
     no_claims: Annotated[bool, typer.Option("--no-claims", help="Leave inertia and uncertainty out.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; 0: none.")] = 5,
     long: Annotated[int, typer.Option(help="Tokens of long texts that are read and written; 0: none.")] = 0,
@@ -778,7 +837,8 @@ def report(
     if out is not None:
         from .train.plots import require_matplotlib
 
-        require_matplotlib()
+        if not no_pictures:
+            require_matplotlib()
         if (out / "report.json").exists():
             raise FileExistsError(f"{out / 'report.json'} exists; choose another folder")
     from .bench.sparsity_report import report as measured
@@ -789,8 +849,8 @@ def report(
         methods=tuple(_words(methods)), densities=_shares("--densities", densities), prior_tokens=prior_tokens,
         levels=_shares("--levels", levels), windows=windows, prompt_len=prompt_len, length=length,
         calibration_texts=calibration_texts, predictor_texts=predictor_texts, predictor_rank=predictor_rank,
-        predictor_epochs=predictor_epochs, questions=questions, claims=not no_claims, repeats=repeats, long=long,
-        long_texts=long_texts,
+        predictor_epochs=predictor_epochs, questions=questions, difficulty=difficulty, claims=not no_claims,
+        repeats=repeats, long=long, long_texts=long_texts,
         write=None if write is None else tuple(_words(write)), max_perplexity_increase=max_perplexity_increase,
     )  # fmt: skip
     if threads is not None:
@@ -802,18 +862,26 @@ def report(
 
     thresholds = None if teal is None else load_teal(model, teal, _dtype(dtype))
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # without this machine's folders
-    document = {"command": shlex.join(["skipstone", *shown])}
-    document |= measured(engine, text, wanted, thresholds, note)
+    about = {"command": shlex.join(["skipstone", *shown])}
+
+    def save(document: Mapping[str, Any]) -> None:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            beside = out / "report.json.part"
+            beside.write_text(json.dumps({**about, **document}, allow_nan=False) + "\n", encoding="utf-8")
+            beside.replace(out / "report.json")
+
+    document = about | measured(engine, text, wanted, thresholds, note, save)
+    save(document)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "report.json"
-        path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
-        for written in [path, *plot_sparsity(document, out)]:
+        for written in [out / "report.json", *([] if no_pictures else plot_sparsity(document, out))]:
             note(f"wrote {written}")
     if as_json:
         print_json(document, indent=None)
     else:
         print_sparsity(document)
+    if document["failed"]:
+        raise typer.Exit(1)
 
 
 def _words(given: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
-from skipstone.bench.baselines import BASELINES, baseline_arms, load_reference
+from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
 from skipstone.engine.gate import PLAIN
 from skipstone.engine.load import load
@@ -29,8 +29,9 @@ def ids_of(engine: Engine) -> list[int]:
 
 
 def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
-    arms = parse_arms("fixed:2:3, bare:1:2,default,always,accuracy:0.7", engine)
-    assert [arm.name for arm in arms] == ["plain", "fixed:2:3", "bare:1:2", "default", "always", "accuracy:0.7"]
+    arms = parse_arms("fixed:2:3, bare:1:2,default,always,accuracy:0.7,likely:0.01:4:3", engine)
+    names = ["plain", "fixed:2:3", "bare:1:2", "default", "always", "accuracy:0.7", "likely:0.01:4:3"]
+    assert [arm.name for arm in arms] == names
     outcomes = [arm.run(ids_of(engine), SAMPLING) for arm in arms]
     assert len({tuple(outcome.token_ids) for outcome in outcomes}) == 1
     stats = {arm.name: outcome.stats for arm, outcome in zip(arms, outcomes, strict=True)}
@@ -39,6 +40,9 @@ def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
     assert set(stats["fixed:2:3"].tokens_by_exit) <= {2} and set(stats["bare:1:2"].tokens_by_exit) <= {1}
     assert arms[2].describe()["exits"] == [1] and arms[2].describe()["gates"] == {"1": [None, None]}
     assert arms[0].describe() == {"speculation": False}
+    shown = arms[6].describe()
+    assert shown["confidence"] == "path" and shown["exits"] == [3] and shown["max_depth"] == 4
+    assert stats["likely:0.01:4:3"].num_drafted > 0
 
 
 def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None:
@@ -92,6 +96,8 @@ def test_the_text_drafts_alone_and_beside_heads_of_another_set(engine: Engine, s
         ("accuracy:0.8:x", "accuracy:0.9:4"),
         ("accuracy:0.8:2:2:2", "too many parts"),
         ("accuracy:0.8:2:1", "no calibration for exit layer 1"),
+        ("likely:0.4:2:1", r"no heads at exits \[1\]"),
+        ("likely:1.5", "probability is 1.5"),
         ("fixed:2:4-1", "a range that rises"),
         ("fixed:2:1-b", "no range such as"),
     ],
@@ -108,6 +114,7 @@ def test_ranges_become_one_arm_a_setting(engine: Engine) -> None:
         "accuracy:0.60", "accuracy:0.65", "accuracy:0.70", "accuracy:0.8:1", "accuracy:0.8:2",
     ]  # fmt: skip
     assert parse_arms("accuracy:0.7:2", engine)[1].describe()["max_depth"] == 2
+    assert expand("likely:0.1-0.2:7", ()) == ["likely:0.10:7", "likely:0.15:7", "likely:0.20:7"]
     assert expand("accuracy:0.7:1-2:2+3", ()) == ["accuracy:0.7:1:2+3", "accuracy:0.7:2:2+3"]
     assert parse_arms("accuracy:0.7:2:3", engine)[1].describe()["exits"] == [3]
     with pytest.raises(ValueError, match="has none"):
@@ -136,7 +143,7 @@ def test_a_bare_exit_is_the_final_norm_and_the_lm_head(engine: Engine) -> None:
 def test_baselines_write_what_plain_decoding_writes(engine: Engine, tiny_folder: Path) -> None:
     """fp32 on a small model without near-ties: other arithmetic, the same tokens."""
     plain = parse_arms("plain", engine)[0].run(ids_of(engine), SAMPLING)
-    for arm in baseline_arms(BASELINES, str(tiny_folder), engine):
+    for arm in baseline_arms(TRANSFORMERS, str(tiny_folder), engine):
         outcome = arm.run(ids_of(engine), SAMPLING)
         assert outcome.token_ids == plain.token_ids and outcome.text == plain.text, arm.name
         assert 0 < outcome.decode_ms < outcome.wall_ms

@@ -50,10 +50,10 @@ def test_logits_are_those_of_a_fresh_pass_over_any_text(engine: Engine) -> None:
 def test_a_benchmark_reports_what_early_exit_saved_and_cost(engine: Engine) -> None:
     settings = Settings("tiny", arms="early:0.9,early:0.9:3,always", max_new_tokens=40, repeats=1)
     document = run(engine, QUESTIONS, settings, progress=False)
-    assert document["problems"] == [] and list(document["early_exit"]) == ["early:0.9", "early:0.9:3"]
+    assert document["problems"] == [] and list(document["lossy"]) == ["early:0.9", "early:0.9:3"]
     assert document["lossless"]["num_compared"] == 3, "early exit is not held to plain decoding's tokens"
     assert document["arms"]["early:0.9"]["lossy"] and list(document["arms"]["early:0.9:3"]["gates"]) == ["3"]
-    found, raw = document["early_exit"]["early:0.9"], [a for a in document["answers"] if a["arm"] == "early:0.9"]
+    found, raw = document["lossy"]["early:0.9"], [a for a in document["answers"] if a["arm"] == "early:0.9"]
     by_exits = sum(sum(a["stats"]["tokens_by_exit"].values()) for a in raw)
     assert 0 < by_exits < found["num_tokens"] == sum(len(a["token_ids"]) for a in raw)
     assert found["share_by_exits"] == pytest.approx(by_exits / found["num_tokens"])
@@ -66,7 +66,7 @@ def test_a_benchmark_reports_what_early_exit_saved_and_cost(engine: Engine) -> N
     assert overall["row_layers_per_token"] == pytest.approx(found["layers_per_token"])
     assert overall["decode_tokens_per_second"] > 0 and overall["num_drafted"] == 0
     plain = run(engine, QUESTIONS, Settings("tiny", arms="plain", max_new_tokens=4, repeats=1), progress=False)
-    assert plain["early_exit"] == {}
+    assert plain["lossy"] == {}
 
 
 @pytest.mark.parametrize(

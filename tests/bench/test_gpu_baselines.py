@@ -118,6 +118,31 @@ def test_our_own_step_over_listed_neurons(subject, monkeypatch):
     assert asked == [(live, [count] * layers) for live in (1, 16) for count in (size, size // 2)]
 
 
+@pytest.mark.interpreter
+@torch.inference_mode()
+def test_our_own_step_that_drops_inputs(subject, monkeypatch):
+    """Thresholds meet their level on the row that is timed, which is another one at each level."""
+    subject, _ = subject
+    streams = []
+
+    def timed(weights, context, live, *, step_of, prepare):
+        cache = KVCache(plan_cache(weights.config, 1, 24, torch.device("cpu"), torch.float32), "cpu")
+        step = step_of(weights, cache, 16)
+        step.rows.live[0], step.rows.position[0], step.rows.slot[0], step.rows.base[0] = 1, context, context, context
+        prepare(step)
+        aimed = step.hidden[0].clone()
+        step.embed()
+        assert torch.equal(step.run(0, weights.config.num_layers)[0], aimed)
+        streams.append(aimed)
+        return Spread(1.0, 2.0, 3.0)
+
+    monkeypatch.setattr("skipstone.bench.gpu_baselines.step_us", timed)
+    rows = measure_model(subject, ("teal",), 5, 4, 2, 100.0, contexts=(8,), levels=(0.0, 0.5))
+    assert [(row["arm"], row["level"]) for row in rows] == [("teal-1", 0.0), ("teal-1", 0.5)]
+    assert [row["dropped_share"] for row in rows] == [pytest.approx(0.0, abs=0.01), pytest.approx(0.5, abs=0.01)]
+    assert not torch.allclose(*streams, rtol=0.01)
+
+
 def test_products_are_all_of_a_step(subject):
     """Every matrix of the model is multiplied once."""
     subject, _ = subject

@@ -10,6 +10,7 @@ import pytest
 from skipstone.bench.arms import Outcome
 from skipstone.bench.measure import measure, prompt_ids
 from skipstone.bench.questions import Question
+from skipstone.bench.report import document
 from skipstone.engine.tokenizer import Tokenizer
 
 QUESTIONS = [Question("first", "writing", ("a stone", "again")), Question("second", "qa", ("the rain",))]
@@ -21,7 +22,7 @@ class Rote:
     def __init__(
         self, name: str, reply: Callable[[list[int]], list[int]], log: list[Any], lossless: bool = True
     ) -> None:
-        self.name, self.reply, self.log, self.lossless = name, reply, log, lossless
+        self.name, self.reply, self.log, self.lossless, self.plain = name, reply, log, lossless, "plain"
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
         ids = self.reply(prompt_ids)
@@ -107,6 +108,31 @@ def test_ctrl_c_keeps_whole_questions(tokenizer: Tokenizer) -> None:
     found = measure(arms, QUESTIONS, tokenizer, {"max_new_tokens": 8}, max_context=500)
     assert found.interrupted
     assert {r.question.question_id for r in found.records} == {"first"} and len(found.records) == 4
+
+
+def test_an_arm_that_cannot_warm_up_is_left_out_and_reported(tokenizer: Tokenizer) -> None:
+    """Planted bugs: the whole run ends; drafts of a target stay whose plain decoding is gone."""
+
+    def breaks(ids: list[int]) -> list[int]:
+        raise RuntimeError("no kernel")
+
+    arms = [Rote("plain", right, []), Rote("plain%x", breaks, [], False), Rote("a%x", right, []), Rote("b", right, [])]
+    arms[2].plain = "plain%x"
+    found = measure(arms, QUESTIONS[1:], tokenizer, {"max_new_tokens": 8}, max_context=500)
+    assert found.failed == {"plain%x": "RuntimeError: no kernel"}
+    assert {r.arm for r in found.records} == {"plain", "b"} and found.num_compared == 1
+    problems = document(found, arms, 4, {})["problems"]  # type: ignore[arg-type]
+    assert problems == ["arm plain%x was left out: RuntimeError: no kernel"]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure([Rote("plain", breaks, [])], QUESTIONS, tokenizer, {}, max_context=500)
+
+
+def test_no_question_is_begun_after_the_deadline(tokenizer: Tokenizer) -> None:
+    arms = [Rote("plain", right, []), Rote("a", right, [])]
+    past = measure(arms, QUESTIONS, tokenizer, {"max_new_tokens": 8}, max_context=500, repeats=2, deadline=0.0)
+    assert past.interrupted and {r.question.question_id for r in past.records} == {"first"}, "one is always answered"
+    whole = measure(arms, QUESTIONS, tokenizer, {"max_new_tokens": 8}, max_context=500)
+    assert not whole.interrupted
 
 
 def test_a_question_too_long_is_left_out_for_all_arms(tokenizer: Tokenizer) -> None:

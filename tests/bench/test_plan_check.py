@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from skipstone.bench.plan_check import NUM_RETIMED, check
@@ -68,6 +69,39 @@ def test_a_sweep_measures_everything_considered(tiny_folder, rehearsed, monkeypa
     fastest = sorted(found["arms"], key=lambda row: -row["measured_tokens_per_second"])[:NUM_RETIMED]
     assert set(again) == {row["name"] for row in fastest} | {"plain", made.chosen.name}
     assert again[made.chosen.name]["chosen_share"] == 1 == again[made.chosen.name]["chosen_share_interval"][1]
+
+
+def test_a_bounded_check_ends_after_one_question_each(tiny_folder, rehearsed):
+    """Planted bug: a deadline that stops before anything was measured, or not at all."""
+    engine = load(tiny_folder, heads=rehearsed, plan="none", **OPTIONS)
+    made = planner.plan(engine, 0.0)
+    found = check(engine, made, built_in()[:3], arms=1, max_new_tokens=4, repeats=2, seconds=0.0)
+    assert found["num_answered"] == [1] and found["chosen_share_interval"] is None
+    whole = check(engine, made, built_in()[:3], arms=1, max_new_tokens=4, repeats=1)
+    assert whole["num_answered"] == [3] and whole["best"] in {row["name"] for row in whole["arms"]}
+    (low, high), share = whole["chosen_share_interval"], whole["chosen_share"]
+    assert low <= share <= high and share == min(row["chosen_share"] for row in whole["arms"])
+
+
+def test_of_several_head_sets_the_best_expected_wins(tiny_folder, rehearsed, tmp_path):
+    """Planted bug: the first of them."""
+    slow, fast = tmp_path / "slow", tmp_path / "fast"
+    for folder, fits in ((slow, False), (fast, True)):  # drafts from the text that are never, and always, right
+        shutil.copytree(rehearsed, folder)
+        calibration = HeadSet.load(folder).calibration
+        own = calibration.rehearsal
+        right = {e: np.zeros_like(of) for e, of in own.right.items()}
+        text = np.full_like(own.text, 3 if fits else 0)
+        store_calibration(folder, replace(calibration, rehearsal=replace(own, right=right, text=text)))
+    command = ["plan", "--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu", "--seconds", "0", "--json"]
+    document = json.loads(CliRunner().invoke(app, [*command, "--heads", f"{slow},{fast}"]).stdout)
+    assert set(document["rivals"]) == {str(slow), str(fast)}
+    speeds = {name: rival["tokens_per_second"] for name, rival in document["rivals"].items()}
+    assert document["heads"] == str(fast) == max(speeds, key=speeds.get)
+    assert document["chosen"] == document["rivals"][document["heads"]]["chosen"]
+    assert document["rivals"][str(slow)]["kept"] != document["rivals"][str(fast)]["kept"]
+    none = CliRunner().invoke(app, [*command, "--heads", "all"])
+    assert none.exit_code == 2 and "no heads are shipped" in none.output
 
 
 def test_heads_without_a_rehearsal_are_refused(tiny_folder, tiny_heads_folder):

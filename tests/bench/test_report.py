@@ -16,7 +16,7 @@ QA, RAG = Question(1, "qa", ("a",)), Question(2, "rag", ("b",))
 
 
 class FakeArm:
-    lossless = True
+    lossless, plain = True, "plain"
 
     def __init__(self, name: str) -> None:
         self.name = name

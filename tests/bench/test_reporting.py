@@ -16,7 +16,7 @@ from skipstone.bench.contexts import at_contexts, parse_sizes
 from skipstone.bench.intervals import interval, rate, rate_ratio
 from skipstone.bench.journal import Journal
 from skipstone.bench.measure import Measurements, Record, measure, prompt_ids
-from skipstone.bench.pages import csv_rows, page, write_report
+from skipstone.bench.pages import COLOURS, MOST_CURVES, csv_rows, fastest, page, rows, write_report
 from skipstone.bench.questions import Question
 from skipstone.bench.report import document
 from skipstone.engine.statistics import Statistics
@@ -41,7 +41,7 @@ DRAFTED = Statistics(
 class Rote:
     """An arm with a time a token; counts how often it is asked."""
 
-    lossless = True
+    lossless, plain = True, "plain"
 
     def __init__(self, name: str, ms: float, stats: Statistics | None = None, fails_after: int = 99) -> None:
         self.name, self.ms, self.stats, self.left, self.asked = name, ms, stats, fails_after, 0
@@ -244,6 +244,20 @@ def test_the_page_stands_alone_and_shows_what_was_drafted(tokenizer: Tokenizer, 
     rows = csv_rows(made)
     assert rows[0][:2] == ["group", "arm"] and ["overall", "always"] in [row[:2] for row in rows]
     assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_of_many_arms_the_fastest_are_drawn_and_all_have_a_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Planted bugs: curves of the slowest; arms of one colour."""
+    arms = [Rote("plain", 2.0), *(Rote(f"arm{i}", 0.2 + 0.1 * i, DRAFTED) for i in range(20))]
+    made = document(measured(tokenizer, arms, repeats=1), arms, 4, ABOUT)  # type: ignore[arg-type]
+    shown = fastest(made["summary"]["overall"])
+    assert shown == [f"arm{i}" for i in range(MOST_CURVES)]
+    chart, text = rows(made["summary"]), page(made)
+    assert all(f">{arm.name}</text>" in chart for arm in arms) and chart.count("<rect") == len(arms)
+    assert chart.count("<circle") == 3 * len(arms), "a dot a task"
+    assert f"the {MOST_CURVES} fastest of 20 arms that draft" in text and len(set(COLOURS)) >= MOST_CURVES
+    pictures = [path for path in write_report(made, tmp_path) if path.suffix == ".png"]
+    assert len(pictures) == 3
 
 
 def test_pictures_are_drawn_where_matplotlib_is(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -38,11 +38,16 @@ def test_the_confidence_table_is_the_shipped_calibrations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "gated"), [("bare:24:2", "accuracy:0.90:7:24"), ("fixed:24:2", "accuracy:0.80:7:24")]
+    ("run", "reference", "gated"),
+    [
+        ("dssd_sweep_cpu.json", "bare:24:2", "accuracy:0.90:7:24"),
+        ("dssd_sweep_cpu.json", "fixed:24:2", "accuracy:0.80:7:24"),
+        ("likely_cpu.json", "fixed:24:2", "likely:0.2:7:24"),
+    ],
 )
-def test_the_dssd_ratios_are_the_committed_sweeps(reference: str, gated: str) -> None:
+def test_the_dssd_ratios_are_the_committed_sweeps(run: str, reference: str, gated: str) -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    matched = json.loads((RESULTS / "dssd_sweep_cpu.json").read_text(encoding="utf-8"))["matched"]["overall"]
+    matched = json.loads((RESULTS / run).read_text(encoding="utf-8"))["matched"]["overall"]
     (row,) = (row for row in matched if row["reference"] == reference)
     assert row["gated"] == gated
     wasted = row["wasted_per_token"], row["gated_metrics"]["wasted_per_token"]

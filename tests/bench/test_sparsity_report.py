@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 from skipstone.bench import sparsity_long as long
+from skipstone.bench import sparsity_report
 from skipstone.bench.sparsity_report import choose, report
 from skipstone.bench.sparsity_settings import Options, Setting
 from skipstone.bench.sparsity_views import plot_sparsity, print_sparsity
@@ -48,6 +49,7 @@ def document(engine, tmp_path_factory):
     texts = torch.randint(320, (2, 60), generator=torch.Generator().manual_seed(0))
     teal = calibrate_teal(engine.decoder, texts, levels=(0.4,), error_texts=texts)
     found = report(engine, text, OPTIONS, teal)
+    assert not found["failed"]
     assert engine.verify == "dense", "the engine is given back as it came"
     return json.loads(json.dumps(found, allow_nan=False))
 
@@ -74,6 +76,8 @@ def test_every_setting_is_measured(document):
             assert own["same_answers"] == own["items"]["first_difference"].count(None)
     assert rows["dense"]["tasks"]["maths"]["same_answers"] == 2
     assert rows["tda 0.5"]["tasks"]["code"]["same_answers"] < 2
+    beside = [f"tda 0.5 - {name}" for name in ("prior 0.5", "griffin 0.5", "fixed 0.5", "top-k 0.5", *by_token)]
+    assert sorted(document["against"]) == sorted(beside)
     assert document["chosen"] in rows and document["device"]["name"] and document["versions"]["torch"]
 
 
@@ -155,6 +159,7 @@ def test_the_share_of_weights_read(engine):
         ({"methods": ("cats",)}, "expected some of tda"),
         ({"densities": (1.5,)}, "between 0 and 1"),
         ({"windows": 1}, "at least 2"),
+        ({"difficulty": "cruel"}, "expected one of easy, medium, hard"),
         ({"predictor_rank": 0}, "predictor_rank is 0"),
         ({"prompt_len": 400}, "prompt_len is 400"),
     ],
@@ -167,6 +172,29 @@ def test_options_that_make_no_sense_are_refused(wrong, words):
 def test_a_misspelt_setting_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ValueError, match=r"write names \['grifin 0.5'\]"):
         Options(write=("tda 0.5", "grifin 0.5"))
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(engine, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    true_answers, saved = sparsity_report.answers, []
+
+    def answers(decoder, tokenizer, setting, items):
+        if setting.method == "tda":
+            raise RuntimeError("no memory left")
+        return true_answers(decoder, tokenizer, setting, items)
+
+    monkeypatch.setattr(sparsity_report, "answers", answers)
+    options = Options(
+        methods=("tda", "griffin"), densities=(0.5,), windows=2, prompt_len=20, length=30, calibration_texts=1,
+        questions=1, claims=False, repeats=0,
+    )  # fmt: skip
+    found = report(engine, text, options, save=lambda document: saved.append(json.dumps(document)))
+    assert found["failed"] == {"answering with tda 0.5": "RuntimeError: no memory left"}
+    assert "tasks" in found["settings"]["griffin 0.5"] and "tasks" not in found["settings"]["tda 0.5"]
+    assert found["against"]["tda 0.5 - griffin 0.5"]["tasks"] == {}
+    counts = [len(json.loads(one)["settings"]) for one in saved]
+    assert counts[:3] == [1, 2, 3] and '"tasks"' not in saved[2] and '"tasks"' in saved[-1], "written as it goes"
 
 
 def test_settings_that_are_not_measured_cannot_write(engine, tmp_path):

@@ -4,7 +4,7 @@ Planted bugs seen to fail here: a docstring alone passes; the cut last line is k
 """
 
 import pytest
-from skipstone.bench.tasks import FUNCTIONS, compiles, functions, maths, said
+from skipstone.bench.tasks import FUNCTIONS, STORIES, compiles, functions, maths, said
 
 START = 'def double(x):\n    """Return twice x."""'
 
@@ -49,6 +49,20 @@ def test_questions_have_the_answers_of_their_numbers():
         if "How many apples" in question:
             a, b = (int(word) for word in question.split() if word.isdigit())
             assert item.right(f" {a} + {b} = {a + b}. #### {a + b}", True) and not item.right(f"#### {a + b + 1}", True)
+
+
+@pytest.mark.parametrize("level", STORIES)
+def test_no_question_comes_twice(level):
+    items = maths(240, level=level)
+    assert len({item.prompt for item in items}) == 240
+    for item in items[: len(STORIES[level])]:
+        answers = [n for n in range(-100, 3000) if item.right(f"#### {n}", True)]
+        assert len(answers) == 1 and answers[0] > 0, "one answer, and a sensible one"
+
+
+def test_more_questions_than_numbers_are_refused():
+    with pytest.raises(ValueError, match="ran out of numbers"):
+        maths(2000)
 
 
 def test_as_many_functions_as_there_are():

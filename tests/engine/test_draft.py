@@ -10,7 +10,7 @@ import pytest
 import torch
 from skipstone.engine.draft import DraftRow, draft, entropy
 from skipstone.engine.forward import Working
-from skipstone.engine.gate import ALWAYS, NEVER, DraftPolicy, Gate, every, fixed_exit
+from skipstone.engine.gate import ALWAYS, NEVER, DraftPolicy, Gate, every, fixed_exit, likely
 from skipstone.engine.loop import Machinery
 from skipstone.engine.tree import MAX_NODES, DraftTree
 
@@ -69,6 +69,33 @@ def test_the_first_confident_exit_speaks(on):
     assert calls == [(1, 1), (2, 1), (1, 2), (2, 2)], "exit 3 is never asked"
     assert work.tree.entropies[1] == pytest.approx(math.log(2), abs=1e-4)
     assert work.reached == [2, 2, 2, 0, 0, 0, 0]
+
+
+def with_best(probability, token):
+    """Logits of a distribution whose likeliest token has this probability; the others share the rest."""
+    logits = torch.full((VOCAB,), math.log((1 - probability) / (VOCAB - 1)))
+    logits[token] = math.log(probability)
+    return logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("least", "length"), [(0.81, 0), (0.79, 1), (0.65, 1), (0.63, 2), (0.52, 2), (0.50, 3)])
+def test_a_draft_ends_where_it_is_unlikely_as_a_whole(on, least, length):
+    """Planted bugs seen to fail here: the path above left out; the drafted token's own sibling counted."""
+    work, stops, _ = run(on, {2: with_best(0.8, 7)}, likely((2,), least))
+    assert work.tree.tokens[1:] == [7] * length and stops == [1]
+
+
+@torch.inference_mode()
+def test_an_unlikely_path_is_unlikely_to_every_exit(on):
+    """A node that one exit refuses is measured by the next one's head, its path by the heads that drafted it."""
+    heads = {1: with_best(0.6, 5), 3: with_best(0.9, 9)}
+    work, stops, calls = run(on, heads, likely((1, 3), 0.7))
+    assert work.tree.tokens[1:] == [9, 9, 9] and stops == [1]  # .9, .81, .729, and .656 is too little
+    assert calls == [(1, 1), (3, 1)] * 4
+    branching = every((2,), Gate(0.3, 0.6), branch=2, confidence="path", max_depth=3)
+    work, _, _ = run(on, {2: with_best(0.8, 7)}, branching)  # .22, .45, .67 nats: one child, two, none
+    assert work.tree.parents[1:] == [0, 1, 1]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from skipstone.engine import early_exit
 from skipstone.engine.cache import ContextTooLong
 from skipstone.engine.early_exit import calibrated_exits
 from skipstone.engine.engine import Engine
-from skipstone.engine.gate import NEVER, DraftPolicy, Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import NEVER, DraftPolicy, Gate, best_first, every, fixed_exit, likely
 from skipstone.engine.load import load
 from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
 from skipstone.heads.base import HeadSpec, Projection
@@ -318,6 +318,7 @@ REFUSED = [
     ({"mode": "early_exit", "speculation": False}, "speculation is False in mode 'early_exit'"),
     ({"mode": "early_exit", "accuracy": 0.9, "policy": SOME}, "accuracy or policy, and both"),
     ({"mode": "early_exit", "policy": fixed_exit(9, 2)}, r"no heads at exits \[9\]"),
+    ({"mode": "early_exit", "policy": likely((2,), 0.5)}, "has gates by entropy"),
     ({"mode": "early_exit", "policy": best_first()}, r"no heads at exits \[0\]"),
 ]
 

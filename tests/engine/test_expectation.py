@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine.expectation import Costs, expect
-from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, fixed_exit
+from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, fixed_exit, likely
 from skipstone.engine.load import load
 from skipstone.engine.statistics import Statistics
 from skipstone.heads import Calibration
@@ -140,6 +140,8 @@ def test_what_was_not_rehearsed_is_refused():
     branching = DraftPolicy((2,), {2: Gate(1.0, 2.0)}, branch=2)
     with pytest.raises(ValueError, match="not played"):
         expect(branching, rehearsal, COSTS)
+    with pytest.raises(ValueError, match="by 'path' are not played"):
+        expect(likely((2,), 0.5), rehearsal, COSTS)
     for looked in (DraftPolicy(lookup=Lookup()), DraftPolicy(lookup=Lookup(branch=2))):
         with pytest.raises(ValueError, match="text was rehearsed"):
             expect(looked, rehearsal, COSTS)

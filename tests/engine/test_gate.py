@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from skipstone.engine.gate import ALWAYS, NEVER, PLAIN, DraftPolicy, Gate, calibrated, every, fixed_exit
+from skipstone.engine.gate import ALWAYS, NEVER, PLAIN, DraftPolicy, Gate, calibrated, every, fixed_exit, likely
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,13 @@ def test_a_head_that_is_not_certain_stops_at_every_gate():
         lambda: DraftPolicy(max_nodes=-1),
         lambda: DraftPolicy(max_depth=-1),
         lambda: DraftPolicy(branch=0),
+        lambda: DraftPolicy(confidence="margin"),
+        lambda: DraftPolicy((0,), {0: ALWAYS}, beam=2, confidence="path"),
+        lambda: likely((2,), 1.0),
     ],
 )
 def test_what_makes_no_policy_is_refused(make):
-    with pytest.raises(ValueError, match=r"got|given|needed|missing|rise"):
+    with pytest.raises(ValueError, match=r"got|given|needed|missing|rise|expected"):
         make()
 
 
@@ -50,6 +53,9 @@ def test_settings_of_the_same_code():
     assert layer_skip.exits == (6,) and layer_skip.gates[6] is ALWAYS and layer_skip.max_depth == 5
     dssd = every((3, 6), Gate(0.1, 0.1), max_nodes=4)
     assert dssd.gates == {3: Gate(0.1, 0.1), 6: Gate(0.1, 0.1)} and dssd.max_nodes == 4
+    sure = likely((3, 6), 0.25, max_depth=7)
+    assert sure.confidence == "path" and sure.max_depth == 7
+    assert sure.gates[3] == sure.gates[6] and sure.gates[3].low == pytest.approx(math.log(4))
 
 
 class Thresholds:

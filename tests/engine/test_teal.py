@@ -282,5 +282,8 @@ def test_what_cannot_be_thinned_out_is_refused(tiny_folder, tiny_heads_folder, f
     with pytest.raises(ValueError, match=r"thresholds are \[2, 7\], expected \[4, 7\]"):
         Engine(own.decoder, sparsity=Teal((0.5,), torch.ones(1, 2, 7), torch.ones(1, 2, 7)).at(0.5))
     own.decoder.device, own.here = torch.device("cuda"), nullcontext
-    with pytest.raises(ValueError, match="on the CPU only"):
+    with pytest.raises(ValueError, match="needs the fused kernels"):
         own.drop_inputs(verify=level)
+    own.heads = None
+    with pytest.raises(ValueError, match="on the CPU only"):
+        own.drop_inputs(draft=level)

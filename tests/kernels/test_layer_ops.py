@@ -17,7 +17,7 @@ import torch
 from skipstone.kernels import tile as core
 from skipstone.kernels.embed_rows import embed_rows, embed_rows_reference, lay_rows, lay_rows_reference
 from skipstone.kernels.layer_shape import LayerShape
-from skipstone.kernels.qkv import qkv, qkv_reference
+from skipstone.kernels.qkv import place_qkv, placed_reference, qkv, qkv_reference
 from skipstone.kernels.residual_linear import (
     Parts,
     column_tiles,
@@ -26,9 +26,10 @@ from skipstone.kernels.residual_linear import (
     residual_linear,
     residual_linear_reference,
 )
+from skipstone.kernels.residual_norm import residual_norm, residual_norm_reference
 from skipstone.kernels.rows import Rows
 from skipstone.kernels.tree_attention import SPLIT_LEN, AttentionScratch, tree_attention, tree_attention_reference
-from skipstone.kernels.up_linear import up_linear, up_linear_reference
+from skipstone.kernels.up_linear import activate, activated_reference, up_linear, up_linear_reference
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -162,6 +163,87 @@ def test_post_norm(dtype: torch.dtype) -> None:
     near(out[live], expected[live], dtype)
     near(x[live] / core.x_scale(dtype), (expected * following)[live], dtype)
     near(stats[live].sum(-1)[:, 0], (expected * expected).sum(1)[live], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.activation)
+def test_placing_what_was_multiplied(shape: LayerShape, dtype: torch.dtype) -> None:
+    """Segments of columns with gaps between them; 4 rows of which 2 are live."""
+    live, context, heads, kv, size = [0, 3], 90, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    rows = some_rows(live, context=context)
+    starts = heads * size + 8, (heads + kv) * size + 16
+    y = torch.full((4, (heads + 2 * kv) * size + 20), float("nan"), device=DEVICE)
+    products = drawn(4, (heads + 2 * kv) * size, seed=3)
+    for at, part in zip((0, *starts), products.split([heads * size, kv * size, kv * size], 1), strict=True):
+        y[:, at : at + part.shape[1]] = part
+    qk_norm = (drawn(size, seed=6) + 1, drawn(size, seed=7) + 1) if shape.qk_norm else None
+    half = torch.arange(shape.rotary_dim // 2, device=DEVICE) + 1.0
+    angles = torch.arange(context, device=DEVICE).unsqueeze(1) / half
+    cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([-angles.sin(), angles.sin()], 1)
+    q_out = torch.full((32, heads * size), float("nan"), dtype=dtype, device=DEVICE)
+    caches = torch.full((2, 2, kv, context, size), float("nan"), dtype=dtype, device=DEVICE)
+    place_qkv(y, starts, qk_norm, cos, sin, q_out, *caches, rows, shape)
+    at = rows.position[:4].clamp(max=context - 1)
+    q, k, v = placed_reference(products, qk_norm, cos, sin, at, shape)
+    near(q_out[live], q.flatten(1)[live], dtype)
+    sequence, slot = rows.sequence[live].long(), rows.slot[live].long()
+    near(caches[0][sequence, :, slot], k[live], dtype)
+    near(caches[1][sequence, :, slot], v[live], dtype)
+    assert int(caches[0].isfinite().sum()) == len(live) * kv * size
+    assert int(q_out.isfinite().all(1).sum()) == len(live)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.activation)
+def test_activating_what_was_multiplied(shape: LayerShape, dtype: torch.dtype) -> None:
+    live, wide = [0, 3], shape.intermediate_size
+    y = torch.full((4, 2 * wide + 20), float("nan"), device=DEVICE)
+    gate, up = drawn(2, 4, wide, seed=3).unbind()
+    y[:, :wide], y[:, wide + 12 : 2 * wide + 12] = gate, up
+    out = torch.full((32, wide), float("nan"), dtype=dtype, device=DEVICE)
+    activate(y, wide + 12, out, some_rows(live), shape)
+    products = torch.cat([gate, up], 1) if shape.gated else gate
+    near(out[live], activated_reference(products, shape)[live], dtype)
+    assert int(out.isfinite().all(1).sum()) == len(live)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 72, 128, 300])
+@pytest.mark.parametrize(
+    ("num_added", "post", "num_norms", "layer_norm"),
+    [(0, False, 1, False), (1, False, 1, False), (1, True, 1, False), (2, False, 2, True), (1, False, 0, False)],
+)
+def test_norms_that_are_not_deferred(
+    num_added: int, post: bool, num_norms: int, layer_norm: bool, width: int, dtype: torch.dtype
+) -> None:
+    live, count = [0, 3], 5
+    hidden = drawn(32, width, seed=1) + 0.5
+    added = [drawn(count, width, seed=2 + i) for i in range(num_added)]
+    weight = drawn(width, seed=5) + 1 if post else None
+    norms = [(drawn(width, seed=6 + i) + 1, drawn(width, seed=8 + i) if layer_norm else None) for i in range(num_norms)]
+    xs = [torch.full((32, width), float("nan"), dtype=dtype, device=DEVICE) for _ in norms]
+    readers = tuple((w, b, x) for (w, b), x in zip(norms, xs, strict=True))
+    stream, expected_x = residual_norm_reference(hidden[:count], added, weight, norms, 1e-5, layer_norm)
+    out = torch.full_like(hidden, float("nan"))
+    rows = some_rows(live)
+    residual_norm(hidden, out, added, rows, count, 1e-5, norms=readers, post=weight, layer_norm=layer_norm)
+    assert int(out.isfinite().all(1).sum()) == (len(live) if added else 0)
+    if added:
+        near(out[live], stream[live], torch.float32)
+    for x, expected in zip(xs, expected_x, strict=True):
+        near(x[live], expected[live], dtype)
+        assert int(x.isfinite().all(1).sum()) == len(live)
+    residual_norm(hidden, hidden, added, rows, count, 1e-5, post=weight)  # in place
+    near(hidden[live], stream[live], torch.float32)
+
+
+def test_what_a_residual_norm_does_not_do_is_refused() -> None:
+    hidden, rows = drawn(32, 8), some_rows([0])
+    with pytest.raises(ValueError, match="post norm: True"):
+        residual_norm(hidden, hidden, [hidden, hidden], rows, 1, 1e-5, post=hidden[0])
+    readers = (hidden[0], None, hidden), (hidden[0], hidden[1], hidden)
+    with pytest.raises(ValueError, match="the other has none"):
+        residual_norm(hidden, hidden, [], rows, 1, 1e-5, norms=readers)
 
 
 def tree_rows(base: int, parents: list[int], width: int = 16) -> tuple[Rows, list[int]]:

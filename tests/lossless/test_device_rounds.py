@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import Gate, best_first, every, fixed_exit, likely
 
 pytestmark = pytest.mark.interpreter
 PROMPTS = [[4, 9, 2], list(range(5, 24))]
@@ -33,6 +33,7 @@ def on_device(engine: Any) -> Any:
 POLICIES = {
     "chain": fixed_exit(0, 3),
     "gated chain": every((0,), Gate(4.0, 4.0), branch=1, max_depth=3),
+    "likely chain of the host": likely((0,), 0.005, max_depth=3),
     "best first": best_first(beam=2, branch=2, max_depth=2, max_nodes=5),
     "tree of the host": every((0,), Gate(0.3, 99.0), branch=2, max_depth=2, max_nodes=7),
 }

@@ -3,6 +3,8 @@
 A fault is not a near-tie, and the same check sees it.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from skipstone.engine import forward
@@ -15,9 +17,10 @@ POLICIES = (None, fixed_exit(2, 5), every((1, 2, 3), Gate(0.3, 1.5), branch=3, m
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.13}
 
 
-def divergences(engine_of, planned, family, dtype):
+def divergences(engine_of, planned, family, dtype, gathered):
     """(margin where the output first differs, or None) of every run, and all margins of the deterministic output."""
     exact, loose = engine_of(family, dtype), engine_of(family, dtype, deterministic=False)
+    loose.tiles = replace(loose.tiles, gathered=gathered)
     heads = planned(loose)
     found, margins, bits_differ = [], [], False
     for seed in range(3):
@@ -37,10 +40,11 @@ def divergences(engine_of, planned, family, dtype):
     return found, margins, bits_differ
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["cpu", "gpu"])  # the way in which each attends
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_differences_are_near_ties(family, dtype, engine_of, planned):
-    found, margins, bits_differ = divergences(engine_of, planned, family, dtype)
+def test_differences_are_near_ties(family, dtype, gathered, engine_of, planned):
+    found, margins, bits_differ = divergences(engine_of, planned, family, dtype, gathered)
     assert all(margin is None or margin < NEAR[dtype] for margin in found), found
     far = sum(margin > NEAR[dtype] for margin in margins) / len(margins)
     assert far > 0.7, "most places are no near-ties, so differences of any other kind would show"
@@ -48,13 +52,12 @@ def test_differences_are_near_ties(family, dtype, engine_of, planned):
 
 
 def test_a_fault_is_no_near_tie(engine_of, planned, monkeypatch):
-    """Planted bug: attention one position too far, in the fused path alone."""
-    original = forward.masked_attention
+    """Planted bug: gathered attention one position too far, in the loose engine alone."""
+    original = forward.gathered_attention
 
-    def one_too_far(q, k, v, visible, scale, softcap):
-        visible = visible | visible.roll(1, 1) if visible.shape[0] > 1 else visible
-        return original(q, k, v, visible, scale, softcap)
+    def one_too_far(q, k, v, sequences, slots, hidden, scale, softcap):
+        return original(q, k, v, sequences, slots, hidden & hidden.roll(1, 1), scale, softcap)
 
-    monkeypatch.setattr(forward, "masked_attention", one_too_far)
-    found, _, _ = divergences(engine_of, planned, "llama2", torch.float32)
+    monkeypatch.setattr(forward, "gathered_attention", one_too_far)
+    found, _, _ = divergences(engine_of, planned, "llama2", torch.float32, True)
     assert any(margin is not None and margin > NEAR[torch.float32] for margin in found)

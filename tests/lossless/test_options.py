@@ -26,6 +26,7 @@ PROMPT = [5, 17, 3, 99, 42, 17, 3]
 NEW = 24
 TREES = every((1, 2, 3), Gate(0.3, 1.5), branch=3, max_depth=6)
 CHAIN = fixed_exit(2, 5)
+LIKELY = every((1, 2, 3), Gate(0.3, 2.5), branch=2, max_depth=6, confidence="path")
 
 
 def never_twice(prefix, logits):
@@ -70,7 +71,7 @@ def test_option(options, engine_of, planned, assert_same_output):
     heads = planned(engine)
     plain = heads.learn(PROMPT, **options)
     assert_same_output(engine.generate(PROMPT, speculation=False, **options), plain)
-    for policy in (TREES, CHAIN):
+    for policy in (TREES, CHAIN, LIKELY):
         out = engine.generate(PROMPT, policy=policy, **options)
         assert_same_output(out, plain)
         if options["max_new_tokens"] > 1:

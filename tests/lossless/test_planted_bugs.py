@@ -244,5 +244,5 @@ def test_values_left_in_stale_slots_are_caught(setting, monkeypatch):
     engine, _ = setting
     engine.generate(PROMPTS[0], **OPTIONS)
     engine._cache.v.fill_(float("nan"))
-    monkeypatch.setattr(cache_module.KVCache, "clear_open", lambda cache, sequence, keys=False: None)
+    monkeypatch.setattr(cache_module.KVCache, "clear_open", lambda cache, sequence: None)
     assert engine.generate(PROMPTS[0], **OPTIONS).finish_reason == "error"

@@ -6,12 +6,14 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from skipstone.engine import forward
 from skipstone.engine.engine import Engine
 from skipstone.engine.gate import ALWAYS, Gate, every
 from skipstone.engine.load import load
@@ -19,11 +21,13 @@ from skipstone.engine.loop import Machinery
 from skipstone.engine.model import Decoder
 from skipstone.engine.tree import DraftTree
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, layer_options
+from skipstone.train import calibrate as calibrating
 from skipstone.train import recalibrate as command
-from skipstone.train.calibrate import Recorder, record
+from skipstone.train.calibrate import Recorder, calibrate, record
 from skipstone.train.data import is_held_out
 from skipstone.train.plots import plot_calibration
 from skipstone.train.recalibrate import Settings, recalibrate
+from skipstone.train.rehearse import rehearse
 
 PROMPTS = [[5, 80, 200], [3, 9, 27, 81, 243], [100, 101], [7, 7, 7, 7]]
 
@@ -80,13 +84,10 @@ def test_every_node_is_recorded_as_its_own_prefix_says(engine: Engine) -> None:
 def test_what_is_recorded_is_what_the_gate_saw(tiny: Callable, kind: str) -> None:
     """Heads with memory too, on chains and below siblings. Planted bugs: a memory asked for another round's nodes, true
     states where the head draws on its own."""
-    config, weights = tiny("llama2")
-    sizes = layer_options(4, 2, 12, 48, 1e4, False) | ({"taps": (2, 4)} if kind == "recurrent" else {})
-    spec = HeadSpec(kind, 0 if kind == "recurrent" else 2, {} if kind == "adapter" else sizes)
-    torch.manual_seed(3)
-    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, (spec,)))
-    engine = Engine(Decoder(config, weights), None, heads)
-    recorder = Recorder(heads, config.vocab_size, [], engine.decoder.device)
+    engine = engine_with(tiny, kind)
+    heads = engine.heads
+    assert heads is not None
+    recorder = Recorder(heads, engine.decoder.config.vocab_size, [], engine.decoder.device)
     gate = every(heads.exits, Gate(0.5, 99.0), max_depth=3, max_nodes=9)
     seen: list[DraftTree] = []
 
@@ -104,6 +105,53 @@ def test_what_is_recorded_is_what_the_gate_saw(tiny: Callable, kind: str) -> Non
         row += len(tree)
     assert row == recorder.num_nodes and compared > 50
     assert not seen[0].is_chain
+
+
+def engine_with(tiny: Callable, kind: str, **options: Any) -> Engine:
+    """A tiny model with an untrained head."""
+    config, weights = tiny("llama2")
+    sizes = layer_options(4, 2, 12, 48, 1e4, False) | ({"taps": (2, 4)} if kind == "recurrent" else {})
+    spec = HeadSpec(kind, 0 if kind == "recurrent" else 2, {} if kind == "adapter" else sizes)
+    torch.manual_seed(3)
+    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, (spec,)))
+    return Engine(Decoder(config, weights), None, heads, **options)
+
+
+def on_gpu(engine: Engine) -> Engine:
+    """The same with passes as they are on a GPU, `train.calibrate.measuring_engine`."""
+    engine.tiles = replace(engine.tiles, gathered=True)
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["adapter", "block", "recurrent"])
+def test_a_gpus_passes_measure_the_same(tiny: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sequences in one pass, against fixed tiles. Planted bug: one row's keys taken from another sequence."""
+    monkeypatch.setattr(calibrating, "START_GATE", ALWAYS)
+    fixed, wide = engine_with(tiny, kind), on_gpu(engine_with(tiny, kind, deterministic=False))
+    prompts = [[5, 80], [3, 9, 27, 81], [100, 101], [7, 7, 7, 7], list(range(40, 75))]
+    (one, before), (other, after) = (calibrate(e, prompts, max_new_tokens=8, batch=5) for e in (fixed, wide))
+    assert one.num_nodes == other.num_nodes > 100
+    for layer, parts in one._said.items():
+        assert np.allclose(np.concatenate(parts), np.concatenate(other._said[layer]), atol=1e-4)
+    assert np.array_equal(np.concatenate(one._prefix), np.concatenate(other._prefix))
+    assert before.rehearsal == after.rehearsal
+    assert before.joint == after.joint
+
+
+@pytest.mark.parametrize("kind", ["adapter", "recurrent"])
+def test_sequences_share_a_gpus_launches(tiny: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass attends once a layer whatever the number of sequences: a launch for each took minutes (docs/log.md)."""
+    engine, calls = on_gpu(engine_with(tiny, kind, deterministic=False)), []
+    original = forward.gathered_attention
+    monkeypatch.setattr(forward, "gathered_attention", lambda *args: calls.append(len(args[0])) or original(*args))
+    monkeypatch.setattr(forward.Span, "attend", None)
+    counts = []
+    for number in (1, 6):
+        calls.clear()
+        rehearse(engine, [[3, 9, 27]] * number, max_new_tokens=5)
+        counts.append(len(calls))
+        assert calls.count(number) == len(calls)
+    assert counts[0] == counts[1] >= 5 * 4
 
 
 def test_every_position_of_the_text_is_measured_once(engine: Engine) -> None:
