@@ -157,9 +157,8 @@ def list_kept(x: Tensor, limits: Tensor, lists: KeptList, *, pdl: bool = False) 
     """
     segments, chunks = lists.runs.shape
     if len(limits) > segments or -(-len(x) // lists.chunk) != chunks:
-        raise ValueError(
-            f"{len(x)} channels and {len(limits)} thresholds, the lists are {segments} of {chunks} chunks of {lists.chunk}"
-        )
+        room = f"the lists are {segments} of {chunks} chunks of {lists.chunk}"
+        raise ValueError(f"{len(x)} channels and {len(limits)} thresholds, {room}")
     _list_kernel[(chunks, len(limits))](
         x, limits, lists.entries, lists.runs, len(x), CHUNK=lists.chunk, GROUP=lists.group, RUN=RUN, PDL=pdl,
         num_warps=max(1, min(8, lists.chunk // 128)), **({"launch_pdl": True} if pdl else {}),

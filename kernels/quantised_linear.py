@@ -117,7 +117,7 @@ if triton is not None:
     def _field(word, magic, i: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
         """Value i of 4 bytes that have 2^(BITS - 1) added to each: fp32, times 2^bit_of(i)."""
         BIT: tl.constexpr = bit_of(i, BITS)
-        if BIT < BITS * i:
+        if BITS * i > BIT:
             word = word >> 12
         field = (word & ((2**BITS - 1) << BIT)) | magic
         return field.to(tl.float32, bitcast=True) - (8388608.0 + 2.0 ** (BITS - 1 + BIT))
@@ -305,6 +305,4 @@ def quantised_linear(
     """
     if limits is not None:
         list_kept(x, limits, shares.lists, pdl=pdl)
-    listed_quantised_linear(
-        None if limits is None else shares.lists, x, weight, ends, out, shares, settings, pdl=pdl
-    )
+    listed_quantised_linear(None if limits is None else shares.lists, x, weight, ends, out, shares, settings, pdl=pdl)

@@ -2,8 +2,8 @@
 
 Regimes: 1 to 3 segments with thresholds of their own, ending inside a block of columns; no threshold (quantised); K no
 multiple of a chunk, several chunks, one of which nothing is kept; one part, several, and more than there are runs;
-everything dropped, everything kept; NaN in the weights of dropped channels and in scratch; a NaN input; lists that the
-caller made; the same launch again. Without a GPU the kernels run in Triton's interpreter, which proves their logic only.
+everything dropped, everything kept; NaN in the weights of dropped channels and in scratch; a NaN input; lists of the
+caller's; the same launch again. Without a GPU the kernels run in Triton's interpreter, which proves their logic only.
 
 Planted bugs seen to fail here: the first segment's list for all columns; gaps between chunks left in; a part that
 overlaps the next; the last part left out; fields of a word exchanged; scales of the next group; counters left standing.
