@@ -6,7 +6,8 @@ everything dropped, everything kept; NaN in the weights of dropped channels and 
 caller's; the same launch again. Without a GPU the kernels run in Triton's interpreter, which proves their logic only.
 
 Planted bugs seen to fail here: the first segment's list for all columns; gaps between chunks left in; a part that
-overlaps the next; the last part left out; fields of a word exchanged; scales of the next group; counters left standing.
+overlaps the next; the last part left out; fields of a word exchanged; scales of the next group; counters left standing;
+a tile that goes on into the next segment.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from skipstone.kernels.sparse_linear import (
     MOST_PARTS,
     PROGRAMS,
     Shares,
+    launched_with,
     listed_linear,
     sparse_linear,
     sparse_linear_reference,
@@ -34,6 +36,13 @@ from skipstone.kernels.sparse_linear import (
 )
 from skipstone.kernels.sparse_linear import _settings as sparse_settings
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from skipstone.kernels.sparse_linear import tile_of
+except ImportError:  # the tests that need it are skipped
+    triton = None
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -43,6 +52,16 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SETTINGS = {"COLUMNS": 16, "PARTS": 3, "num_warps": 1}
 CASES = [((40,), 80, 3), ((32, 56, 71), 300, 1), ((32, 56), 33, 8), ((17, 64), 1100, 2)]
 LIMITS = (0.4, 0.9, 1.5)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tiles_kernel(found, tiles_0, tiles_1, end_0, end_1, end_2, columns):  # type: ignore[no-untyped-def]
+        segment, first, end = tile_of(tl.program_id(0), tiles_0, tiles_1, end_0, end_1, end_2, columns)
+        tl.store(found + 3 * tl.program_id(0), segment)
+        tl.store(found + 3 * tl.program_id(0) + 1, first)
+        tl.store(found + 3 * tl.program_id(0) + 2, end)
 
 
 def drawn(*size: int, seed: int = 0) -> Tensor:
@@ -56,7 +75,7 @@ def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 def poisoned(shares: Shares) -> Shares:
     shares.sums.fill_(torch.nan)
-    shares.lists.entries.fill_(0x7FC0000000000000)
+    shares.lists.entries.fill_(0x7FC00000)  # channel 0, NaN
     shares.lists.runs.fill_(-(1 << 30))
     return shares
 
@@ -139,6 +158,18 @@ def test_lists_of_the_callers(bits: int | None) -> None:
         shares = poisoned(quantised_shares(k, 64, DEVICE))
         listed_quantised_linear(lists, torch.full_like(x, torch.nan), packed, ends, out, shares, SETTINGS)
         near(out, quantised_linear_reference(x, packed, limits, ends), torch.float32)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("ends", [(40,), (17, 64), (32, 56, 71)])
+def test_no_tile_lies_in_two_segments(ends: tuple[int, ...]) -> None:
+    """A column that two tiles made would be right in the interpreter, where the last one wins."""
+    (tiles, _), (first, second, *limits, columns, _), _ = launched_with(ends, ends[-1], SETTINGS, 8)
+    found = torch.zeros(tiles, 3, dtype=torch.int32, device=DEVICE)
+    _tiles_kernel[(tiles,)](found, first, second, *limits, columns)
+    made = [(segment, column) for segment, start, end in found.tolist() for column in range(start, end)]
+    starts = (0, *ends)
+    assert made == [(i, column) for i, end in enumerate(ends) for column in range(starts[i], end)]
 
 
 @pytest.mark.parametrize(("bits", "step"), [(8, 1 / 127), (4, 1 / 8)])
