@@ -189,7 +189,7 @@ def _quantised(
         return lambda i, own: quantised.quantised_linear(x, several[i], limit, ends, out, shares, own, pdl=pdl)
 
     def of_listed(limit: Tensor) -> Launch:
-        lists = KeptList.empty(k, len(ends), x.device, GROUP)
+        lists = KeptList.empty(k, len(ends), x.device, group=GROUP)
         list_kept(x, limit, lists)
         return lambda i, own: quantised.listed_quantised_linear(lists, x, several[i], ends, out, shares, own, pdl=pdl)
 

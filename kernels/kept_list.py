@@ -28,11 +28,12 @@ MOST_CHUNKS, LEAST_CHUNK = 8, 128
 
 @dataclass(frozen=True)
 class KeptList:
-    """Lists of one row, one for each threshold.
+    """Lists of a row, one for each threshold; or of N rows.
 
     Attributes:
         entries: int64 `[S, C * chunk]`, channel << 32 | bits of x in fp32; a chunk's begin at a multiple of `chunk`.
-        runs: int32 `[S, C]`, how many a chunk has.
+            Of N rows `[N, S, C * chunk]`.
+        runs: int32 `[S, C]` or `[N, S, C]`, how many a chunk has. None of a row that nobody has listed.
         chunk, group: channels, powers of two; no run has channels of two groups.
     """
 
@@ -42,13 +43,31 @@ class KeptList:
     group: int
 
     @classmethod
-    def empty(cls, k: int, segments: int, device: torch.device | str, group: int | None = None) -> KeptList:
+    def empty(
+        cls, k: int, segments: int, device: torch.device | str, *, rows: int | None = None, group: int | None = None
+    ) -> KeptList:
         """Room for k channels; `group=None` is a whole chunk."""
         chunk = max(LEAST_CHUNK, 1 << (-(-k // MOST_CHUNKS) - 1).bit_length())
-        count = -(-k // chunk)
-        entries = torch.empty(segments, count * chunk, dtype=torch.int64, device=device)
-        runs = torch.empty(segments, count, dtype=torch.int32, device=device)
-        return cls(entries, runs, chunk, group or chunk)
+        count, size = -(-k // chunk), ((segments,) if rows is None else (rows, segments))
+        entries = torch.empty(*size, count * chunk, dtype=torch.int64, device=device)
+        return cls(entries, torch.zeros(*size, count, dtype=torch.int32, device=device), chunk, group or chunk)
+
+    def row(self, number: int) -> KeptList:
+        """One of N rows."""
+        return KeptList(self.entries[number], self.runs[number], self.chunk, self.group)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a kernel that writes rows needs to list them as well.
+
+    Attributes:
+        limits: fp32 `[N, S]`, each row's thresholds, next to each other.
+        lists: of N rows, overwritten.
+    """
+
+    limits: Tensor
+    lists: KeptList
 
 
 def is_kept_reference(x: Tensor, limits: Tensor) -> Tensor:
@@ -76,22 +95,26 @@ if triton is not None:
 
     @triton.jit
     def store_kept(  # type: ignore[no-untyped-def]
-        x, channel, real, limit, entries, runs, CHUNK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr
+        x, channel, real, limit, entries, runs,
+        CHUNKS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     ):  # fmt: skip
-        """List a chunk: x fp32 `[CHUNK]` as the product shall see it, of `channel`, as far as it is `real`. `entries`
-        and `runs` point to the chunk's own."""
+        """List CHUNKS chunks, whose lists begin at `entries` and `runs`: x fp32 as a product shall see it, of
+        `channel`, as far as it is `real`; all `[N * CHUNK]`, a power of two."""
+        N: tl.constexpr = x.shape[0] // CHUNK
         keep = real & ((tl.abs(x) <= limit) == 0)
-        flags = tl.reshape(keep.to(tl.int32), [CHUNK // GROUP, GROUP])
-        counts = tl.sum(flags, 1)
+        flags = tl.reshape(keep.to(tl.int32), [N, CHUNK // GROUP, GROUP])
+        counts = tl.sum(flags, 2)
         filled = (counts + (RUN - 1)) // RUN * RUN
-        ends = tl.cumsum(filled, 0)
-        places = tl.reshape((ends - filled)[:, None] + tl.cumsum(flags, 1) - 1, [CHUNK])
+        chunk = tl.arange(0, N)
+        ends = chunk[:, None] * CHUNK + tl.cumsum(filled, 1)
+        starts = ends - filled
+        places = tl.reshape(starts[:, :, None] + tl.cumsum(flags, 2) - 1, [N * CHUNK])
         entry = channel.to(tl.int64) << 32 | (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
         tl.store(entries + places, entry, mask=keep)
-        rest = (ends - filled + counts)[:, None] + tl.arange(0, RUN)[None, :]
-        nothing = tl.full([CHUNK // GROUP, RUN], EMPTY, tl.int64)
-        tl.store(entries + rest, nothing, mask=rest < ends[:, None])
-        tl.store(runs, tl.sum(filled, 0) // RUN)
+        rest = (starts + counts)[:, :, None] + tl.arange(0, RUN)[None, None, :]
+        nothing = tl.full([N, CHUNK // GROUP, RUN], EMPTY, tl.int64)
+        tl.store(entries + rest, nothing, mask=rest < ends[:, :, None])
+        tl.store(runs + chunk, tl.sum(filled, 1) // RUN, mask=chunk < CHUNKS)
 
     @triton.jit
     def _list_kernel(  # type: ignore[no-untyped-def]
@@ -103,7 +126,7 @@ if triton is not None:
         channel = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
         own = tl.load(x + channel, mask=channel < K, other=0.0).to(tl.float32)
         limit = tl.load(limits + tl.program_id(1))
-        store_kept(own, channel, channel < K, limit, entries + place * CHUNK, runs + place, CHUNK, GROUP, RUN)
+        store_kept(own, channel, channel < K, limit, entries + place * CHUNK, runs + place, 1, CHUNK, GROUP, RUN)
 
     @triton.jit
     def runs_of(runs, segment, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]

@@ -148,7 +148,7 @@ class Shares:
         """Args: `k` and `width`, channels and the most columns of a launch; `group` of its lists."""
         self.sums = torch.empty(MOST_PARTS * width, device=device)
         self.arrived = torch.zeros(width // LEAST_COLUMNS + MOST_SEGMENTS, dtype=torch.int32, device=device)
-        self.lists = KeptList.empty(k, MOST_SEGMENTS, device, group)
+        self.lists = KeptList.empty(k, MOST_SEGMENTS, device, group=group)
 
 
 Settings = dict[str, int]

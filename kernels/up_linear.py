@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kept import ZEROS, Kept
+from .kept_list import RUN, Listing
 from .layer_shape import LayerShape
 from .qkv import normed_product
 from .rows import Rows
@@ -28,6 +29,7 @@ try:
     import triton
     import triton.language as tl
 
+    from .kept_list import store_kept
     from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
@@ -110,12 +112,15 @@ if triton is not None:
 
     @triton.jit
     def _activate_kernel(  # type: ignore[no-untyped-def]
-        y, out, live_of,
+        y, out, live_of, limits, limits_stride, entries, runs,
         WIDTH: tl.constexpr, UP_AT: tl.constexpr, FF: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-        PDL: tl.constexpr, BN: tl.constexpr,
+        LISTED: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
+        """With lists BN is a chunk of theirs, and all of it one group."""
         pdl_wait(PDL)
         row = tl.program_id(0).to(tl.int64)
+        if LISTED:
+            limit = tl.load(limits + row * limits_stride)
         neuron = tl.program_id(1) * BN + tl.arange(0, BN)
         real = (neuron < FF) & (tl.load(live_of + row) != 0)
         a = tl.load(y + row * WIDTH + neuron, mask=real, other=0.0)
@@ -126,7 +131,11 @@ if triton is not None:
         a = _activate(a, ACTIVATION)
         if GATED:
             a = a * up
-        tl.store(out + row * FF + neuron, a.to(out.dtype.element_ty), mask=real)
+        x = a.to(out.dtype.element_ty)
+        tl.store(out + row * FF + neuron, x, mask=real)
+        if LISTED:
+            place = row * tl.num_programs(1) + tl.program_id(1)
+            store_kept(x.to(tl.float32), neuron, real, limit, entries + place * BN, runs + place, 1, BN, BN, RUN)
 
 
 # Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
@@ -185,17 +194,31 @@ def up_linear(
     )  # fmt: skip
 
 
-def activate(y: Tensor, up_at: int, out: Tensor, rows: Rows, shape: LayerShape, *, pdl: bool = False) -> None:
+def activate(
+    y: Tensor,
+    up_at: int,
+    out: Tensor,
+    rows: Rows,
+    shape: LayerShape,
+    *,
+    listing: Listing | None = None,
+    pdl: bool = False,
+) -> None:
     """The inner activations of what was multiplied: the first rows', as far as they are live.
 
     Args:
         y: `[N, M]` fp32, the products of rows 0..N-1 with their bias: gate, or up in a plain MLP, from column 0 on.
         up_at: the column that up starts at behind a gate.
         out, rows, shape, pdl: as in `up_linear`.
+        listing: for the product behind, one threshold a row, chunks in one group; the rows' lists are made as well.
     """
     wide = shape.intermediate_size
-    block = min(512, triton.next_power_of_2(wide))
+    block = min(512, triton.next_power_of_2(wide)) if listing is None else listing.lists.chunk
+    own = (y, 0, y, y)
+    if listing is not None:
+        own = listing.limits, listing.limits.stride(0), listing.lists.entries, listing.lists.runs
     _activate_kernel[(len(y), triton.cdiv(wide, block))](
-        y, out, rows.live, WIDTH=y.shape[1], UP_AT=up_at, FF=wide, GATED=shape.gated, ACTIVATION=shape.activation,
-        PDL=pdl, BN=block, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        y, out, rows.live, *own, WIDTH=y.shape[1], UP_AT=up_at, FF=wide, GATED=shape.gated,
+        ACTIVATION=shape.activation, LISTED=listing is not None, RUN=RUN, PDL=pdl, BN=block,
+        num_warps=max(4, block // 256), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.kept_list import KeptList, Listing
 from ...kernels.linear import PackedLinear
 from ...kernels.qkv import place_qkv
-from ...kernels.residual_norm import Reader, residual_norm
-from ...kernels.sparse_linear import LEAST_COLUMNS, Shares, sparse_linear
+from ...kernels.residual_norm import residual_norm
+from ...kernels.sparse_linear import LEAST_COLUMNS, Shares, listed_linear, sparse_linear
 from ...kernels.tile import BLOCK_ROWS
 from ...kernels.tree_attention import tree_attention
 from ...kernels.up_linear import activate
@@ -115,6 +116,11 @@ class TealStep(FusedStep):
         sizes = {name: own.weight.shape for name, own in weights.channels[0].items()}
         self._products = {name: torch.zeros(count, width, device=device) for name, (_, width) in sizes.items()}
         self._shares = {name: Shares(k, width, device) for name, (k, width) in sizes.items()}
+        self._lists = {
+            name: KeptList.empty(own.weight.shape[0], len(own.ends), device, rows=count)
+            for name, own in weights.channels[0].items()
+            if name != "o"  # attention's programs hold parts of a row that are no chunks
+        }
 
     def embed(self) -> None:
         super().embed()
@@ -130,11 +136,12 @@ class TealStep(FusedStep):
         if taps:
             raise ValueError(f"states after layers {sorted(taps)} were asked for, a step that drops inputs keeps none")
         weights, config, shape, rows, pdl = self.weights, self.weights.config, self.weights.shape, self.rows, self.pdl
-        self._add((), None, self._readers(start))
+        first = ("qkv", "up") if config.parallel_residual else ("qkv",)
+        self._add((), None, start, first)
         for index in range(start, stop):
             layer = weights.layers[index]
             keys, values = self.cache.k[index], self.cache.v[index]
-            self.product(index, "qkv", self.x)
+            self.product(index, "qkv")
             q_end, k_end, _ = weights.channels[index]["qkv"].ends
             place_qkv(
                 self._products["qkv"], (q_end, k_end), layer.qk_norm, *weights.rotary[index],
@@ -144,48 +151,52 @@ class TealStep(FusedStep):
                 self._q, keys, values, self._attended, self._scratch, rows, shape, config.windows[index], pdl=pdl
             )
             self.product(index, "o", self._attended)
-            after = self._readers(index + 1) if index + 1 < stop else ()
+            after = first if index + 1 < stop else ()
             if config.parallel_residual:
-                self._mlp(index, self._x_mlp)
-                self._add(("o", "down"), None, after)
+                self._mlp(index)
+                self._add(("o", "down"), None, index + 1, after)
             else:
-                mlp_norm = weights.decoder.layers[index].mlp_norm
-                assert mlp_norm is not None
-                self._add(("o",), layer.attn_post, ((mlp_norm.weight, mlp_norm.bias, self.x),))
-                self._mlp(index, self.x)
-                self._add(("down",), layer.mlp_post, after)
+                self._add(("o",), layer.attn_post, index, ("up",))
+                self._mlp(index)
+                self._add(("down",), layer.mlp_post, index + 1, after)
         self.resume(stop)  # the norm behind, deferred, as the LM head takes it
         return self.hidden
 
-    def product(self, index: int, name: str, x: Tensor) -> None:
-        """Multiply every row by a projection of layer `index`, by the channels that the row keeps of x `[R, K]`."""
-        own, out = self.weights.channels[index][name], self._products[name]
+    def product(self, index: int, name: str, x: Tensor | None = None) -> None:
+        """Multiply every row by a projection of layer `index`, by the channels that the row keeps of x `[R, K]`; None:
+        whoever made its input has listed them."""
+        own, out, shares = self.weights.channels[index][name], self._products[name], self._shares[name]
+        limits = self._limits[:, index, own.places]
         for row in range(self.count):
-            limits = self._limits[row, index, own.places]
-            shares = self._shares[name]
-            sparse_linear(x[row], own.weight, limits, own.ends, out[row], shares, own.bias, pdl=self.pdl)
+            if x is None:
+                lists = self._lists[name].row(row)
+                listed_linear(lists, own.weight, own.ends, out[row], shares, own.bias, pdl=self.pdl)
+            else:
+                sparse_linear(x[row], own.weight, limits[row], own.ends, out[row], shares, own.bias, pdl=self.pdl)
 
-    def _mlp(self, index: int, x: Tensor) -> None:
+    def _listing(self, index: int, name: str) -> Listing:
+        """For who makes the input of a projection of layer `index`."""
+        return Listing(self._limits[:, index, self.weights.channels[index][name].places], self._lists[name])
+
+    def _mlp(self, index: int) -> None:
         """The products of an MLP, from its normed input."""
-        self.product(index, "up", x)
-        up_at = self.weights.channels[index]["up"].ends[0]
-        activate(self._products["up"], up_at, self._act, self.rows, self.weights.shape, pdl=self.pdl)
-        self.product(index, "down", self._act)
-
-    def _add(self, names: tuple[str, ...], post: Tensor | None, norms: tuple[Reader, ...]) -> None:
-        """Products into the residual stream, and on to the norms that read it."""
-        shape = self.weights.shape
-        added = [self._products[name] for name in names]
-        residual_norm(
-            self.hidden, self.hidden, added, self.rows, self.count, shape.norm_eps,
-            norms=norms, post=post, layer_norm=shape.layer_norm, pdl=self.pdl,
+        self.product(index, "up")
+        activate(
+            self._products["up"], self.weights.channels[index]["up"].ends[0], self._act, self.rows, self.weights.shape,
+            listing=self._listing(index, "down"), pdl=self.pdl,
         )  # fmt: skip
+        self.product(index, "down")
 
-    def _readers(self, index: int) -> tuple[Reader, ...]:
-        """The norms at the start of layer `index`, each with the x that it makes."""
-        layer = self.weights.decoder.layers[index]
-        assert layer.attn_norm is not None and layer.mlp_norm is not None
-        first = layer.attn_norm.weight, layer.attn_norm.bias, self.x
-        if not self.weights.config.parallel_residual:
-            return (first,)
-        return first, (layer.mlp_norm.weight, layer.mlp_norm.bias, self._x_mlp)
+    def _add(self, names: tuple[str, ...], post: Tensor | None, index: int, readers: tuple[str, ...]) -> None:
+        """Products into the residual stream, and on to the norms in front of `readers`, some of layer `index`."""
+        shape, norms = self.weights.shape, []
+        for name in readers:
+            layer = self.weights.decoder.layers[index]
+            norm = layer.attn_norm if name == "qkv" else layer.mlp_norm
+            assert norm is not None
+            norms.append((norm.weight, norm.bias, self.x if name == readers[0] else self._x_mlp))
+        residual_norm(
+            self.hidden, self.hidden, [self._products[name] for name in names], self.rows, self.count, shape.norm_eps,
+            norms=norms, listings=[self._listing(index, name) for name in readers], post=post,
+            layer_norm=shape.layer_norm, pdl=self.pdl,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.triton
 
 
 def poisoned(k: int, segments: int, group: int | None = None) -> KeptList:
-    lists = KeptList.empty(k, segments, DEVICE, group)
+    lists = KeptList.empty(k, segments, DEVICE, group=group)
     lists.entries.fill_(0x7FC00000)
     lists.runs.fill_(-(1 << 30))
     return lists

@@ -16,6 +16,7 @@ import pytest
 import torch
 from skipstone.kernels import tile as core
 from skipstone.kernels.embed_rows import embed_rows, embed_rows_reference, lay_rows, lay_rows_reference
+from skipstone.kernels.kept_list import KeptList, Listing, list_kept
 from skipstone.kernels.layer_shape import LayerShape
 from skipstone.kernels.qkv import place_qkv, placed_reference, qkv, qkv_reference
 from skipstone.kernels.residual_linear import (
@@ -205,6 +206,28 @@ def test_activating_what_was_multiplied(shape: LayerShape, dtype: torch.dtype) -
     products = torch.cat([gate, up], 1) if shape.gated else gate
     near(out[live], activated_reference(products, shape)[live], dtype)
     assert int(out.isfinite().all(1).sum()) == len(live)
+    listing = some_listing(4, wide, 1)
+    activate(y, wide + 12, out, some_rows(live), shape, listing=listing)
+    as_listed(listing, out, live)
+
+
+def some_listing(count: int, width: int, segments: int) -> Listing:
+    """Thresholds of rows among others', as a step keeps them, and lists full of what nobody may read."""
+    limits = 0.2 + 0.3 * torch.rand(count, 7, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    lists = KeptList.empty(width, segments, DEVICE, rows=count)
+    lists.entries.fill_(0x7FC00000)
+    lists.runs.fill_(1 << 20)
+    return Listing(limits[:, 2 : 2 + segments], lists)
+
+
+def as_listed(listing: Listing, x: torch.Tensor, live: list[int]) -> None:
+    """The live rows' lists are those that `list_kept` makes of what was written; each one's thresholds are its own."""
+    for row in live:
+        found, expected = listing.lists.row(row), some_listing(1, x.shape[1], listing.limits.shape[1]).lists.row(0)
+        list_kept(x[row], listing.limits[row], expected)
+        assert torch.equal(found.runs, expected.runs)
+        own = expected.entries != 0x7FC00000
+        assert torch.equal(found.entries[own], expected.entries[own])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,6 +256,12 @@ def test_norms_that_are_not_deferred(
     for x, expected in zip(xs, expected_x, strict=True):
         near(x[live], expected[live], dtype)
         assert int(x.isfinite().all(1).sum()) == len(live)
+    listings = [some_listing(count, width, 3 - i) for i in range(num_norms)]
+    residual_norm(
+        hidden, out, added, rows, count, 1e-5, norms=readers, listings=listings, post=weight, layer_norm=layer_norm
+    )
+    for listing, x in zip(listings, xs, strict=True):
+        as_listed(listing, x, live)
     residual_norm(hidden, hidden, added, rows, count, 1e-5, post=weight)  # in place
     near(hidden[live], stream[live], torch.float32)
 
@@ -244,6 +273,8 @@ def test_what_a_residual_norm_does_not_do_is_refused() -> None:
     readers = (hidden[0], None, hidden), (hidden[0], hidden[1], hidden)
     with pytest.raises(ValueError, match="the other has none"):
         residual_norm(hidden, hidden, [], rows, 1, 1e-5, norms=readers)
+    with pytest.raises(ValueError, match="1 listings for 0 norms"):
+        residual_norm(hidden, hidden, [], rows, 1, 1e-5, listings=[some_listing(1, 8, 1)])
 
 
 def tree_rows(base: int, parents: list[int], width: int = 16) -> tuple[Rows, list[int]]:

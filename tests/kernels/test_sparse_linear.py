@@ -146,7 +146,7 @@ def test_lists_of_the_callers(bits: int | None) -> None:
     """In place of x: two segments' lists, other than the scratch's own."""
     k, ends = 288, (32, 64)
     x, weight, limits = drawn(k, seed=1), drawn(64, k, seed=2), torch.tensor([0.3, 1.1], device=DEVICE)
-    lists = KeptList.empty(k, 2, DEVICE, None if bits is None else GROUP)
+    lists = KeptList.empty(k, 2, DEVICE, group=None if bits is None else GROUP)
     list_kept(x, limits, lists)
     out = torch.full((64,), torch.nan, device=DEVICE)
     if bits is None:
