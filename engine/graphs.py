@@ -120,7 +120,7 @@ def captured(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     """A body without effect, as a CUDA graph; None on a CPU, where it has to be called."""
     if device.type != "cuda":
         return None
-    # Compiles what is not compiled yet. On the caller's own stream: once kernels of a process have run on a few streams,
+    # Compiles what is not compiled yet. On the caller's own stream: once a process has run kernels on a few streams,
     # every kernel of every graph starts 0.3 us later (docs/kernels.md).
     body()
     graph = torch.cuda.CUDAGraph()
