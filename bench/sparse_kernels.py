@@ -8,14 +8,15 @@ Per projection and per layer, at each level (share of a standard normal input th
 |---|---|
 | `cublas` | `torch.mm` of one row, weight `[M, K]` |
 | `rows` | our dense one-row kernel over `[M, K]` (`bench/one_row.py`) |
-| `channels` | `sparse_linear` over `[K, M]`, without a threshold |
-| `sparse LEVEL` | the same with one |
+| `sparse LEVEL` | `sparse_linear` over `[K, M]`: a kernel that lists what is kept, and the product |
+| `sparse LEVEL, listed` | the product alone, `listed_linear`: the list is left by the kernel that writes the input |
 | `int8`, `int4` | `quantised_linear` without a threshold |
-| `int8 LEVEL`, `int4 LEVEL` | the same with one |
+| `int8 LEVEL`, `int4 LEVEL`, and `, listed` | the same with one |
 
-Every arm runs with the fastest of a few settings (thresholded arms share those found at 50 %), in a CUDA graph that
-goes round over copies of the weights that no cache holds, and is not timed unless its result agrees with the reference.
-The speed-up of an arm is against the fastest dense arm of its bits. Random weights; a time does not depend on them.
+Every arm runs with the fastest of a few settings (those of products with a list are found at 50 %, on the product
+alone), in a CUDA graph that goes round over copies of the weights that no cache holds, with programmatic dependent
+launch, and is not timed unless its result agrees with the reference. The speed-up of an arm is against the fastest
+dense arm of its bits. Random weights; a time does not depend on them.
 """
 
 from __future__ import annotations
@@ -31,17 +32,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quantised_linear import QuantisedWeight, quantise, quantised_linear, quantised_linear_reference
-from ..kernels.sparse_linear import MOST_PARTS, Shares, fitting_columns, sparse_linear, sparse_linear_reference
+from ..kernels import quantised_linear as quantised
+from ..kernels import sparse_linear as sparse
+from ..kernels.kept_list import KeptList, list_kept
+from ..kernels.quantised_linear import GROUP, QuantisedWeight, quantised_linear_reference, quantised_shares
+from ..kernels.sparse_linear import LEAST_COLUMNS, MOST_PARTS, Settings, Shares, sparse_linear_reference
 from .device_time import Spread, bandwidth, capture, replay_us
 from .environment import describe_device, versions
 from .kernel_ops import COLD_BYTES
 from .one_row import _OneRow, kernels
 
-Settings = dict[str, int]
 LEVELS = (0.25, 0.4, 0.5, 0.65)
 TUNED_AT = 0.5
 TOLERANCE = 0.02  # bf16 results, fp32 sums in another order
+
+
+Launch = Callable[[int, Settings | None], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Arm:
     name: str
     kind: str  # arms of one kind share settings
     level: float | None
-    launch: Callable[[int, Settings | None], None]
+    launch: Launch
     out: Tensor
     expected: Tensor
     num_bytes: int
@@ -94,20 +100,22 @@ class Arm:
     settings: tuple[Settings | None, ...] = (None,)
 
 
-# (BK, UNROLL, warps) of a try
-BLOCKS = ((32, 4, 8), (32, 2, 4), (64, 2, 8), (16, 4, 4))
-QUANTISED_BLOCKS = ((32, 2, 8), (32, 4, 8), (32, 2, 4))
+ROWS = ((2, 2048), (4, 512), (8, 512))  # columns and channels of a block of `rows`
 
 
-def _blocks(columns: Sequence[int], ends: Sequence[int], k: int, blocks: Sequence[tuple[int, ...]]) -> list[Settings]:
-    """Settings worth a try: whole segments, no more parts than blocks of k."""
-    return [
-        {"BN": bn, "BK": bk, "UNROLL": unroll, "PARTS": parts, "num_warps": warps, "num_stages": 1}
-        for bn in columns
-        for bk, unroll, warps in blocks
-        for parts in (4, 8, 16, 32)
-        if all(end % bn == 0 for end in ends[:-1]) and bn <= ends[-1] and parts * bk <= k
-    ]
+def tried(*starts: Settings) -> tuple[Settings, ...]:
+    """Settings and their neighbours: more or fewer warps, columns or parts."""
+    found = []
+    for start in starts:
+        columns, parts, warps = start["COLUMNS"], start["PARTS"], start["num_warps"]
+        near = [(columns, parts, warps), (columns, parts, 2 * warps), (columns // 2, parts, warps // 2)]
+        near += [(columns // 2, parts, warps), (columns, 2 * parts, warps // 2)]
+        found += [
+            {"COLUMNS": c, "PARTS": p, "num_warps": w}
+            for c, p, w in near
+            if c % LEAST_COLUMNS == 0 and c >= 32 and p <= MOST_PARTS and 4 <= w <= 16
+        ]
+    return tuple(settings for i, settings in enumerate(found) if settings not in found[:i])
 
 
 def arms(projection: Projection, levels: Sequence[float], device: torch.device, dtype: torch.dtype) -> list[Arm]:
@@ -118,7 +126,7 @@ def arms(projection: Projection, levels: Sequence[float], device: torch.device, 
     copies = max(2, -(-COLD_BYTES // (k * width * 2))) if device.type == "cuda" else 1
     by_row = [(torch.randn(width, k, generator=generator, device=device) / k**0.5).to(dtype) for _ in range(copies)]
     by_channel = [weight.T.contiguous() for weight in by_row]
-    out, shares = torch.empty(width, dtype=dtype, device=device), Shares(k, width, MOST_PARTS, device)
+    out, shares, pdl = torch.empty(width, dtype=dtype, device=device), Shares(k, width, device), device.type == "cuda"
     limits = {level: x.float().abs().quantile(level).expand(len(ends)).contiguous() for level in levels}
     rows = _OneRow.empty(1, device)
     rows.live.fill_(1)
@@ -126,67 +134,73 @@ def arms(projection: Projection, levels: Sequence[float], device: torch.device, 
     residual: Any = kernels().residual
 
     def of_rows(i: int, settings: Settings | None) -> None:
-        residual.residual_linear(x.unsqueeze(0), by_row[i], None, None, wide, rows, settings=settings)
+        residual.residual_linear(x.unsqueeze(0), by_row[i], None, None, wide, rows, settings=settings, pdl=pdl)
 
-    def of_channels(limit: Tensor | None) -> Callable[[int, Settings | None], None]:
-        return lambda i, settings: sparse_linear(x, by_channel[i], limit, ends, out, shares, settings=settings)
+    def of_sparse(level: float) -> Launch:
+        return lambda i, own: sparse.sparse_linear(
+            x, by_channel[i], limits[level], ends, out, shares, settings=own, pdl=pdl
+        )
+
+    def of_listed(level: float) -> Launch:
+        lists = KeptList.empty(k, len(ends), device)
+        list_kept(x, limits[level], lists)
+        return lambda i, own: sparse.listed_linear(lists, by_channel[i], ends, out, shares, settings=own, pdl=pdl)
 
     size = k * width * dtype.itemsize
     dense = sparse_linear_reference(x, by_channel[0], None, ends)
     row_settings = tuple(
-        {"BN": bn, "BK": bk, "SPLIT": 1, "PARTS": parts, "num_warps": 4, "num_stages": 3}
-        for bn, bk in ((4, 512), (8, 512), (4, 1024))
-        for parts in (1,)
+        {"BN": bn, "BK": bk, "SPLIT": 1, "PARTS": 1, "num_warps": 4, "num_stages": 3} for bn, bk in ROWS
     )
-    tried = tuple(_blocks((256,), ends, k, BLOCKS)) or (None,)
-    found = [
-        Arm("rows", "rows", None, of_rows, wide.view(-1), dense, size, copies, row_settings),
-        Arm("channels", "channels", None, of_channels(None), out, dense, size, copies, tried),
-    ]
+    found = [Arm("rows", "rows", None, of_rows, wide.view(-1), dense, size, copies, row_settings)]
     if device.type == "cuda":
 
         def of_cublas(i: int, settings: Settings | None) -> None:
             torch.mm(x.unsqueeze(0), by_row[i].T, out=out.unsqueeze(0))
 
         found.insert(0, Arm("cublas", "cublas", None, of_cublas, out, dense, size, copies))
+    settings = tried(sparse._settings(k, ends))
     for level in levels:
-        expected = sparse_linear_reference(x, by_channel[0], limits[level], ends)
-        kept = round((1 - level) * size)
-        found.append(
-            Arm(f"sparse {level:g}", "sparse", level, of_channels(limits[level]), out, expected, kept, copies, tried)
-        )
+        expected, kept = sparse_linear_reference(x, by_channel[0], limits[level], ends), round((1 - level) * size)
+        for name, launch in ((f"sparse {level:g}, listed", of_listed), (f"sparse {level:g}", of_sparse)):
+            found.append(Arm(name, "sparse", level, launch(level), out, expected, kept, copies, settings))
     for bits in (8, 4):
-        found += _quantised(bits, x, by_row[0], limits, ends, out, shares)
+        found += _quantised(bits, x, limits, ends, out, generator)
     return found
 
 
+def random_weight(k: int, width: int, bits: int, generator: torch.Generator) -> QuantisedWeight:
+    """Any values, and scales of about the same size."""
+    device, each = generator.device, 32 // bits
+    values = torch.randint(-128, 128, (k, width * bits // 8), dtype=torch.int8, generator=generator, device=device)
+    scales = torch.rand(k // GROUP, each, width // each, generator=generator, device=device) * 0.01 + 0.001
+    return QuantisedWeight(values if bits == 8 else values.view(torch.uint8), scales.half(), bits)
+
+
 def _quantised(
-    bits: int,
-    x: Tensor,
-    weight: Tensor,
-    limits: dict[float, Tensor],
-    ends: tuple[int, ...],
-    out: Tensor,
-    shares: Shares,
+    bits: int, x: Tensor, limits: dict[float, Tensor], ends: tuple[int, ...], out: Tensor, generator: torch.Generator
 ) -> list[Arm]:
-    own = quantise(weight, bits)
+    k, width, pdl = len(x), ends[-1], x.is_cuda
+    own = random_weight(k, width, bits, generator)
     copies = max(2, -(-COLD_BYTES // own.nbytes)) if x.is_cuda else 1
-    several = [own, *(QuantisedWeight(own.values.clone(), own.scales.clone(), bits) for _ in range(copies - 1))]
-    columns = (256,) if bits == 8 else (fitting_columns(512, ends),)
-    tried = tuple(_blocks(columns, ends, own.shape[0], QUANTISED_BLOCKS)) or (None,)
+    several = [own, *(random_weight(k, width, bits, generator) for _ in range(copies - 1))]
+    shares = quantised_shares(k, width, x.device)
 
-    def launch(limit: Tensor | None) -> Callable[[int, Settings | None], None]:
-        return lambda i, settings: quantised_linear(x, several[i], limit, ends, out, shares, settings)
+    def of_all(limit: Tensor | None) -> Launch:
+        return lambda i, own: quantised.quantised_linear(x, several[i], limit, ends, out, shares, own, pdl=pdl)
 
-    name = f"int{bits}"
+    def of_listed(limit: Tensor) -> Launch:
+        lists = KeptList.empty(k, len(ends), x.device, GROUP)
+        list_kept(x, limit, lists)
+        return lambda i, own: quantised.listed_quantised_linear(lists, x, several[i], ends, out, shares, own, pdl=pdl)
+
+    name, settings = f"int{bits}", tried(*(quantised._settings(k, ends, listed) for listed in (True, False)))
     expected = quantised_linear_reference(x, own, None, ends)
-    found = [Arm(name, name, None, launch(None), out, expected, own.nbytes, copies, tried)]
+    found = [Arm(name, name, None, of_all(None), out, expected, own.nbytes, copies, settings)]
     for level, limit in limits.items():
         expected = quantised_linear_reference(x, own, limit, ends)
         kept = round((1 - level) * own.values.nbytes) + own.scales.nbytes
-        found.append(
-            Arm(f"{name} {level:g}", f"{name} sparse", level, launch(limit), out, expected, kept, copies, tried)
-        )
+        for label, launch in ((f"{name} {level:g}, listed", of_listed), (f"{name} {level:g}", of_all)):
+            found.append(Arm(label, f"{name} sparse", level, launch(limit), out, expected, kept, copies, settings))
     return found
 
 
@@ -236,13 +250,16 @@ def measure(name: str, levels: Sequence[float], device: torch.device, only: Sequ
     for projection in projections:
         best: dict[str, Settings | None] = {}
         own = arms(projection, levels, device, torch.bfloat16)
-        # Settings of a kind are chosen once: thresholded arms at the level nearest to TUNED_AT.
+        # Settings of a kind are chosen once: of thresholded arms by the product alone at the level nearest to TUNED_AT.
         for arm in sorted(own, key=lambda a: abs((a.level or TUNED_AT) - TUNED_AT)):
             if arm.kind not in best:
                 best[arm.kind], lost = fastest(arm)
                 failed += lost
         found = {}
+        dead = {kind for kind, settings in best.items() if settings is None and kind != "cublas"}
         for arm in own:
+            if arm.kind in dead:
+                continue
             why = wrong(arm, best[arm.kind])
             if why is not None:
                 failed.append({"arm": arm.name, "settings": best[arm.kind], "why": why})
@@ -270,7 +287,7 @@ def measure(name: str, levels: Sequence[float], device: torch.device, only: Sequ
 def speedup(arm: str, us: dict[str, float]) -> float | None:
     """Against the fastest dense arm of the same bits; None where none was timed."""
     bits = arm.split()[0] if arm.startswith("int") else None
-    dense = [us[name] for name in ([bits] if bits else ["cublas", "rows", "channels"]) if name in us]
+    dense = [us[name] for name in ([bits] if bits else ["cublas", "rows"]) if name in us]
     return round(min(dense) / us[arm], 3) if dense else None
 
 

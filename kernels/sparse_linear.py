@@ -2,12 +2,15 @@
 
     y[n] = sum over k with |x[k]| > t(n) of x[k] W[k, n]
 
-The weight is input-channel-major, `[K, M]`: a dropped channel is a row that no load touches. A program makes BN
-columns from a share of k: it lists the channels of its share that it keeps, then reads and multiplies those alone, so
-that neither bytes nor arithmetic are spent on the others. Columns may lie in up to three segments (q, k, v, or gate,
-up), each with its own threshold. There is no second kernel. An input that is NaN is kept, so that it shows.
+The weight is input-channel-major, `[K, M]`: a dropped channel is a row that no load touches. What is kept comes as a
+list (`kept_list.py`), so that neither bytes nor arithmetic are spent on the rest. Columns may lie in up to three
+segments (q, k, v, or gate, up), each with its own threshold.
 
-PARTS programs share the k of a tile; the one that finishes last (an integer counter tells) adds the parts by a fixed
+A program makes some columns from a share of the runs; a step multiplies one run in each of S slots, as many as give
+every thread 16 bytes of each channel. The next step's weights and the list of the one after it are asked for before
+this step is multiplied: ptxas otherwise mixes multiplications between the loads, and two or three are on the way.
+
+PARTS programs share a tile of columns; the one that finishes last (an integer counter tells) adds the parts by a fixed
 tree, so no number depends on which one it was, and there are no float atomics: those of TEAL's own kernel give other
 bits at each run.
 """
@@ -15,19 +18,25 @@ bits at each run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .kept_list import RUN, KeptList, is_kept_reference, list_kept
+
 try:
     import triton
     import triton.language as tl
+
+    from .kept_list import run_at, run_entries, runs_of
+    from .tile import pdl_next, pdl_wait
 except ImportError:  # no wheel for this platform: the PyTorch paths run
     triton = None
 
-MOST_SEGMENTS = 3
-PROGRAMS, MOST_PARTS = 528, 32  # what a launch aims at: four programs for each multiprocessor of an H100
-LEAST_COLUMNS, MOST_CHANNELS = 16, 256  # of a block
+MOST_SEGMENTS, MOST_PARTS = 3, 8
+LEAST_COLUMNS = 16  # of a program, and what segments are best aligned to: 32 bytes
+PROGRAMS = 528  # what there is room for at once: four programs of 4 warps for each multiprocessor of an H100
 
 
 def keep_reference(x: Tensor, limits: Tensor | None, ends: Sequence[int]) -> Tensor:
@@ -35,194 +44,231 @@ def keep_reference(x: Tensor, limits: Tensor | None, ends: Sequence[int]) -> Ten
     if limits is None:
         return torch.ones(len(x), ends[-1], dtype=torch.bool, device=x.device)
     widths = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=x.device)
-    return ~(x.float().abs().unsqueeze(1) <= limits.float().repeat_interleave(widths))
+    return is_kept_reference(x, limits).T.repeat_interleave(widths, 1)
 
 
 def sparse_linear_reference(
     x: Tensor, weight: Tensor, limits: Tensor | None, ends: Sequence[int], bias: Tensor | None = None
 ) -> Tensor:
-    """fp32 `[M]` from the arguments of `sparse_linear`."""
+    """fp32 `[M]` from the arguments of `sparse_linear`; `limits=None` drops nothing."""
     kept = torch.where(keep_reference(x, limits, ends), weight.float(), 0.0)
     y = (x.float().unsqueeze(1) * kept).nan_to_num(torch.nan).sum(0)
     return y if bias is None else y + bias.float()
 
 
 if triton is not None:
+    CONTINUOUS = ["tiles_0", "tiles_1", "parts_n"]  # arguments whose divisibility makes no other kernel
 
     @triton.jit
-    def limit_of(limits, column, END_0: tl.constexpr, END_1: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The threshold of the segment that a column is in."""
-        return tl.load(limits + (column >= END_0).to(tl.int32) + (column >= END_1).to(tl.int32))
+    def tile_of(tile, tiles_0, tiles_1, end_0, end_1, end_2, columns):  # type: ignore[no-untyped-def]
+        """`(segment, first column, end of the columns)` of a tile; none lies in two segments."""
+        segment = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
+        start = tl.where(segment == 0, 0, tl.where(segment == 1, end_0, end_1))
+        before = tl.where(segment == 0, 0, tl.where(segment == 1, tiles_0, tiles_1))
+        end = tl.where(segment == 0, end_0, tl.where(segment == 1, end_1, end_2))
+        first = start + (tile - before) * columns
+        return segment, first, tl.minimum(end, first + columns)
 
     @triton.jit
-    def is_kept(x, limit):  # type: ignore[no-untyped-def]
-        """Also where x is NaN."""
-        return (tl.abs(x) <= limit) == 0
-
-    @triton.jit
-    def parts_added(y, cols, M: tl.constexpr, parts, arrived, PARTS: tl.constexpr, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
+    def parts_added(y, cols, inside, width, parts, arrived, parts_n, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
         """Leave this program's share y `[BN]` of a tile; `(whether all shares are here, their sum)`. All of them are
         read at once and added by a fixed tree: one after the other would be a chain of waits."""
-        inside = cols < M
-        mine = parts + tl.program_id(1).to(tl.int64) * M + cols
+        mine = parts + tl.program_id(1).to(tl.int64) * width + cols
         tl.store(mine, y, mask=inside)
         tl.debug_barrier()
         counter = arrived + tl.program_id(0)
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts_n - 1
         if last:
             tl.debug_barrier()
             tl.store(counter, 0)
             part = tl.arange(0, PLACES)
-            mask = (part < PARTS)[:, None] & inside[None, :]
-            shares = parts + part[:, None].to(tl.int64) * M + cols[None, :]
+            mask = (part < parts_n)[:, None] & inside[None, :]
+            shares = parts + part[:, None].to(tl.int64) * width + cols[None, :]
             y = tl.sum(tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg"), 0)
         return last, y
 
     @triton.jit
-    def kept_channels(x, limit, first, K: tl.constexpr, SHARE: tl.constexpr, PLACES: tl.constexpr, kept):  # type: ignore[no-untyped-def]
-        """List the kept channels of first .. first + SHARE - 1 in `kept [SHARE]`, rising; their number."""
-        at = tl.arange(0, PLACES)
-        real = (at < SHARE) & (first + at < K)
-        value = tl.load(x + first + at, mask=real, other=0.0).to(tl.float32)
-        keep = (real & is_kept(value, limit)).to(tl.int32)
-        tl.store(kept + tl.cumsum(keep, 0) - 1, first + at, mask=keep != 0)
-        tl.debug_barrier()
-        return tl.sum(keep, 0)
+    def _rows_of(at, stride, channels, inside, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The weights `[S, BN]` of a run's channels; none for channel -1."""
+        rows = ()
+        for i in tl.static_range(RUN):
+            mask = (channels[i] >= 0)[:, None] & inside[None, :]
+            rows = rows + (tl.load(at + channels[i][:, None] * stride.to(tl.int64), mask=mask, other=0.0),)
+        return rows
 
-    @triton.jit
+    @triton.jit(do_not_specialize=CONTINUOUS)
     def _sparse_kernel(  # type: ignore[no-untyped-def]
-        x, weight, bias, limits, out, parts, arrived, lists,
-        K: tl.constexpr, M: tl.constexpr, END_0: tl.constexpr, END_1: tl.constexpr,
-        SPARSE: tl.constexpr, HAS_BIAS: tl.constexpr, SHARE: tl.constexpr, SHARE_PLACES: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
+        entries, runs, weight, bias, out, parts, arrived,
+        width, tiles_0, tiles_1, end_0, end_1, end_2, columns, parts_n,
+        CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
+        PARTS: tl.constexpr, PLACES: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        cols = tl.program_id(0) * BN + tl.arange(0, BN)
-        inside = (cols < M)[None, :]
-        first = tl.program_id(1) * SHARE
-        count = tl.minimum(SHARE, tl.maximum(K - first, 0))
-        kept = lists + (tl.program_id(0) * PARTS + tl.program_id(1)) * SHARE
-        if SPARSE:
-            limit = limit_of(limits, tl.program_id(0) * BN, END_0, END_1)
-            count = kept_channels(x, limit, first, K, SHARE, SHARE_PLACES, kept)
-        total = tl.zeros([BK, BN], tl.float32)
-        for start in range(0, count, BK * UNROLL):
-            for step in tl.static_range(UNROLL):  # all their loads are on the way before one of them is used
-                at = start + step * BK + tl.arange(0, BK)
-                real = at < count
-                k = first + at
-                if SPARSE:
-                    k = tl.load(kept + at, mask=real, other=0)
-                value = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
-                w_at = weight + k[:, None].to(tl.int64) * M + cols[None, :]
-                total += value[:, None] * tl.load(w_at, mask=real[:, None] & inside, other=0.0).to(tl.float32)
+        segment, first, end = tile_of(tl.program_id(0), tiles_0, tiles_1, end_0, end_1, end_2, columns)
+        cols = first + tl.arange(0, BN)
+        inside = cols < end
+        if HAS_BIAS:
+            offset = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        pdl_wait(PDL)
+        ends, gaps = runs_of(runs, segment, CHUNKS, CHUNK, RUN)
+        begin = tl.program_id(1) * ends[CHUNKS - 1] // parts_n
+        stop = (tl.program_id(1) + 1) * ends[CHUNKS - 1] // parts_n
+        entries += segment * (CHUNKS * CHUNK)
+        number = begin + tl.arange(0, S)
+        w_at = weight + cols[None, :]
+        total = tl.zeros([S, BN], tl.float32)
+        ks, vs = run_entries(entries + run_at(number, ends, gaps, CHUNKS) * RUN, number < stop, RUN)
+        number += S
+        ks_1, vs_1 = run_entries(entries + run_at(number, ends, gaps, CHUNKS) * RUN, number < stop, RUN)
+        ws = _rows_of(w_at, width, ks, inside, RUN)
+        for _ in tl.range(begin, stop, S):
+            number += S
+            ws_1 = _rows_of(w_at, width, ks_1, inside, RUN)
+            ks_1, vs_2 = run_entries(entries + run_at(number, ends, gaps, CHUNKS) * RUN, number < stop, RUN)
+            for i in tl.static_range(RUN):
+                total += vs[i][:, None] * ws[i].to(tl.float32)
+            ws = ws_1
+            vs = vs_1
+            vs_1 = vs_2
+        pdl_next(PDL)
         y = tl.sum(total, 0)
         last = True
-        if PARTS > 1:
-            last, y = parts_added(y, cols, M, parts, arrived, PARTS, PLACES)
+        if PARTS:
+            last, y = parts_added(y, cols, inside, width, parts, arrived, parts_n, PLACES)
         if last:
             if HAS_BIAS:
-                y += tl.load(bias + cols, mask=cols < M, other=0.0).to(tl.float32)
-            tl.store(out + cols, y.to(out.dtype.element_ty), mask=cols < M)
+                y += offset
+            tl.store(out + cols, y.to(out.dtype.element_ty), mask=inside)
 
 
 class Shares:
-    """What programs of a launch leave for each other and for themselves: the sums of those that share a tile, and lists
-    of kept channels. Counters are zero between launches. One for each stream."""
+    """What programs of a launch leave for each other: the sums of those that share a tile, and lists of what is kept.
+    Counters are zero between launches. One for each stream."""
 
-    def __init__(self, k: int, width: int, most: int, device: torch.device | str) -> None:
-        """Args: `k` and `width`, the most channels and columns of a launch; `most`, the largest PARTS."""
-        self.sums = torch.empty(most * width, device=device)
-        tiles = -(-width // LEAST_COLUMNS)
-        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
-        self.lists = torch.empty(tiles * (k + most * MOST_CHANNELS), dtype=torch.int32, device=device)
-
-
-def fitting_columns(wanted: int, ends: Sequence[int]) -> int:
-    """The most columns of a block, `wanted` or a half of it again and again, that cut no segment in two."""
-    while wanted > LEAST_COLUMNS and any(end % wanted for end in ends[:-1]):
-        wanted //= 2
-    return wanted
+    def __init__(self, k: int, width: int, device: torch.device | str, group: int | None = None) -> None:
+        """Args: `k` and `width`, channels and the most columns of a launch; `group` of its lists."""
+        self.sums = torch.empty(MOST_PARTS * width, device=device)
+        self.arrived = torch.zeros(width // LEAST_COLUMNS + MOST_SEGMENTS, dtype=torch.int32, device=device)
+        self.lists = KeptList.empty(k, MOST_SEGMENTS, device, group)
 
 
-def _settings(k: int, ends: Sequence[int]) -> dict[str, int]:
-    """Columns and channels of a block, blocks on the way at once, programs a tile, warps. A rule."""
-    width = ends[-1]
-    columns = fitting_columns(256 if width >= 1024 else 64, ends)
-    parts = parts_of(k, width, columns)
-    return {"BN": columns, "BK": 32, "UNROLL": 4, "PARTS": parts, "num_warps": 8, "num_stages": 1}
+Settings = dict[str, int]
+
+# Half types, by channels and segments; tuned offline on an H200 at 50 % (docs/kernels.md).
+_TABLE: dict[tuple[int, tuple[int, ...]], tuple[int, int, int]] = {
+    (4096, (4096, 5120, 6144)): (48, 1, 16),
+    (4096, (4096,)): (64, 2, 8),
+    (4096, (14336, 28672)): (448, 8, 4),
+    (14336, (4096,)): (64, 4, 8),
+    (4096, (4096, 8192, 12288)): (64, 2, 4),
+    (4096, (11008, 22016)): (64, 1, 4),
+    (11008, (4096,)): (64, 8, 4),
+}
 
 
-def parts_of(k: int, width: int, columns: int) -> int:
-    """Programs that share a tile, a power of two."""
-    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, triton.cdiv(width, columns)))
-    return max(1, min(MOST_PARTS, k // 64, wanted))
+def _settings(k: int, ends: Sequence[int]) -> Settings:
+    """Columns of a program, programs a tile, warps."""
+    columns, parts, warps = _TABLE.get((k, tuple(ends))) or shared_evenly(k, tuple(ends), PROGRAMS)
+    return {"COLUMNS": columns, "PARTS": parts, "num_warps": warps}
 
 
-def share_of(k: int, parts: int, block: int) -> int:
-    """Channels of one program: whole blocks."""
-    return -(-k // (parts * block)) * block
+@lru_cache(None)
+def shared_evenly(k: int, ends: tuple[int, ...], programs: int) -> tuple[int, int, int]:
+    """A rule for other shapes: as many as there is room for on the chip at once, of 4 warps, the fewest parts that keep
+    the most of their threads at work, each of 256 channels at least."""
+    columns = range(64, 513, 16) if ends[-1] >= 4096 else range(32, 65, 16)
+    fitting = [(c, p) for c in columns for p in range(1, MOST_PARTS + 1) if tiles_up_to(ends, c)[-1] * p <= programs]
+    found = [(p / block_of(c), -p, -c) for c, p in fitting if p == 1 or k >= 256 * p]
+    _, parts, narrow = max(found, default=(0, -1, -512))
+    return -narrow, -parts, 4
 
 
-def launched_with(k: int, width: int, chosen: dict[str, int]) -> dict[str, int]:
-    """The sizes that follow from the settings, and the settings.
+def block_of(columns: int) -> int:
+    """Columns that a program has threads for."""
+    return max(32, 1 << (columns - 1).bit_length())
+
+
+def tiles_up_to(ends: Sequence[int], columns: int) -> tuple[int, int, int]:
+    """Tiles up to the end of each of three segments; those that there are not have none."""
+    tiles = [0]
+    for start, end in zip((0, *ends), ends, strict=False):
+        tiles.append(tiles[-1] - (start - end) // columns)
+    tiles += tiles[-1:] * (MOST_SEGMENTS - len(ends))
+    return tiles[1], tiles[2], tiles[3]
+
+
+def launched_with(
+    ends: Sequence[int], width: int, chosen: Settings, elements: int
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+    """The grid, the integers and the sizes of a product whose threads take `elements` columns each.
 
     Raises:
-        ValueError: blocks of too many channels or too few columns for `Shares`.
-    """
-    if chosen["BK"] > MOST_CHANNELS or chosen["BN"] < LEAST_COLUMNS:
-        raise ValueError(f"settings {chosen}: BK at most {MOST_CHANNELS}, BN at least {LEAST_COLUMNS}")
-    share, parts = share_of(k, chosen["PARTS"], chosen["BK"]), triton.next_power_of_2(chosen["PARTS"])
-    return {
-        "K": k,
-        "M": width,
-        "SHARE": share,
-        "SHARE_PLACES": triton.next_power_of_2(share),
-        "PLACES": parts,
-        **chosen,
-    }
-
-
-def checked_ends(ends: Sequence[int], width: int, block: int) -> tuple[int, int]:
-    """The first two segment ends as the kernels take them.
-
-    Raises:
-        ValueError: segments that do not fill the columns or cut a block in two.
+        ValueError: segments that do not fill the columns, or settings that `Shares` has no room for.
     """
     if not 1 <= len(ends) <= MOST_SEGMENTS or list(ends) != sorted(set(ends)) or ends[-1] != width:
         raise ValueError(f"segments end at {list(ends)}, expected at most {MOST_SEGMENTS} rising ends up to {width}")
-    cut = [end for end in ends[:-1] if end % block]
-    if cut:
-        raise ValueError(f"segments end at {cut}, inside blocks of {block} columns")
-    first, second = (*ends, width, width)[:2]
-    return first, second
+    columns, parts, warps = chosen["COLUMNS"], chosen["PARTS"], chosen["num_warps"]
+    if columns % LEAST_COLUMNS or not 1 <= parts <= MOST_PARTS:
+        raise ValueError(f"settings {chosen}: COLUMNS in steps of {LEAST_COLUMNS}, PARTS up to {MOST_PARTS}")
+    first, second, tiles = tiles_up_to(ends, columns)
+    block = block_of(columns)
+    sizes = {"BN": block, "S": max(1, warps * 32 * elements // block), "PARTS": parts > 1, "PLACES": MOST_PARTS}
+    limits = (*ends, width, width)[:MOST_SEGMENTS]
+    return (tiles, parts), (first, second, *limits, columns, parts), sizes | {"num_warps": warps, "num_stages": 1}
+
+
+def listed_linear(
+    lists: KeptList,
+    weight: Tensor,
+    ends: Sequence[int],
+    out: Tensor,
+    shares: Shares,
+    bias: Tensor | None = None,
+    settings: Settings | None = None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Project one row that is listed, by whoever made it.
+
+    Args:
+        lists: one for each segment.
+        weight, ends, out, shares, bias, settings, pdl: as in `sparse_linear`.
+
+    Raises:
+        ValueError: fewer lists than segments, or segments that do not fill the columns.
+    """
+    k, width = weight.shape
+    grid, numbers, sizes = launched_with(ends, width, settings or _settings(k, ends), 8)
+    _sparse_kernel[grid](
+        lists.entries, lists.runs, weight, weight if bias is None else bias, out, shares.sums, shares.arrived,
+        width, *numbers, CHUNKS=lists.runs.shape[1], CHUNK=lists.chunk, RUN=RUN, HAS_BIAS=bias is not None,
+        PDL=pdl, **sizes, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
 
 
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
-    limits: Tensor | None,
+    limits: Tensor,
     ends: Sequence[int],
     out: Tensor,
     shares: Shares,
     bias: Tensor | None = None,
-    settings: dict[str, int] | None = None,
+    settings: Settings | None = None,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """Project one row.
+    """Project one row: list it, and multiply.
 
     Args:
         x: `[K]` in the model's dtype.
         weight: `[K, M]`, contiguous.
-        limits: fp32 `[S]`, a threshold for each segment of columns; None reads every channel.
-        ends: where the segments end, S of them, the last M; the others at multiples of a block's columns.
+        limits: fp32 `[S]`, a threshold for each segment of columns.
+        ends: where the segments end, S of them, the last M.
         out: `[M]`, overwritten.
         shares: scratch.
         bias: `[M]` or None.
         settings: in place of the rule's.
+        pdl: programmatic dependent launch.
     """
-    (k, width), chosen = weight.shape, settings or _settings(weight.shape[0], ends)
-    first, second = checked_ends(ends, width, chosen["BN"])
-    _sparse_kernel[(triton.cdiv(width, chosen["BN"]), chosen["PARTS"])](
-        x, weight, x if bias is None else bias, x if limits is None else limits, out, shares.sums, shares.arrived,
-        shares.lists, END_0=first, END_1=second, SPARSE=limits is not None, HAS_BIAS=bias is not None,
-        **launched_with(k, width, chosen),
-    )  # fmt: skip
+    list_kept(x, limits, shares.lists, pdl=pdl)
+    listed_linear(shares.lists, weight, ends, out, shares, bias, settings, pdl=pdl)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.linear import PackedLinear
 from ...kernels.qkv import place_qkv
 from ...kernels.residual_norm import Reader, residual_norm
-from ...kernels.sparse_linear import LEAST_COLUMNS, MOST_PARTS, Shares, sparse_linear
+from ...kernels.sparse_linear import LEAST_COLUMNS, Shares, sparse_linear
 from ...kernels.tile import BLOCK_ROWS
 from ...kernels.tree_attention import tree_attention
 from ...kernels.up_linear import activate
@@ -114,7 +114,7 @@ class TealStep(FusedStep):
         self._limits = weights.thresholds.repeat(count, 1, 1)
         sizes = {name: own.weight.shape for name, own in weights.channels[0].items()}
         self._products = {name: torch.zeros(count, width, device=device) for name, (_, width) in sizes.items()}
-        self._shares = {name: Shares(k, width, MOST_PARTS, device) for name, (k, width) in sizes.items()}
+        self._shares = {name: Shares(k, width, device) for name, (k, width) in sizes.items()}
 
     def embed(self) -> None:
         super().embed()
@@ -162,7 +162,8 @@ class TealStep(FusedStep):
         own, out = self.weights.channels[index][name], self._products[name]
         for row in range(self.count):
             limits = self._limits[row, index, own.places]
-            sparse_linear(x[row], own.weight, limits, own.ends, out[row], self._shares[name], own.bias)
+            shares = self._shares[name]
+            sparse_linear(x[row], own.weight, limits, own.ends, out[row], shares, own.bias, pdl=self.pdl)
 
     def _mlp(self, index: int, x: Tensor) -> None:
         """The products of an MLP, from its normed input."""
