@@ -48,12 +48,8 @@ class Spread:
 def capture(body: Callable[[], object], warm_up: Callable[[], object] | None = None) -> torch.cuda.CUDAGraph:
     """`body` as a CUDA graph. It (or a `warm_up` that stands for it) runs a few times before: compilers, handles and
     allocators must be past their first call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            (warm_up or body)()
-    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(WARM_UP):  # on this stream: others make later kernels slower (`engine/graphs.captured`)
+        (warm_up or body)()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -99,8 +95,8 @@ if triton is not None:
 
 
 def clock_mhz(device: torch.device) -> int:
-    """The multiprocessors' clock right now, from a kernel that counts cycles for 50 us. Latency-bound steps follow it:
-    the same captured step took 489 and 539 us in one process (docs/kernels.md)."""
+    """The multiprocessors' clock right now, from a kernel that counts cycles for 50 us. Times of steps
+    that wait for latency mean little without it."""
     found = torch.zeros(2, dtype=torch.int64, device=device)
     _clock_kernel[(1,)](found, NANOSECONDS=CLOCK_NS, num_warps=1)
     cycles, nanoseconds = found.tolist()

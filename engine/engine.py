@@ -17,8 +17,7 @@ from ..heads.stateful import RecurrentHead, StatefulHead
 from ..kernels.flash import FlashAttention, find_flash
 from ..kernels.grow_tree import Shape
 from ..kernels.linear import PackedLinear
-from ..kernels.noise import derive_seed
-from .cache import CachePlan, ContextTooLong, KVCache, free_memory, plan_cache
+from .cache import CachePlan, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
 from .device_loop import decode_on_device, kinds_of, shape_of
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
@@ -28,26 +27,25 @@ from .gate import PLAIN, DraftPolicy, Lookup, Source, best_first, calibrated, fi
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
+from .intake import Intake, Prompt
 from .ladder import Ladder
 from .loop import Machinery, Mode, Observer, Request, decode, is_out_of_memory
 from .model import Decoder
 from .pacing import Pace
 from .prompt_reader import PromptReader, longest_for
-from .sampling import History, SamplingParams, TargetSampler
+from .sampling import SamplingParams
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
 from .sparsity.selection import Selection
 from .sparsity.target import SparseTarget
 from .sparsity.teal import TealLevel
 from .sparsity.teal_step import ChannelWeights
-from .statistics import StatisticsRecorder
-from .stopping import Emission, StopChecker
+from .stopping import Emission
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
 
 if TYPE_CHECKING:
     from .planner import Plan
 
-Prompt = str | Sequence[int]
 Speculation = bool | Literal["always"]
 Prefill = Literal["auto", "sdpa", "flash", "fused"]
 Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
@@ -153,6 +151,10 @@ class Engine:
         self._paces: dict[Way, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
+
+    @property
+    def _intake(self) -> Intake:
+        return Intake(self.decoder.config, self.tokenizer, self.decoder.device)
 
     def _find_tiles(self) -> RowTiles:
         if not self.deterministic:
@@ -304,12 +306,12 @@ class Engine:
             ContextTooLong: a prompt that does not fit.
             MemoryError: not even a plain step fits the memory.
         """
-        single, prompts = self._prompts(prompt)
+        single, prompts = self._intake.prompts(prompt)
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
         prompts = [ids for ids in prompts for _ in range(num_return_sequences)]
         with self._claimed():
-            requests = self._requests(prompts, seeds, ignore_eos, sampling)
+            requests = self._intake.requests(prompts, seeds, ignore_eos, sampling)
             for _ in self._decode(requests, mode, accuracy, speculation, policy, lookup):
                 pass
             outputs = [self._finished(request) for request in requests]
@@ -325,7 +327,7 @@ class Engine:
         Raises:
             ValueError: the model has no chat template; or as `generate`.
         """
-        return self.generate(self._tokenizer().encode_chat(messages), **options)
+        return self.generate(self._intake.needed_tokenizer().encode_chat(messages), **options)
 
     def stream(
         self,
@@ -343,13 +345,13 @@ class Engine:
 
         The engine is busy until the stream is exhausted or closed; use it as a context manager to be sure.
         """
-        single, prompts = self._prompts(prompt)
+        single, prompts = self._intake.prompts(prompt)
         if not single:
             raise ValueError("stream takes one prompt; generate takes lists")
         self._claim()
         try:
             with self.here():
-                request = self._requests(prompts, None, ignore_eos, sampling)[0]
+                request = self._intake.requests(prompts, None, ignore_eos, sampling)[0]
                 rounds = self._decode([request], mode, accuracy, speculation, policy, lookup)
         except BaseException:
             self._release()
@@ -374,7 +376,7 @@ class Engine:
         for policy in policies:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
         with self._claimed():
-            requests = self._requests([[1]] * batch, None, True, sampling)
+            requests = self._intake.requests([[1]] * batch, None, True, sampling)
             params, cache = requests[0].sampler.params, self._cache
             fused = self._on_device([params])
             if fused is None or cache is None:
@@ -403,7 +405,7 @@ class Engine:
         Raises:
             ValueError: several prompts or outputs were asked for; or as `generate`.
         """
-        if not self._prompts(prompt)[0] or sampling.get("num_return_sequences", 1) != 1:
+        if not self._intake.prompts(prompt)[0] or sampling.get("num_return_sequences", 1) != 1:
             raise ValueError("verify_lossless compares one output of one prompt; call it once for each")
         speculative = self.generate(prompt, speculation="always", policy=policy, lookup=lookup, **sampling)
         plain = self.generate(prompt, speculation=False, **sampling)
@@ -680,73 +682,6 @@ class Engine:
             found[exit_layer] = self._memories[exit_layer] = memory
         return found
 
-    def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[list[int]]]:
-        """Whether one prompt was given, and the prompts as checked token ids."""
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        given: Sequence[Any] = [prompt] if single else prompt
-        if len(given) == 0:
-            raise ValueError("no prompt was given; expected text, token ids, or a list of either")
-        return single, [self._prompt_ids(one) for one in given]
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        vocab_size, context = self.decoder.config.vocab_size, self.decoder.config.max_context
-        if not ids:
-            raise ValueError("the prompt is empty; a model needs at least one token to continue")
-        outside = [i for i in ids if not 0 <= i < vocab_size]
-        if outside:
-            raise ValueError(f"prompt ids {outside[:5]} are outside the vocabulary 0..{vocab_size - 1}")
-        if len(ids) > context:
-            raise ContextTooLong(f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten it")
-        return ids
-
-    def _requests(
-        self, prompts: list[list[int]], seeds: Sequence[int] | None, ignore_eos: bool, sampling: Mapping[str, Any]
-    ) -> list[Request]:
-        params = self._params(ignore_eos, sampling)
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} outputs, expected one each")
-        requests = []
-        for i, ids in enumerate(prompts):
-            seed = derive_seed(params.seed, i) if seeds is None else seeds[i]
-            own = dataclasses.replace(params, seed=seed)
-            checker = StopChecker(
-                self.tokenizer.detokenizer() if self.tokenizer else _NoText(),
-                max_new_tokens=own.max_new_tokens,
-                min_new_tokens=own.min_new_tokens,
-                stop_ids=own.stop_ids,
-                stop=own.stop,
-                context_room=self.decoder.config.max_context - len(ids),
-            )
-            sampler = TargetSampler(own, self.decoder.config.vocab_size, self.decoder.device)
-            requests.append(Request(i, History(ids), sampler, checker, StatisticsRecorder()))
-        return requests
-
-    def _params(self, ignore_eos: bool, sampling: Mapping[str, Any]) -> SamplingParams:
-        known = {field.name for field in dataclasses.fields(SamplingParams)}
-        unknown = sorted(set(sampling) - known)
-        if unknown:
-            raise ValueError(f"unknown options {unknown}; sampling options are {sorted(known)}")
-        options = dict(sampling)
-        if isinstance(options.get("stop"), str):
-            options["stop"] = (options["stop"],)
-        if "bad_words" in options:
-            if isinstance(options["bad_words"], str):
-                raise ValueError(f"bad_words is {options['bad_words']!r}, expected a list of strings or of id lists")
-            options["bad_words"] = [ids for word in options["bad_words"] for ids in self._spellings(word)]
-        own = () if ignore_eos or self.tokenizer is None else self.tokenizer.stop_ids
-        options["stop_ids"] = tuple(dict.fromkeys((*own, *options.get("stop_ids", ()))))
-        return SamplingParams(**options)
-
-    def _spellings(self, word: str | Sequence[int]) -> list[list[int]]:
-        """A bad word's token ids; a string is banned at the start of a text and after a space."""
-        if not isinstance(word, str):
-            return [list(word)]
-        tokenizer = self._tokenizer()
-        return [tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word)]
-
     def _finished(self, request: Request) -> Generation:
         checker = request.checker
         count = len(checker.token_ids)
@@ -765,11 +700,6 @@ class Engine:
             mode=request.mode,
             verify=self.verify,
         )
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this engine has no tokenizer: give token ids, not text")
-        return self.tokenizer
 
     def _claim(self) -> None:
         """Become the one caller. Another thread waits; the same thread would wait for itself, so it is told."""
@@ -828,13 +758,3 @@ def _default_policy(heads: HeadSet | None, fused: bool) -> DraftPolicy:
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
     return policy if fused else dataclasses.replace(policy, lookup=Lookup())
-
-
-class _NoText:
-    """Stands in for a detokenizer where there is no tokenizer: tokens have no text."""
-
-    def feed(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""

@@ -194,10 +194,11 @@ if triton is not None:
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        if stop - start <= BLOCK // 2:  # a row's position tells, so its bits are the same in every tree
+        HALF: tl.constexpr = BLOCK // 2 if BLOCK >= 32 else BLOCK
+        if stop - start <= HALF:  # a row's position tells, so its bits are the same in every tree
             largest, total, acc = _block(
                 queries, keys_of, values_of, path_of + row * PATH, start, position, first_key, base, cache_slot, scale,
-                softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK // 2,
+                softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, HALF,
             )  # fmt: skip
         else:
             for first in range(start, stop, BLOCK):

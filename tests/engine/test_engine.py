@@ -366,7 +366,7 @@ def test_a_cache_is_reused_and_grows(engine):
 def test_rows_that_ran_stay_as_they_are(engine):
     """`advance` to a layer that nodes have reached is nothing; a fault in between loses no committed state."""
     engine.generate(PROMPT, max_new_tokens=1)
-    request = engine._requests([PROMPT], None, False, {})[0]
+    request = engine._intake.requests([PROMPT], None, False, {})[0]
     on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
     with torch.inference_mode():
         work = loop.begin(on, request)
@@ -391,7 +391,7 @@ def test_what_stopped_before_a_fault_did_not_fail(fused, engine_of, planned, mon
     """A stop string in an accepted token ends the output; that no token can be drawn behind it is nobody's concern."""
     engine = engine_of()
     plain = planned(engine, "right").learn(PROMPT, max_new_tokens=4)
-    request = engine._requests([PROMPT], None, False, {"max_new_tokens": 9, "stop_ids": [plain.token_ids[0]]})[0]
+    request = engine._intake.requests([PROMPT], None, False, {"max_new_tokens": 9, "stop_ids": [plain.token_ids[0]]})[0]
     on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
     tree = DraftTree(PROMPT[-1])
     tree.add(0, plain.token_ids[0], exit_layer=2)

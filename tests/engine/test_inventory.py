@@ -30,7 +30,7 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
         engine.fused = FusedWeights(engine.decoder)
     items = {item.what: item for item in memory_items(engine, batch, context) if "device rounds" in item.what}
 
-    requests = engine._requests([[1, 2]] * batch, None, True, {"max_new_tokens": context - 2})
+    requests = engine._intake.requests([[1, 2]] * batch, None, True, {"max_new_tokens": context - 2})
     cache = engine._cache_for(requests)
     engine._memories_for(engine.policy, cache)
     items_at = {i.what: i for i in memory_items(engine, batch, cache.plan.context) if "device rounds" in i.what}
@@ -73,7 +73,7 @@ def test_steps_over_prompts_are_in_the_budget(engine_of: Callable) -> None:
         engine.fused = FusedWeights(engine.decoder)
     assert not any("prompts" in item.what for item in memory_items(engine, 1, 200))
     engine._reads_fused = True
-    cache = engine._cache_for(engine._requests([[1, 2]], None, True, {"max_new_tokens": 198}))
+    cache = engine._cache_for(engine._intake.requests([[1, 2]], None, True, {"max_new_tokens": 198}))
     (item,) = (item for item in memory_items(engine, 1, cache.plan.context) if "prompts" in item.what)
     reader, stores = engine._reader_for(cache), {}
     assert reader is not None

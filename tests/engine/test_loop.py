@@ -117,7 +117,7 @@ def test_committed_lengths_are_each_rows_own(engine_of, planned):
     prompts = [[4] * 3, [5] * 9, [6]]
     for ids in prompts:
         heads.learn(ids, max_new_tokens=20)
-    requests = engine._requests(prompts, None, False, {"max_new_tokens": 20})
+    requests = engine._intake.requests(prompts, None, False, {"max_new_tokens": 20})
     for released in engine._decode(requests, "lossless", None, "always", TREES):
         for request, _ in released:
             assert engine._cache.lens[request.sequence] == request.committed_len
