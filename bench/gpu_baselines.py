@@ -47,6 +47,7 @@ from ..engine.pretrained import load_pretrained
 from ..engine.prompt_reader import PromptReader
 from ..engine.sparsity.teal_step import ChannelWeights, TealStep
 from ..engine.sparsity.thresholded import projections
+from ..kernels.kept_list import list_kept
 from .baselines import as_transformers
 from .compiled import CompiledLoop, StaticDecoder, check
 from .device_time import Spread, bandwidth, capture, clock_mhz, replay_us
@@ -164,6 +165,8 @@ class AimedStep(TealStep):
             self.weights.thresholds[index, own.places] = limit
             self._limits[0, index, own.places] = limit
             self._dropped.append((float((strengths <= limit).float().mean()), own.weight.numel()))
+            if name in self._lists:  # x was listed before its threshold was known
+                list_kept(x[0], self._limits[0, index, own.places], self._lists[name].row(0))
         super().product(index, name, x)
 
 

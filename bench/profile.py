@@ -47,7 +47,8 @@ KERNEL_OPS = {
     "_up_kernel": ("up",),
     "_kept_down_kernel": (),  # how many bytes, its lists say
     "_post_norm_kernel": (),
-    "_sparse_kernel": (),  # how many bytes, its thresholds say
+    "_list_kernel": (),
+    "_sparse_kernel": (),  # how many bytes, its lists say
     "_place_kernel": (),
     "_activate_kernel": (),
     "_residual_norm_kernel": (),

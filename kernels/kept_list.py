@@ -131,12 +131,12 @@ if triton is not None:
     @triton.jit
     def runs_of(runs, segment, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
         """`(ends, gaps)` of a segment's chunks, a scalar each: runs up to the end of each, and the room behind."""
-        counts = ()
+        counts = tl.tuple([])
         for chunk in tl.static_range(CHUNKS):
             counts = counts + (tl.load(runs + segment * CHUNKS + chunk),)
         end = 0
-        ends = ()
-        gaps = ()
+        ends = tl.tuple([])
+        gaps = tl.tuple([])
         for chunk in tl.static_range(CHUNKS):
             end += counts[chunk]
             ends = ends + (end,)
@@ -155,11 +155,11 @@ if triton is not None:
     def run_entries(at, real, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
         """Channels and values of the runs that begin at `at`: RUN of each, channel -1 and 0 for none. All are asked
         for before one of them is used."""
-        found = ()
+        found = tl.tuple([])
         for i in tl.static_range(RUN):
             found = found + (tl.load(at + i, mask=real, other=EMPTY),)
-        channels = ()
-        values = ()
+        channels = tl.tuple([])
+        values = tl.tuple([])
         for i in tl.static_range(RUN):
             channels = channels + ((found[i] >> 32).to(tl.int32),)
             values = values + (found[i].to(tl.int32).to(tl.float32, bitcast=True),)

@@ -128,7 +128,7 @@ if triton is not None:
     ):  # fmt: skip
         """The words `[S, BW]` of a run's channels, as far as they are to be kept."""
         first = at + channels[0][:, None] * stride.to(tl.int64)
-        words = ()
+        words = tl.tuple([])
         for i in tl.static_range(RUN):
             own = first + i * stride.to(tl.int64)
             if LISTED:
@@ -141,7 +141,7 @@ if triton is not None:
         """A run's scales `[S, BW]` for each column of the words."""
         mask = keep[:, None] & inside[None, :]
         at += (channel // GROUP)[:, None] * width.to(tl.int64)
-        scales = ()
+        scales = tl.tuple([])
         for i in tl.static_range(PER):
             scales = scales + (tl.load(at + i * stride, mask=mask, other=0.0),)
         return scales
@@ -152,14 +152,14 @@ if triton is not None:
     ):  # fmt: skip
         """Channels, values and which of them are to be kept, RUN of each: of a list, or consecutive ones."""
         real = number < stop
-        keep = ()
+        keep = tl.tuple([])
         if LISTED:
             channels, values = run_entries(entries + run_at(number, ends, gaps, CHUNKS) * RUN, real, RUN)
             for i in tl.static_range(RUN):
                 keep = keep + (channels[i] >= 0,)
         else:
-            channels = ()
-            values = ()
+            channels = tl.tuple([])
+            values = tl.tuple([])
             for i in tl.static_range(RUN):
                 channels = channels + (number * RUN + i,)
                 values = values + (tl.load(x + number * RUN + i, mask=real, other=0.0),)
@@ -180,8 +180,8 @@ if triton is not None:
         inside = word < end // PER
         stored = width // PER
         pdl_wait(PDL)
-        ends = ()
-        gaps = ()
+        ends = tl.tuple([])
+        gaps = tl.tuple([])
         count = K // RUN
         if LISTED:
             ends, gaps = runs_of(runs, segment, CHUNKS, CHUNK, RUN)
@@ -192,7 +192,7 @@ if triton is not None:
         number = begin + tl.arange(0, S)
         w_at = words + word[None, :]
         s_at = scales + word[None, :]
-        totals = ()
+        totals = tl.tuple([])
         for _ in tl.static_range(PER):
             totals = totals + (tl.zeros([S, BN // PER], tl.float32),)
         ks, vs, keep = _next_run(x, entries, number, stop, ends, gaps, LISTED, CHUNKS, RUN)
@@ -206,11 +206,11 @@ if triton is not None:
             ss_1 = _scales_of(s_at, width, stored, ks_1[0], keep_1[0], inside, GROUP, PER)
             ks_1, vs_2, keep_1 = _next_run(x, entries, number, stop, ends, gaps, LISTED, CHUNKS, RUN)
             if BITS == 8:  # two's complement: with the sign turned over it is the value and 128
-                signed = ()
+                signed = tl.tuple([])
                 for i in tl.static_range(RUN):
                     signed = signed + (ws[i] ^ SIGNS,)
                 ws = signed
-            more = ()
+            more = tl.tuple([])
             for i in tl.static_range(PER):
                 one = vs[0].to(tl.float32)[:, None] * _field(ws[0], magic, i, BITS)
                 for j in tl.static_range(1, RUN):
@@ -222,7 +222,7 @@ if triton is not None:
             vs = vs_1
             vs_1 = vs_2
         pdl_next(PDL)
-        t = ()
+        t = tl.tuple([])
         for i in tl.static_range(PER):
             t = t + (totals[i] * 2.0 ** -bit_of(i, BITS),)
         if BITS == 4:

@@ -49,7 +49,7 @@ if triton is not None:
 
     @triton.jit
     def _limits_of(limits, LISTS: tl.constexpr):  # type: ignore[no-untyped-def]
-        found = ()
+        found = tl.tuple([])
         for i in tl.static_range(LISTS):
             found = found + (tl.load(limits + i),)
         return found

@@ -90,7 +90,7 @@ if triton is not None:
     @triton.jit
     def _rows_of(at, stride, channels, inside, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
         """The weights `[S, BN]` of a run's channels; none for channel -1."""
-        rows = ()
+        rows = tl.tuple([])
         for i in tl.static_range(RUN):
             mask = (channels[i] >= 0)[:, None] & inside[None, :]
             rows = rows + (tl.load(at + channels[i][:, None] * stride.to(tl.int64), mask=mask, other=0.0),)

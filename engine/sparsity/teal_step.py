@@ -141,7 +141,7 @@ class TealStep(FusedStep):
         for index in range(start, stop):
             layer = weights.layers[index]
             keys, values = self.cache.k[index], self.cache.v[index]
-            self.product(index, "qkv")
+            self.product(index, "qkv", self.x)
             q_end, k_end, _ = weights.channels[index]["qkv"].ends
             place_qkv(
                 self._products["qkv"], (q_end, k_end), layer.qk_norm, *weights.rotary[index],
@@ -153,22 +153,22 @@ class TealStep(FusedStep):
             self.product(index, "o", self._attended)
             after = first if index + 1 < stop else ()
             if config.parallel_residual:
-                self._mlp(index)
+                self._mlp(index, self._x_mlp)
                 self._add(("o", "down"), None, index + 1, after)
             else:
                 self._add(("o",), layer.attn_post, index, ("up",))
-                self._mlp(index)
+                self._mlp(index, self.x)
                 self._add(("down",), layer.mlp_post, index + 1, after)
         self.resume(stop)  # the norm behind, deferred, as the LM head takes it
         return self.hidden
 
-    def product(self, index: int, name: str, x: Tensor | None = None) -> None:
-        """Multiply every row by a projection of layer `index`, by the channels that the row keeps of x `[R, K]`; None:
-        whoever made its input has listed them."""
+    def product(self, index: int, name: str, x: Tensor) -> None:
+        """Multiply every row by a projection of layer `index`, by the channels that the row keeps of x `[R, K]`: those
+        that the kernel that wrote x has listed, or else that are listed now."""
         own, out, shares = self.weights.channels[index][name], self._products[name], self._shares[name]
         limits = self._limits[:, index, own.places]
         for row in range(self.count):
-            if x is None:
+            if name in self._lists:
                 lists = self._lists[name].row(row)
                 listed_linear(lists, own.weight, own.ends, out[row], shares, own.bias, pdl=self.pdl)
             else:
@@ -178,14 +178,14 @@ class TealStep(FusedStep):
         """For who makes the input of a projection of layer `index`."""
         return Listing(self._limits[:, index, self.weights.channels[index][name].places], self._lists[name])
 
-    def _mlp(self, index: int) -> None:
+    def _mlp(self, index: int, x: Tensor) -> None:
         """The products of an MLP, from its normed input."""
-        self.product(index, "up")
+        self.product(index, "up", x)
         activate(
             self._products["up"], self.weights.channels[index]["up"].ends[0], self._act, self.rows, self.weights.shape,
             listing=self._listing(index, "down"), pdl=self.pdl,
         )  # fmt: skip
-        self.product(index, "down")
+        self.product(index, "down", self._act)
 
     def _add(self, names: tuple[str, ...], post: Tensor | None, index: int, readers: tuple[str, ...]) -> None:
         """Products into the residual stream, and on to the norms in front of `readers`, some of layer `index`."""
