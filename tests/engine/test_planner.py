@@ -177,7 +177,7 @@ def test_a_plan_is_kept_and_followed(engine, tiny_folder, tiny_heads_folder):
     assert made.chosen.policy.exits == (2,) and made.speedup > 1.02 and made.plain.policy == PLAIN
     assert follow_plan(engine) is None and engine.plan is None
     store_plan(made)
-    assert follow_plan(engine) == made and engine.policy == made.chosen.policy
+    assert follow_plan(engine) == made and engine.policy == engine.policy_for(8) == made.chosen.policy
     looked = replace(made.chosen, name="looked", policy=replace(made.chosen.policy, lookup=Lookup(2, 3)))
     store_plan(replace(made, chosen=looked, choices=(looked, *made.choices)))
     assert follow_plan(engine) is not None and engine.policy == looked.policy
