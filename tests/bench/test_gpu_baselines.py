@@ -80,7 +80,7 @@ def test_compiled_arm_is_checked_beyond_bf16(monkeypatch):
 
     monkeypatch.setattr(compiled, "_rotate", neighbours)
     with pytest.raises(RuntimeError, match="not timing"):
-        CompiledArm("tiny", engine)
+        CompiledArm("tiny", engine)._loop(500)
 
 
 def test_other_families_are_refused():
