@@ -87,6 +87,9 @@ class EngineArm:
         engine: it may be shared with other arms.
         speculation, policy: as for `Engine.generate`.
         alone: answer one prompt at a time also where others answer several side by side.
+
+    Attributes:
+        batch: prompts that it will be given side by side; `describe` says how so many draft.
     """
 
     lossless, plain = True, PLAIN_ARM
@@ -100,6 +103,7 @@ class EngineArm:
         alone: bool = False,
     ) -> None:
         self.name, self.engine, self.speculation, self.policy, self.alone = name, engine, speculation, policy, alone
+        self.batch = 1
         self.meter = meter_of(engine.decoder.device)
 
     def run(self, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Outcome:
@@ -138,7 +142,7 @@ class EngineArm:
         return {"speculation": self.speculation, "policy": self.policy}
 
     def describe(self) -> dict[str, Any]:
-        policy, engine = self.policy or self.engine.policy, self.engine
+        policy, engine = self.policy or self.engine.policy_for(self.batch), self.engine
         target = {} if engine.verify == "dense" else {"verify": engine.verify}
         target |= {} if engine.teal_draft is None else {"draft": engine.draft}
         if self.speculation is False or not policy.drafts:

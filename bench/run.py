@@ -107,6 +107,9 @@ def run(
     arms, thresholds = _arms(engine, settings)
     if progress and _names_all(settings.arms or ""):
         Console(stderr=True, highlight=False).print(f"arms: {', '.join(arm.name for arm in arms)}", markup=False)
+    for arm in arms:
+        if isinstance(arm, EngineArm):
+            arm.batch = settings.batch
     if settings.batch > 1:
         arms.insert(1, EngineArm("solo", engine, speculation=False, alone=True))
     if settings.replay:

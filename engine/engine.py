@@ -51,6 +51,9 @@ Prefill = Literal["auto", "sdpa", "flash", "fused"]
 Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
+# Sequences at once from which chains are drafted where fewer draft trees. Measured at 1 and at 8 only (H200, against
+# plain decoding): trees of 15 nodes 2.26x and 1.06x, chains of 3 1.82x and 1.45x (at 8 0.91x and 1.03x end to end).
+CHAINS_FROM = 4
 CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 2048, ... positions
 ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
@@ -89,7 +92,7 @@ class Engine:
         fused_refused: whether that is because rows of the fused kernels disagreed in the start-up self-test.
         flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
-        policy: how it drafts where it is not told; plainly while its rows drop inputs on a GPU.
+        policy: how it drafts where it is not told, see `policy_for`; plainly while its rows drop inputs on a GPU.
         most_rounds: shapes of captured rounds (batch, draft, reach) that are kept; with more, the oldest is made anew.
         plan: where `policy` comes from, if it was planned (`engine/planner.py`).
     """
@@ -139,9 +142,10 @@ class Engine:
             if sparsity is not None and not isinstance(sparsity, TealLevel):
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
-        self._policy = PLAIN
+        self._policy = self._policy_of_many = PLAIN
         if self._disagreement is None:
             self._policy = _default_policy(heads, self.fused is not None)
+            self._policy_of_many = _default_policy(heads, self.fused is not None, batch=CHAINS_FROM)
         self.plan: Plan | None = None
         self._cache: KVCache | None = None
         self._reader: PromptReader | None = None
@@ -179,11 +183,17 @@ class Engine:
 
     @property
     def policy(self) -> DraftPolicy:
-        return self._policy if self._channels is None else PLAIN
+        return self.policy_for(1)
 
     @policy.setter
     def policy(self, policy: DraftPolicy) -> None:
-        self._policy = policy
+        self._policy = self._policy_of_many = policy
+
+    def policy_for(self, batch: int) -> DraftPolicy:
+        """How so many sequences at once draft where they are not told: a policy that was set holds for all of them."""
+        if self._channels is not None:
+            return PLAIN
+        return self._policy if batch < CHAINS_FROM else self._policy_of_many
 
     @property
     def warning(self) -> str | None:
@@ -372,7 +382,8 @@ class Engine:
         start = time.perf_counter()
         tokens = min(WARM_PROMPT, self.decoder.config.max_context - 2 * MAX_NODES)
         options = {**sampling, "max_new_tokens": MAX_NODES, "ignore_eos": True}
-        policies = [PLAIN, self.policy] if self.policy.drafts else [PLAIN]
+        usual = self.policy_for(batch)
+        policies = [PLAIN, usual] if usual.drafts else [PLAIN]
         for policy in policies:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
         with self._claimed():
@@ -431,7 +442,7 @@ class Engine:
         config = self.decoder.config
         wanted = config.max_context if context is None else context
         cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
-        memories = self.memory_plans(self.policy, batch, wanted)
+        memories = self.memory_plans(self.policy_for(batch), batch, wanted)
         parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
         thinned = self._channels or self._teal_target or self._teal_drafter
         parts += [] if thinned is None else [thinned.arithmetic()]
@@ -471,7 +482,7 @@ class Engine:
             raise ValueError("accuracy is of mode='early_exit'; lossless drafting takes policy=calibrated(...)")
         if speculation not in (True, False, "always"):
             raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
-        chosen = PLAIN if speculation is False else (policy or self.policy)
+        chosen = PLAIN if speculation is False else (policy or self.policy_for(len(requests)))
         if lookup is not None:
             chosen = dataclasses.replace(chosen, lookup=(chosen.lookup or Lookup()) if lookup else None)
         if chosen.drafts and self._channels is not None:
@@ -746,15 +757,16 @@ def _longest(requests: Sequence[Request]) -> int:
     return max(len(request.history) + request.checker.num_remaining for request in requests)
 
 
-def _default_policy(heads: HeadSet | None, fused: bool) -> DraftPolicy:
+def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> DraftPolicy:
     """The text drafts where it repeats itself, else heads do. One without trunk layers drafts trees where 16 rows cost
-    what one does (fused kernels), else chains; others are asked as their calibration says, or not at all.
+    what one does (fused kernels, few sequences), else chains; others are asked as their calibration says, or not at
+    all.
 
     Rounds on a GPU are launched before the host has read the tokens of the last ones, so the text is left out there.
     """
     policy = PLAIN
     if heads is not None and 0 in heads.exits:
-        policy = best_first(*TREE) if fused else fixed_exit(0, CHAIN_LENGTH)
+        policy = best_first(*TREE) if fused and batch < CHAINS_FROM else fixed_exit(0, CHAIN_LENGTH)
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
     return policy if fused else dataclasses.replace(policy, lookup=Lookup())

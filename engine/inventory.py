@@ -97,7 +97,7 @@ def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
         items.append(MemoryItem(what, decoder.head_weight.numel() * size, table, second_copy=True))
     plan = plan_cache(config, batch, context, decoder.device, decoder.dtype, check_free=False)
     items.append(MemoryItem(f"KV cache of {batch} x {context} tokens", plan.num_bytes, plan.arithmetic()))
-    for exit_layer, memory in engine.memory_plans(engine.policy, batch, context).items():
+    for exit_layer, memory in engine.memory_plans(engine.policy_for(batch), batch, context).items():
         what = f"memory of the head at {exit_layer} for {batch} x {context} tokens"
         items.append(MemoryItem(what, memory.num_bytes, memory.arithmetic()))
     return items + _round_items(engine, plan) + _prompt_items(engine, plan) + _head_items(engine)
@@ -109,7 +109,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     if engine.fused is None:
         return []
     batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
-    shape, width, taps = engine.round_shape(engine.policy)
+    shape, width, taps = engine.round_shape(engine.policy_for(batch))
     cache = KVCache(plan, torch.device("meta"))
     widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
     counts = sorted({_tiled(batch * rows_each) for rows_each in widths})
@@ -141,7 +141,7 @@ def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
         return []
     width, longest = engine.decoder.config.hidden_size, engine._longest_fused()
     reach = min(reach_of(plan.context if longest is None else longest), plan.context)
-    cache, taps = KVCache(plan, torch.device("meta")), engine.round_shape(engine.policy)[2]
+    cache, taps = KVCache(plan, torch.device("meta")), engine.round_shape(engine.policy_for(plan.batch))[2]
     steps = [FusedStep(engine.fused, cache, size, reach=reach) for size in SIZES]
     held = sum(map(_held_bytes, steps)) + sum(SIZES) * len(taps) * width * 4
     how = f"{' + '.join(map(str, SIZES))} rows x {held // sum(SIZES):,} bytes"

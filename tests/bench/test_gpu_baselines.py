@@ -4,9 +4,13 @@ Planted bugs seen to fail here: the query heads dealt to the wrong KV head, a ma
 pairs taken as neighbours, the bias of qkv left out.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from skipstone.bench import compiled
 from skipstone.bench.baselines import as_transformers
+from skipstone.bench.compiled import CompiledArm, same_model
 from skipstone.bench.device_time import Spread
 from skipstone.bench.gpu_baselines import (
     StaticDecoder,
@@ -21,6 +25,7 @@ from skipstone.bench.gpu_baselines import (
 from skipstone.bench.profile import keep_some, random_cache
 from skipstone.bench.shapes import FAMILIES, SHAPES, random_weights, shape_config, tiny_config, weight_bytes
 from skipstone.engine.cache import KVCache, plan_cache
+from skipstone.engine.engine import Engine
 from skipstone.engine.fused import FusedStep
 from skipstone.engine.model import Decoder
 
@@ -54,6 +59,28 @@ def test_another_model_is_not_timed(subject):
     wrong = {n: w.roll(1, 0) if n == "layers.1.qkv.weight" else w for n, w in subject.weights.items()}
     with pytest.raises(RuntimeError, match="not timing"):
         check(StaticDecoder(subject.config, wrong, context=64), reference, torch.arange(1, 30))
+
+
+def test_compiled_arm_is_checked_beyond_bf16(monkeypatch):
+    """Attention this sharp is another one in bf16 (logits off by 0.37), as trained weights' is on unusual tokens; that
+    is no other model. Rotary pairs taken as neighbours are.
+    """
+    config = tiny_config("llama")
+    weights = random_weights(config, torch.bfloat16, "cpu")
+    weights = {name: 10 * weight if "qkv" in name else weight for name, weight in weights.items()}
+    monkeypatch.setattr(compiled, "load_pretrained", lambda *_, **__: SimpleNamespace(config=config, weights=weights))
+    engine = Engine(Decoder(config, weights, torch.bfloat16, "cpu"), fused=False)
+    assert same_model(config, weights) < 1e-3
+    arm = CompiledArm("tiny", engine)
+    monkeypatch.setattr(arm, "_make", lambda decoder, prompt, num_new: (decoder.slots.numel(), num_new))
+    assert arm._loop(500) == (512, 512) and arm._loop(513) == (1024, 1024)
+
+    def neighbours(x, cos, sin):
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin + x * cos
+
+    monkeypatch.setattr(compiled, "_rotate", neighbours)
+    with pytest.raises(RuntimeError, match="not timing"):
+        CompiledArm("tiny", engine)._loop(500)
 
 
 def test_other_families_are_refused():

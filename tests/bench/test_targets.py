@@ -21,6 +21,7 @@ from skipstone.bench.questions import Question
 from skipstone.bench.run import Settings, run
 from skipstone.bench.targets import own_downs
 from skipstone.engine.engine import Engine
+from skipstone.engine.gate import fixed_exit
 from skipstone.engine.load import load
 from skipstone.engine.sparsity.teal import Teal
 from skipstone.engine.sparsity.thresholded import projections
@@ -129,6 +130,13 @@ def test_questions_side_by_side_have_the_tokens_of_solo_ones(engine: Engine, tem
     for wrong in ({"batch": 2, "baselines": ("hf",)}, {"batch": 0}):
         with pytest.raises(ValueError, match="batch is"):
             run(engine, QUESTIONS, Settings(**{**vars(settings), **wrong}), progress=False)
+
+
+def test_the_default_is_described_as_a_batch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "policy_for", lambda batch: fixed_exit(2, batch + 1))
+    for batch in (1, 2):
+        settings = Settings("tiny", arms="always", max_new_tokens=4, repeats=1, batch=batch)
+        assert run(engine, QUESTIONS, settings, progress=False)["arms"]["always"]["max_depth"] == batch + 1
 
 
 def test_a_batch_goes_on_only_whole(engine: Engine, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from skipstone.engine import engine as engine_module
-from skipstone.engine.engine import MOST_ROUNDS, reach_of
+from skipstone.engine.engine import CHAIN_LENGTH, MOST_ROUNDS, TREE, Engine, reach_of
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import best_first
+from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.graphs import Rounds
+from skipstone.engine.inventory import memory_items
 
 pytestmark = pytest.mark.interpreter
 CONTEXT = 3000
@@ -114,6 +115,40 @@ def test_another_batch_compiles_nothing_either(engine: Any, watch: Watch) -> Non
     requests(engine, batch=3)
     compiled, captured = watch.since(warm)
     assert not compiled and captured
+
+
+def test_several_sequences_draft_chains_by_default(
+    engine_of: Callable, stateful: Callable, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From four on, where nothing was set; what was set holds for every batch. Planted bugs: a batch warmed up with
+    trees; rows counted for them; a policy that was set for few alone."""
+    own, drafted, decode = engine_of(max_context=CONTEXT), [], engine_module.decode_on_device
+
+    def decoded(on: Any, rounds: Any, requests: Any, policy: Any, pace: Any) -> Any:
+        drafted.append(policy)
+        return decode(on, rounds, requests, policy, pace)
+
+    monkeypatch.setattr(Engine, "_fuse", lambda engine, *_: FusedWeights(engine.decoder))
+    monkeypatch.setattr(engine_module, "decode_on_device", decoded)
+    engine = Engine(own.decoder, None, stateful(own, "recurrent"))
+
+    def drafts() -> list[Any]:
+        drafted.clear()
+        for batch in (1, 3, 4, 8):
+            engine.generate([[1, 2, 3]] * batch, speculation="always", max_new_tokens=4)
+        return list(drafted)
+
+    tree, chain = best_first(*TREE), fixed_exit(0, CHAIN_LENGTH)
+    assert drafts() == [tree, tree, chain, chain] and engine.policy == tree
+    rows = [item.what for batch in (3, 4) for item in memory_items(engine, batch, 100) if "rows of" in item.what]
+    assert rows == ["rows of device rounds of 3 x 16", "rows of device rounds of 4 x 4"]
+    engine.warm_up(batch=5)
+    warm = watch.now()
+    engine.generate([[1, 2, 3]] * 5, speculation="always", max_new_tokens=4)
+    assert watch.since(warm) == (set(), [])
+    for policy in (tree, chain):
+        engine.policy = policy
+        assert drafts() == [policy] * 4
 
 
 def test_rounds_that_are_kept_are_bounded(engine: Any, watch: Watch) -> None:
