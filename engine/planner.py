@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 PLAN_VERSION = 3
 LEAST_GAIN = 1.10  # expected speed-up below which plain decoding is chosen: a text unlike the rehearsed takes as much
 # Share of the best expected speed that counts as equal to it. A rehearsal's text is easier than questions are, so long
-# drafts are overrated: on an H200 the best (a tree of depth 6, expected 2.516x) did 1.95x, one of 4 (2.502x) 2.04x. With
-# 0.98 a CPU's choice had 96.5 % of the best, with 0.99 it would have had 99.7 % (docs/log.md).
+# drafts are overrated: on an H200 the best (a tree of depth 6, expected 2.516x) did 1.95x, one of 4 (2.502x) 2.04x.
+# With 0.98 a CPU's choice had 96.5 % of the best, with 0.99 it would have had 99.7 % (docs/log.md).
 NEAR = 0.99
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
