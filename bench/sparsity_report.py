@@ -107,7 +107,7 @@ def report(
         on_step(name)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # minutes of measuring must not be lost with it; the command ends with code 1
             failed[name] = f"{type(error).__name__}: {error}"
             on_step(f"{name} failed: {failed[name]}")
         document["seconds"] = round(time.perf_counter() - start)

@@ -56,6 +56,17 @@ class KeptList:
         """One of N rows."""
         return KeptList(self.entries[number], self.runs[number], self.chunk, self.group)
 
+    def check_room(self, k: int, segments: int) -> None:
+        """Of lists of one row.
+
+        Raises:
+            ValueError: they are not of so many channels, or of fewer segments.
+        """
+        room, chunks = self.runs.shape
+        if segments > room or -(-k // self.chunk) != chunks:
+            lists = f"the lists are {room} of {chunks} chunks of {self.chunk}"
+            raise ValueError(f"{k} channels and {segments} thresholds, {lists}")
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -178,11 +189,8 @@ def list_kept(x: Tensor, limits: Tensor, lists: KeptList, *, pdl: bool = False) 
     Raises:
         ValueError: other sizes than the lists have room for.
     """
-    segments, chunks = lists.runs.shape
-    if len(limits) > segments or -(-len(x) // lists.chunk) != chunks:
-        room = f"the lists are {segments} of {chunks} chunks of {lists.chunk}"
-        raise ValueError(f"{len(x)} channels and {len(limits)} thresholds, {room}")
-    _list_kernel[(chunks, len(limits))](
+    lists.check_room(len(x), len(limits))
+    _list_kernel[(lists.runs.shape[1], len(limits))](
         x, limits, lists.entries, lists.runs, len(x), CHUNK=lists.chunk, GROUP=lists.group, RUN=RUN, PDL=pdl,
         num_warps=max(1, min(8, lists.chunk // 128)), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -268,13 +268,16 @@ def listed_quantised_linear(
         x, weight, ends, out, shares, settings, pdl: as in `quantised_linear`.
 
     Raises:
-        ValueError: segments that do not fill the columns or cut 4 bytes, or lists whose runs may leave a group.
+        ValueError: segments that do not fill the columns or cut 4 bytes, lists whose runs may leave a group, of other
+            channels or of fewer segments.
     """
     (k, width), bits = weight.shape, weight.bits
     if any(end % (32 // bits) for end in ends):
         raise ValueError(f"segments end at {list(ends)}, inside 4 bytes of {32 // bits} columns")
-    if lists is not None and GROUP % lists.group:
-        raise ValueError(f"the runs of lists go through {lists.group} channels, a scale is that of {GROUP}")
+    if lists is not None:
+        lists.check_room(k, len(ends))
+        if GROUP % lists.group:
+            raise ValueError(f"the runs of lists go through {lists.group} channels, a scale is that of {GROUP}")
     grid, numbers, sizes = launched_with(ends, width, settings or _settings(k, ends, lists is not None), ELEMENTS)
     own = shares.lists if lists is None else lists
     _quantised_kernel[grid](

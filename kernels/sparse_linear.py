@@ -234,10 +234,11 @@ def listed_linear(
         weight, ends, out, shares, bias, settings, pdl: as in `sparse_linear`.
 
     Raises:
-        ValueError: fewer lists than segments, or segments that do not fill the columns.
+        ValueError: lists of other channels or of fewer segments, or segments that do not fill the columns.
     """
     k, width = weight.shape
     grid, numbers, sizes = launched_with(ends, width, settings or _settings(k, ends), 8)
+    lists.check_room(k, len(ends))
     _sparse_kernel[grid](
         lists.entries, lists.runs, weight, weight if bias is None else bias, out, shares.sums, shares.arrived,
         width, *numbers, CHUNKS=lists.runs.shape[1], CHUNK=lists.chunk, RUN=RUN, HAS_BIAS=bias is not None,

@@ -203,6 +203,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in ({"COLUMNS": 24}, {"PARTS": MOST_PARTS + 1}):
         with pytest.raises(ValueError, match="in steps of 16"):
             listed_linear(lists, weight, (32,), out, shares, settings=SETTINGS | wrong)
+    other = KeptList.empty(200, 3, "cpu"), KeptList.empty(64, 1, "cpu")
+    for own in other:
+        with pytest.raises(ValueError, match="64 channels and 2 thresholds, the lists are"):
+            listed_linear(own, weight, (16, 32), out, shares, settings=SETTINGS)
+        with pytest.raises(ValueError, match="64 channels and 2 thresholds, the lists are"):
+            listed_quantised_linear(own, x, packed, (16, 32), out, shares)
     with pytest.raises(ValueError, match="go through 128 channels"):
         listed_quantised_linear(lists, x, packed, (32,), out, shares)
     with pytest.raises(ValueError, match="inside 4 bytes"):
