@@ -39,10 +39,10 @@ if triton is not None:
         inside = neuron < FF
         pdl_wait(PDL)
         sums = tl.load(out + neuron, mask=inside, other=0.0)
-        for first in tl.static_range(0, R, BM):  # unrolled: all loads are on their way at once
+        for first in tl.static_range(0, R, BM):  # unrolled, so that loads run ahead
             rows = first + tl.arange(0, BM)
             live = tl.load(live_of + rows)
-            # where a row stands in memory all rows may be read; what is not live is left out before it is multiplied
+            # read whether live or not, so that it does not wait for `live`; left out before it is multiplied
             x = tl.load(a + rows[:, None].to(tl.int64) * FF + neuron[None, :], mask=inside[None, :], other=0.0)
             x = tl.where((live != 0)[:, None], x.to(tl.float32), 0.0)
             sums += tl.sum(x * x, 0)
@@ -61,7 +61,7 @@ def neuron_squares(a: Tensor, rows: Rows, out: Tensor, *, pdl: bool = False) -> 
     """
     count, width = a.shape
     if out.shape != (width,) or not (a.is_contiguous() and out.is_contiguous()):
-        raise ValueError(f"activations {list(a.shape)} and sums {list(out.shape)}: expected [R, FF] and [FF], contiguous")
+        raise ValueError(f"activations are {list(a.shape)}, sums {list(out.shape)}: expected [R, FF], [FF], contiguous")
     block = 32
     _neuron_squares_kernel[(triton.cdiv(width, block),)](
         a, rows.live, out, R=count, FF=width, PDL=pdl, BM=BLOCK_ROWS, BN=block, num_warps=1,

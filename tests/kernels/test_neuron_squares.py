@@ -65,5 +65,5 @@ def test_bits_do_not_depend_on_the_steps(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected \[R, FF\] and \[FF\]"):
+    with pytest.raises(ValueError, match=r"expected \[R, FF\], \[FF\]"):
         neuron_squares(torch.zeros(16, 8, device=DEVICE), live_rows(16, [0]), torch.zeros(9, device=DEVICE))
