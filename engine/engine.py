@@ -138,8 +138,8 @@ class Engine:
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
             if prefill == "fused" and not self._fused_reads():
                 raise ValueError(
-                    "prefill is 'fused', but the fused kernels do not decode here (they need a GPU with Triton and rows "
-                    "that agree there), or this target's masks are of another kind than TDA's: leave it out"
+                    "prefill is 'fused', but the fused kernels do not decode here, which need a GPU with Triton and "
+                    "rows that agree, or this target's masks are of another kind than TDA's: leave it out"
                 )
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
         self._policy = self._policy_of_many = PLAIN

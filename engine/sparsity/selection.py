@@ -7,8 +7,8 @@ Everything is a function of the text's own tokens, so a sequence keeps the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,9 +70,16 @@ class Selection(Protocol):
         keep; or of a slice of layers, each with a dimension for them in front. A count may be one for all of them."""
 
 
+def on_device(selection: Selection, device: torch.device) -> Selection:
+    """The same selection with its tensors there, so that nobody who ranks by it waits for a copy."""
+    own: Any = selection
+    there = {name: value.to(device) for name, value in vars(own).items() if isinstance(value, Tensor)}
+    return replace(own, **there) if any(there[name] is not vars(own)[name] for name in there) else selection
+
+
 def keep_lists(selection: Selection, weights: Tensor, num_tokens: int, norms: Tensor) -> Kept:
     """What a text keeps in each layer, rising: a multiple of `round_to` neurons, or all, as layers below `first_dense`
-    and texts below `min_tokens` do. The host waits for nothing here.
+    and texts below `min_tokens` do. The host does not wait for the device (see `on_device`).
 
     Args:
         weights: `[L, F]`, what `weigh` said of the text's tokens.
@@ -82,7 +89,10 @@ def keep_lists(selection: Selection, weights: Tensor, num_tokens: int, norms: Te
     options, (num_layers, size) = selection.options, weights.shape
     strengths, count = selection.rank(slice(num_layers), weights, num_tokens, norms)
     dense = num_layers if num_tokens < options.min_tokens else options.first_dense
-    counts = torch.as_tensor(count, device=weights.device).expand(num_layers)
+    if isinstance(count, Tensor):
+        counts = count.to(weights.device).expand(num_layers)
+    else:
+        counts = torch.full((num_layers,), count, device=weights.device)
     return _lists(strengths, counts.index_fill(0, torch.arange(dense, device=weights.device), size), options.round_to)
 
 

@@ -22,7 +22,7 @@ from ..model import Decoder
 from ..tree import MAX_NODES
 from .neurons import ReducedMlp, down_norms
 from .rows import least_rows
-from .selection import Selection, keep_lists
+from .selection import Selection, keep_lists, on_device
 
 
 class Watch:
@@ -63,7 +63,7 @@ class SparseTarget:
 
     def __init__(self, decoder: Decoder, selection: Selection, deterministic: bool = True) -> None:
         _check(selection, decoder)
-        self.decoder, self.selection, self.deterministic = decoder, selection, deterministic
+        self.decoder, self.selection, self.deterministic = decoder, on_device(selection, decoder.device), deterministic
         self._norms = torch.stack(down_norms(decoder))
         self._least: dict[tuple[int, int], int] = {}
         self._watches: dict[int, Watch] = {}
