@@ -75,8 +75,8 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
-            of the decode step (`engine/prompt_reader.py`), which read no other masks than TDA's; "auto" is "fused" where
-            these decode, up to the length from which "sdpa" was faster (`prompt_reader.longest_for`), else "sdpa".
+            of the decode step (`engine/prompt_reader.py`), which make no masks but TDA's; "auto" is "fused" where these
+            decode, up to the length from which "sdpa" was faster (`prompt_reader.longest_for`), else "sdpa".
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the

@@ -103,6 +103,18 @@ def test_all_layers_at_once_keep_what_each_keeps(name):
     assert keep_lists(selection, weights, 4, norms).count.tolist() == [14] * 4
 
 
+def test_masks_of_all_layers_wait_for_no_number():
+    """On a device without numbers whatever asks for one fails, as would wait on a GPU."""
+    tda = Tda(torch.ones(4), density=0.5, prior=torch.ones(4, 14), prior_tokens=4)
+    for name in ("thresholds", "prior"):
+        object.__setattr__(tda, name, getattr(tda, name).to("meta"))
+    weights = torch.ones(4, 14, device="meta")
+    lists = keep_lists(tda, weights, 20, weights)
+    assert lists.ids.shape == (4, 14) and lists.count.shape == (4,)
+    with pytest.raises(RuntimeError):
+        keep(tda, 0, weights[0], 20, weights[0])
+
+
 def test_a_prior_counts_as_further_tokens():
     """Planted bug seen to fail: the share of the prior taken for that of the prompt."""
     neurons, norms = torch.tensor([[1.0, -2.0, 0.5], [3.0, 2.0, -0.5]]), torch.tensor([1.0, 2.0, 3.0])
