@@ -15,7 +15,7 @@ One JSON row per model and arm, batch 1, greedy, decode only: from the first new
 | `step-unshared` | the same where attention reads its keys for each row, and whether all bits are those of `step` and of each row alone |
 | `tda` | the same step over the weights of neurons on a random list of its own in each layer (`verify="tda"`), at each of `--shares`; 1.0 beside `step` is what the lists cost |
 | `teal` | the same step of one row that drops small inputs (`verify="teal"`), at each of `--levels`; 0 beside `step` is what it costs. Thresholds are set so that each projection drops that share of this row's inputs; `dropped_share` is what was dropped of the layers' weights |
-| `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt) |
+| `prefill` | a prompt of 64, 256, 1024 and 4096 tokens read by torch's attention and by the fused kernels (wall time, us a prompt); with `-tda` behind it neurons are watched and a mask that keeps 3/4 of them is made |
 | `cublas-1`, `cublas-16` | only the matrix products of a step, with 1 and 16 rows, in one CUDA graph: what a dedicated one-row step cannot beat through cuBLAS |
 
 Weights are random of the exact shapes unless given; a row's `weights` says which.
@@ -45,8 +45,10 @@ from ..engine.fused import FusedStep, FusedWeights
 from ..engine.model import Decoder
 from ..engine.pretrained import load_pretrained
 from ..engine.prompt_reader import PromptReader
+from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.teal_step import ChannelWeights, TealStep
 from ..engine.sparsity.thresholded import projections
+from ..kernels.kept import KeptNeurons
 from ..kernels.kept_list import list_kept
 from .baselines import as_transformers
 from .compiled import CompiledLoop, StaticDecoder, check
@@ -54,6 +56,8 @@ from .device_time import Spread, bandwidth, capture, clock_mhz, replay_us
 from .environment import describe_device, versions
 from .profile import rows_that_differ, step_us
 from .shapes import SHAPES, random_weights, shape_config, weight_bytes
+from .sparsity import Strongest
+from .targets import own_downs
 
 ARMS = (
     "floor", "hf-eager", "compile", "compile-host", "step", "step-unshared", "tda", "teal", "prefill",
@@ -123,7 +127,24 @@ def prompt_readers(decoder: Decoder, length: int) -> dict[str, Callable[[], floa
     cache = KVCache(plan_cache(decoder.config, 1, length, decoder.device, decoder.dtype), decoder.device)
     ids = torch.randint(decoder.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     reader = PromptReader(FusedWeights(decoder), cache, reach_of)
-    ways = {"sdpa": lambda: prefill(decoder, cache, 0, ids), "fused": lambda: reader.read(0, ids)}
+    skipping = own_downs(decoder)
+    watching = PromptReader(FusedWeights(skipping, by_neuron=True), cache, reach_of)
+    target, config = SparseTarget(skipping, Strongest(0.75)), decoder.config
+    kept = KeptNeurons(config.num_layers, 1, config.intermediate_size, decoder.device)
+
+    def read_masks(fused: bool) -> None:
+        watch = target.watch(0)
+        if fused:
+            watching.read(0, ids, squares=watch.weights)
+            watch.num_rows = length
+        else:
+            prefill(skipping, cache, 0, ids, mlp=watch)
+        kept.copy(0, target.finish(watch))
+
+    ways = {
+        "sdpa": lambda: prefill(decoder, cache, 0, ids), "fused": lambda: reader.read(0, ids),
+        "sdpa-tda": lambda: read_masks(False), "fused-tda": lambda: read_masks(True),
+    }  # fmt: skip
 
     def timed(read: Callable[[], None]) -> float:
         cache.restart(0)

@@ -36,7 +36,7 @@ from ..engine.load import load
 from ..engine.model import Decoder
 from ..engine.sparsity.neurons import down_norms
 from ..engine.sparsity.quality import Quality, measure_quality
-from ..engine.sparsity.selection import Fixed, Griffin, MaskOptions, Selection
+from ..engine.sparsity.selection import Count, Fixed, Griffin, Layers, MaskOptions, Selection, sum_of_squares
 from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.tda import Budget, CettCurves, Tda, calibrate_tda, cut, measure_curves
 from .environment import describe_device, versions
@@ -65,11 +65,10 @@ class Strongest:
     name: str = "tda_top_k"
     num_layers: int | None = None
 
-    def weigh(self, neurons: Tensor) -> Tensor:
-        return (neurons * neurons).sum(0)
+    weigh = staticmethod(sum_of_squares)
 
-    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
-        return (weights / num_tokens).sqrt() * norms, round(self.density * len(weights))
+    def rank(self, layers: Layers, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, Count]:
+        return (weights / num_tokens).sqrt() * norms, round(self.density * weights.shape[-1])
 
 
 def compare(found: Quality, dense: Quality) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .pacing import Pace
 from .prompt_reader import PromptReader, longest_for
 from .sampling import SamplingParams
 from .selftest import NotDeterministic, find_tiles, fused_rows_agree
-from .sparsity.selection import Selection
+from .sparsity.selection import Selection, sum_of_squares
 from .sparsity.target import SparseTarget
 from .sparsity.teal import TealLevel
 from .sparsity.teal_step import ChannelWeights
@@ -75,8 +75,8 @@ class Engine:
         model_id: for reports.
         fused: decode through fused kernels in CUDA graphs (`engine/graphs.py`); None: where there is a GPU with Triton.
         prefill: what reads prompts: "sdpa" is torch's attention, "flash" the installed flash-attn, "fused" the kernels
-            of the decode step (`engine/prompt_reader.py`); "auto" is "fused" where these decode, up to the length from
-            which "sdpa" was faster (`prompt_reader.longest_for`), else "sdpa".
+            of the decode step (`engine/prompt_reader.py`), which make no masks but TDA's; "auto" is "fused" where these
+            decode, up to the length from which "sdpa" was faster (`prompt_reader.longest_for`), else "sdpa".
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
@@ -127,12 +127,7 @@ class Engine:
             self.fused = self._fuse(wanted, skips)  # may store weights another way, so before tiles are looked for
             self.tiles = self._find_tiles()
             self.fused_refused = wanted and self.fused is None
-            self._reads_fused = prefill in ("auto", "fused") and self.fused is not None and not skips
-            if prefill == "fused" and not self._reads_fused:
-                raise ValueError(
-                    "prefill is 'fused', but this engine does not decode the whole model by the fused kernels, which "
-                    "need a GPU with Triton and rows that agree there: leave it out"
-                )
+            self._reads_fused = prefill in ("auto", "fused") and self.fused is not None
             if heads is not None:
                 projection = Projection(
                     decoder.final_norm, decoder.head_weight, decoder.config.logit_softcap, PackedLinear
@@ -141,6 +136,11 @@ class Engine:
             self.sparse: SparseTarget | None = None
             if sparsity is not None and not isinstance(sparsity, TealLevel):
                 self.sparse = SparseTarget(decoder, sparsity, deterministic)
+            if prefill == "fused" and not self._fused_reads():
+                raise ValueError(
+                    "prefill is 'fused', but the fused kernels do not decode here, which need a GPU with Triton and "
+                    "rows that agree, or this target's masks are of another kind than TDA's: leave it out"
+                )
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
         self._policy = self._policy_of_many = PLAIN
         if self._disagreement is None:
@@ -204,7 +204,7 @@ class Engine:
         """What reads prompts: "sdpa", "fused", which may end at some length, or "flash" with the package in use."""
         if self.flash is not None:
             return f"flash ({self.flash.name})"
-        if not self._reads_fused:
+        if not self._fused_reads():
             return "sdpa"
         longest = self._longest_fused()
         return "fused" if longest is None else f"fused up to {longest} tokens, sdpa"
@@ -654,9 +654,15 @@ class Engine:
             cache.restart(sequence)
         return cache
 
+    def _fused_reads(self) -> bool:
+        """Whether fused kernels read prompts: those of the target, which may need what they know of neurons."""
+        if not self._reads_fused or self.fused is None or self.fused.by_neuron != (self.sparse is not None):
+            return False
+        return self.sparse is None or self.sparse.selection.weigh is sum_of_squares
+
     def _reader_for(self, cache: KVCache) -> PromptReader | None:
         """What reads prompts into this cache by fused kernels, if they are to."""
-        if not self._reads_fused or self.fused is None:
+        if not self._fused_reads() or self.fused is None:
             return None
         if self._reader is None or self._reader.cache is not cache or self._reader.weights is not self.fused:
             self._reader = PromptReader(self.fused, cache, reach_of, longest=self._longest_fused())

@@ -27,6 +27,7 @@ from ..kernels.kept import Kept, KeptNeurons
 from ..kernels.kept_down import kept_down, kept_parts, kept_tiles
 from ..kernels.layer_shape import LayerShape
 from ..kernels.linear import PackedLinear
+from ..kernels.neuron_squares import neuron_squares
 from ..kernels.qkv import qkv
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, post_norm, residual_linear
 from ..kernels.rows import Rows
@@ -152,6 +153,8 @@ class FusedStep:
         reach: tokens that a sequence may hold; None: as many as the cache.
         pdl: programmatic dependent launch (Hopper and newer).
         share: whether attention may read keys once for several rows (`tree_attention`); bits are the same.
+        squares: fp32 `[L, FF]`, to which each layer adds its live rows' squared inner activations; for rows that use
+            all neurons.
 
     Attributes:
         rows, ids: int32 metadata and tokens of the rows, to be filled before a step.
@@ -169,8 +172,10 @@ class FusedStep:
         reach: int | None = None,
         pdl: bool = False,
         share: bool = True,
+        squares: Tensor | None = None,
     ) -> None:
         self.weights, self.cache, self.num_rows, self.pdl, self._share = weights, cache, num_rows, pdl, share
+        self._squares = squares
         config, shape, device, dtype = weights.config, weights.shape, cache.device, weights.decoder.dtype
         width, wide = config.hidden_size, config.num_heads * config.head_dim
         self.rows = Rows.empty(num_rows, device)
@@ -261,6 +266,8 @@ class FusedStep:
                     self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp, kept
                 )
             hidden = after
+            if self._squares is not None:
+                neuron_squares(self._act, rows, self._squares[index], pdl=pdl)
         self.stats = stats
         return hidden
 

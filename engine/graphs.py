@@ -23,6 +23,7 @@ from ..kernels.commit import commit
 from ..kernels.draw import Penalties, count_tokens, pick, process_and_draw
 from ..kernels.embed_rows import lay_rows
 from ..kernels.grow_tree import Sequences, Trees
+from ..kernels.kept import Kept
 from ..kernels.lm_head import lm_head, num_tiles
 from ..kernels.publish import publish
 from .cache import KVCache
@@ -216,11 +217,11 @@ class Rounds:
         """Rows that a sequence has in such a round."""
         return 1 if kind == "plain" and not self.weights.by_neuron else self.width
 
-    def keep(self, sequence: int, kept: Mapping[int, Tensor]) -> None:
-        """Set the neurons that a sequence uses from the next round on, by layer; all of layers that are left out."""
+    def keep(self, sequence: int, lists: Kept) -> None:
+        """Set the neurons that a sequence uses from the next round on, by layer."""
         neurons = self.steps[self.width].kept
         assert neurons is not None, "these weights are not stored by neuron"
-        neurons.keep(sequence, kept)
+        neurons.copy(sequence, lists)
 
     def prepare(self, kinds: Sequence[Kind]) -> None:
         """Capture rounds; before `begin`, because a captured round must find no sequence active."""

@@ -144,6 +144,8 @@ def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     cache, taps = KVCache(plan, torch.device("meta")), engine.round_shape(engine.policy_for(plan.batch))[2]
     steps = [FusedStep(engine.fused, cache, size, reach=reach) for size in SIZES]
     held = sum(map(_held_bytes, steps)) + sum(SIZES) * len(taps) * width * 4
+    if engine.fused.by_neuron:  # sums of what neurons did
+        held += engine.decoder.config.num_layers * engine.decoder.config.intermediate_size * 4
     how = f"{' + '.join(map(str, SIZES))} rows x {held // sum(SIZES):,} bytes"
     return [MemoryItem("steps that read prompts", held, how)]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.flash import FlashAttention
+from ..kernels.kept import Kept
 from .best_first import best_first
 from .cache import KVCache
 from .draft import DraftRow, Guesses, Head, draft
@@ -95,7 +96,7 @@ class Machinery:
     drafter: Decoder | None = None  # runs the layers before an exit, and verification runs them again; None: `decoder`
     prompts: PromptReader | None = None  # reads prompts by the step's own kernels, in place of `reader`
     # takes the neurons that a sequence keeps, by layer, where rounds run on the device; None: it gets MLPs of its own
-    keep: Callable[[int, Mapping[int, Tensor]], None] | None = None
+    keep: Callable[[int, Kept], None] | None = None
 
     @property
     def kept_layers(self) -> list[int]:
@@ -205,21 +206,23 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
 def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tensor]], None] | None) -> None:
     """Read a request's tokens, all but the pending one, through the whole model, and give the sequence the neurons that
     follow. A second reading starts where the first one ended: heads have these tokens, so they take nothing then."""
-    sequence, ids, reader = request.sequence, request.history.token_ids[:-1], on.reader or on.decoder
+    sequence, ids = request.sequence, request.history.token_ids[:-1]
     layers = () if take is None else on.kept_layers
-    if on.sparse is None and on.prompts is not None and on.prompts.takes(len(ids)):
-        on.prompts.read(sequence, ids, layers, take)
-        return
-    if on.sparse is None:
-        prefill(reader, on.cache, sequence, ids, layers, take, on.flash)
-        return
-    watch = on.sparse.watch(sequence, again=take is None)
-    prefill(reader, on.cache, sequence, ids, layers, take, on.flash, watch.num_rows, watch)
-    kept = on.sparse.finish(watch)
-    if on.keep is not None:
-        on.keep(sequence, kept)
+    watch = None if on.sparse is None else on.sparse.watch(sequence, again=take is None)
+    first = 0 if watch is None else watch.num_rows
+    if on.prompts is not None and on.prompts.takes(len(ids)):
+        on.prompts.read(sequence, ids, layers, take, first, None if watch is None else watch.weights)
+        if watch is not None:
+            watch.num_rows = len(ids)
     else:
-        on.cache.mlps[sequence] = on.sparse.mlps(kept)
+        prefill(on.reader or on.decoder, on.cache, sequence, ids, layers, take, on.flash, first, watch)
+    if on.sparse is None or watch is None:
+        return
+    lists = on.sparse.finish(watch)
+    if on.keep is not None:
+        on.keep(sequence, lists)
+    else:
+        on.cache.mlps[sequence] = on.sparse.mlps(lists)
 
 
 def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) -> list[Block]:

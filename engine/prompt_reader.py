@@ -5,6 +5,8 @@ before its attention reads them, so a step takes many tiles of one prompt, and a
 in place. A row's bits are its own (docs/kernels.md), so keys depend neither on how a prompt is cut into steps nor on
 what pads the last one, and they have decoding's bits. A short prompt costs a decode step or two where the decoder's own
 layers cost hundreds of launches; of a long prompt each tile reads all weights again.
+
+Where weights are stored by neuron (TDA) the steps use all neurons, and add up what each of them did.
 """
 
 from __future__ import annotations
@@ -56,6 +58,10 @@ class PromptReader:
     ) -> None:
         self.weights, self.cache, self.sizes, self._reach_of = weights, cache, tuple(sizes), reach_of
         self.longest = longest
+        config = weights.config
+        self._squares: Tensor | None = None
+        if weights.by_neuron:
+            self._squares = torch.zeros(config.num_layers, config.intermediate_size, device=cache.device)
         self._steps: dict[tuple[int, int, tuple[int, ...]], _Step] = {}
 
     def takes(self, length: int) -> bool:
@@ -68,11 +74,17 @@ class PromptReader:
         ids: Sequence[int],
         layers: Sequence[int] = (),
         take: Callable[[Mapping[int, Tensor]], None] | None = None,
+        first: int = 0,
+        squares: Tensor | None = None,
     ) -> None:
-        """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`."""
+        """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`, tiles begin
+        at `first`. To `squares`, fp32 `[L, FF]`, the tokens' squared inner activations are added."""
         taps = tuple(sorted(layer for layer in layers if layer))
         kept: list[dict[int, Tensor]] = []
-        first = held = 0
+        held = 0
+        if squares is not None:
+            assert self._squares is not None, "these weights are not stored by neuron"
+            self._squares.copy_(squares)
         while first < len(ids):
             left = len(ids) - first
             size = next((s for s in reversed(self.sizes[1:]) if left > s // 2), self.sizes[0])
@@ -87,6 +99,8 @@ class PromptReader:
                 if first == len(ids) or held >= TAKEN_AT_ONCE:
                     take({layer: torch.cat([own[layer] for own in kept]) for layer in states})
                     kept, held = [], 0
+        if squares is not None and self._squares is not None:
+            squares.copy_(self._squares)
         self.cache.lens[sequence] = len(ids)
 
     def step(self, size: int, length: int, taps: tuple[int, ...]) -> _Step:
@@ -94,16 +108,24 @@ class PromptReader:
         reach = min(self._reach_of(length), self.cache.plan.context)
         key = size, reach, taps
         if key not in self._steps:
-            self._steps[key] = _Step(self.weights, self.cache, size, reach, taps)
+            self._steps[key] = _Step(self.weights, self.cache, size, reach, taps, self._squares)
         return self._steps[key]
 
 
 class _Step:
     """One captured step of `size` tokens of one sequence."""
 
-    def __init__(self, weights: FusedWeights, cache: KVCache, size: int, reach: int, taps: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        weights: FusedWeights,
+        cache: KVCache,
+        size: int,
+        reach: int,
+        taps: tuple[int, ...],
+        squares: Tensor | None,
+    ) -> None:
         device = cache.device
-        self.step = FusedStep(weights, cache, size, reach=reach, pdl=has_dependent_launch(device))
+        self.step = FusedStep(weights, cache, size, reach=reach, pdl=has_dependent_launch(device), squares=squares)
         self.taps = {layer: torch.zeros(size, weights.config.hidden_size, device=device) for layer in taps}
         self._at = torch.arange(size, dtype=torch.int32, device=device)
         self._tile = self._at // MAX_NODES * MAX_NODES

@@ -18,10 +18,10 @@ ZEROS = 16  # an activation is zero from its tile's count to the next multiple o
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one layer.
+    """Of one layer, by tile of rows; or of one tile, by layer.
 
     Attributes:
-        ids: int32 `[T, FF]`, the neurons of each tile of rows; what stands beyond the count is never used.
+        ids: int32 `[T, FF]`, the neurons of each; what stands beyond the count is never used.
         count: int32 `[T]`, at least 1.
     """
 
@@ -55,5 +55,9 @@ class KeptNeurons:
                 raise ValueError(f"layer {layer} keeps {len(own)} neurons, expected 1 to {num_neurons}")
             counts[layer] = len(own)
             lists[layer, : len(own)] = own
-        self.ids[:, tile].copy_(lists)
-        self.count[:, tile].copy_(torch.tensor(counts, dtype=torch.int32))
+        self.copy(tile, Kept(lists, torch.tensor(counts, dtype=torch.int32)))
+
+    def copy(self, tile: int, kept: Kept) -> None:
+        """As `keep`, from a list of every layer, without waiting for what is on the device."""
+        self.ids[:, tile].copy_(kept.ids)
+        self.count[:, tile].copy_(kept.count)

@@ -7,12 +7,16 @@ Everything is a function of the text's own tokens, so a sequence keeps the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ...kernels.kept import Kept
+
+Layers = int | slice
+Count = int | Tensor  # int `[]` or `[L]`
 ROUND_TO = 32  # kept neurons, so that reduced projections have few shapes and rows of whole vectors
 
 
@@ -40,6 +44,12 @@ class MaskOptions:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
 
 
+def sum_of_squares(neurons: Tensor) -> Tensor:
+    """A `Selection.weigh`, and the only one that the fused kernels add up as they read a text
+    (`kernels/neuron_squares.py`)."""
+    return (neurons * neurons).sum(0)
+
+
 class Selection(Protocol):
     """How neurons are chosen. `name` is what `Engine.verify` reports; `num_layers` is None where any will do."""
 
@@ -55,17 +65,52 @@ class Selection(Protocol):
     def weigh(self, neurons: Tensor) -> Tensor:
         """Neurons `[n, F]` fp32 of n tokens -> `[F]`, a sum over the tokens: sums of parts of a text add up."""
 
-    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
-        """A text's weights `[F]` and the neurons' `||W_down[:, i]||` `[F]` -> strengths `[F]`, how many to keep."""
+    def rank(self, layers: Layers, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, Count]:
+        """A text's weights `[F]` and the neurons' `||W_down[:, i]||` `[F]` in one layer -> strengths `[F]`, how many to
+        keep; or of a slice of layers, each with a dimension for them in front. A count may be one for all of them."""
+
+
+def on_device(selection: Selection, device: torch.device) -> Selection:
+    """The same selection with its tensors there, so that nobody who ranks by it waits for a copy."""
+    own: Any = selection
+    there = {name: value.to(device) for name, value in vars(own).items() if isinstance(value, Tensor)}
+    return replace(own, **there) if any(there[name] is not vars(own)[name] for name in there) else selection
+
+
+def keep_lists(selection: Selection, weights: Tensor, num_tokens: int, norms: Tensor) -> Kept:
+    """What a text keeps in each layer, rising: a multiple of `round_to` neurons, or all, as layers below `first_dense`
+    and texts below `min_tokens` do. The host does not wait for the device (see `on_device`).
+
+    Args:
+        weights: `[L, F]`, what `weigh` said of the text's tokens.
+        num_tokens: how many these are.
+        norms: fp32 `[L, F]`, ||W_down[:, i]||.
+    """
+    options, (num_layers, size) = selection.options, weights.shape
+    strengths, count = selection.rank(slice(num_layers), weights, num_tokens, norms)
+    dense = num_layers if num_tokens < options.min_tokens else options.first_dense
+    if isinstance(count, Tensor):
+        counts = count.to(weights.device).expand(num_layers)
+    else:
+        counts = torch.full((num_layers,), count, device=weights.device)
+    return _lists(strengths, counts.index_fill(0, torch.arange(dense, device=weights.device), size), options.round_to)
 
 
 def keep(selection: Selection, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> Tensor:
-    """The neurons to keep, long `[k]`, rising; k is a multiple of `round_to`, or all neurons."""
+    """The neurons to keep in one layer, long `[k]`, rising; from `[F]`, whatever `options` say of layers and texts."""
     strengths, count = selection.rank(layer, weights, num_tokens, norms)
-    step = selection.options.round_to
-    count = min(len(strengths), -(-max(count, 1) // step) * step)
+    lists = _lists(strengths[None], torch.as_tensor(count, device=weights.device).view(1), selection.options.round_to)
+    return lists.ids[0, : int(lists.count)].long()
+
+
+def _lists(strengths: Tensor, counts: Tensor, step: int) -> Kept:
+    """The strongest of each layer: `counts` `[L]`, rounded up to multiples of `step`; NaN first, ties to the lower."""
+    size = strengths.shape[1]
+    counts = (-(-counts.clamp(min=1) // step) * step).clamp(max=size)
     order = strengths.nan_to_num(torch.inf).argsort(descending=True, stable=True)
-    return order[:count].sort().values
+    beyond = torch.arange(size, device=counts.device) >= counts.unsqueeze(1)
+    dropped = torch.empty_like(beyond).scatter_(1, order, beyond)
+    return Kept(dropped.argsort(stable=True).int(), counts.int())
 
 
 @dataclass(frozen=True)
@@ -92,8 +137,8 @@ class Griffin:
         squares = neurons * neurons
         return (squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).sum(0)
 
-    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
-        return weights, _count(self.density, layer, len(weights))
+    def rank(self, layers: Layers, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, Count]:
+        return weights, _count(self.density, layers, weights.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +167,8 @@ class Fixed:
     def weigh(self, neurons: Tensor) -> Tensor:
         return neurons.new_zeros(neurons.shape[-1])
 
-    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
-        return self.strengths[layer], _count(self.density, layer, len(weights))
+    def rank(self, layers: Layers, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, Count]:
+        return self.strengths[layers].to(weights.device), _count(self.density, layers, weights.shape[-1])
 
 
 def _check_density(density: float | Sequence[float]) -> None:
@@ -137,6 +182,6 @@ def _num_layers(density: float | Sequence[float]) -> int | None:
     return None if isinstance(density, (int, float)) else len(density)
 
 
-def _count(density: float | Sequence[float], layer: int, size: int) -> int:
-    share = density if isinstance(density, (int, float)) else density[layer]
-    return round(share * size)
+def _count(density: float | Sequence[float], layers: Layers, size: int) -> Count:
+    share = density if isinstance(density, (int, float)) else density[layers]
+    return round(share * size) if isinstance(share, (int, float)) else torch.tensor([round(s * size) for s in share])

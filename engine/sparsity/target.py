@@ -10,35 +10,41 @@ prompt's length and the position, never of rounds or batch mates; rounds are cli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from ...kernels.kept import Kept
 from ...kernels.linear import PackedLinear
 from ..draft import DraftRow
 from ..model import Decoder
 from ..tree import MAX_NODES
 from .neurons import ReducedMlp, down_norms
 from .rows import least_rows
-from .selection import Selection, keep
+from .selection import Selection, keep_lists, on_device
 
 
 class Watch:
-    """The model's MLP, and what the neurons of the rows that pass did; an `mlp` of `Decoder.run_layers`."""
+    """The model's MLP, and what the neurons of the rows that pass did; an `mlp` of `Decoder.run_layers`.
+
+    Attributes:
+        weights: fp32 `[L, F]`, what the selection's `weigh` said of all rows, or who reads them another way adds.
+        num_rows: how many rows passed.
+    """
 
     def __init__(self, decoder: Decoder, selection: Selection, sequence: int, before: Watch | None = None) -> None:
         self.sequence, self._decoder, self._selection = sequence, decoder, selection
+        size = decoder.config.num_layers, decoder.config.intermediate_size
         # Sums of before are copied: a reading that fails half way leaves them as they were.
-        self.weights: dict[int, Tensor] = {} if before is None else dict(before.weights)
+        self.weights: Tensor = torch.zeros(size, device=decoder.device) if before is None else before.weights.clone()
         self.num_rows: int = 0 if before is None else before.num_rows
 
     def __call__(self, layer: int, normed: Tensor) -> Tensor:
         own = self._decoder.layers[layer]
         neurons = self._decoder.neurons(own.up, normed)
         if layer >= self._selection.options.first_dense:
-            added = self._selection.weigh(neurons)
-            self.weights[layer] = self.weights[layer] + added if layer in self.weights else added
+            self.weights[layer] += self._selection.weigh(neurons)
         if layer == self._decoder.config.num_layers - 1:
             self.num_rows += len(normed)
         return self._decoder.from_neurons(own.down, neurons)
@@ -57,8 +63,8 @@ class SparseTarget:
 
     def __init__(self, decoder: Decoder, selection: Selection, deterministic: bool = True) -> None:
         _check(selection, decoder)
-        self.decoder, self.selection, self.deterministic = decoder, selection, deterministic
-        self._norms = down_norms(decoder)
+        self.decoder, self.selection, self.deterministic = decoder, on_device(selection, decoder.device), deterministic
+        self._norms = torch.stack(down_norms(decoder))
         self._least: dict[tuple[int, int], int] = {}
         self._watches: dict[int, Watch] = {}
 
@@ -66,24 +72,18 @@ class SparseTarget:
         """What a reading runs through; `again` goes on from the sequence's last one."""
         return Watch(self.decoder, self.selection, sequence, self._watches[sequence] if again else None)
 
-    def finish(self, watch: Watch) -> dict[int, Tensor]:
-        """The neurons kept by a text that was read to its end, as of `kept`; a second reading goes on from here."""
+    def finish(self, watch: Watch) -> Kept:
+        """The neurons kept, by layer, by a text that was read to its end; a second reading goes on from here."""
         self._watches[watch.sequence] = watch
-        return self.kept(watch)
+        return keep_lists(self.selection, watch.weights, watch.num_rows, self._norms)
 
-    def mlps(self, kept: Mapping[int, Tensor]) -> dict[int, ReducedMlp]:
+    def mlps(self, lists: Kept) -> dict[int, ReducedMlp]:
         """MLPs of these neurons, by layer."""
-        return {layer: self._reduced(layer, own) for layer, own in kept.items()}
+        return {layer: self._reduced(layer, own) for layer, own in _by_layer(lists).items()}
 
     def kept(self, watch: Watch) -> dict[int, Tensor]:
         """The neurons that a text keeps, long `[k]`, of each layer that drops some."""
-        if watch.num_rows < self.selection.options.min_tokens:
-            return {}
-        found = {
-            layer: keep(self.selection, layer, weights, watch.num_rows, self._norms[layer])
-            for layer, weights in watch.weights.items()
-        }
-        return {layer: kept for layer, kept in found.items() if len(kept) < self.decoder.config.intermediate_size}
+        return _by_layer(keep_lists(self.selection, watch.weights, watch.num_rows, self._norms))
 
     def next_refresh(self, sequence: int) -> int | None:
         """How many tokens of a sequence are committed when its text is read again; None: never."""
@@ -130,6 +130,11 @@ class SparseTarget:
         if shape not in self._least:
             self._least[shape] = least_rows(projection, MAX_NODES)
         return self._least[shape]
+
+
+def _by_layer(lists: Kept) -> dict[int, Tensor]:
+    own = enumerate(zip(lists.ids.long(), lists.count.tolist(), strict=True))
+    return {layer: ids[:count] for layer, (ids, count) in own if count < len(ids)}
 
 
 def _check(selection: Selection, decoder: Decoder) -> None:

@@ -31,7 +31,7 @@ from ..model import Decoder
 from .artefact import load_thresholds, save_thresholds
 from .neurons import dense_weight, down_norms
 from .quality import Quality, measure_quality
-from .selection import MaskOptions
+from .selection import Count, Layers, MaskOptions, sum_of_squares
 
 Allocation = Literal["cett", "density"]
 LEVELS = 32  # quantiles of neuron output norms at which CETT is measured
@@ -80,14 +80,14 @@ class Tda:
     def num_layers(self) -> int | None:
         return len(self.thresholds)
 
-    def weigh(self, neurons: Tensor) -> Tensor:
-        return (neurons * neurons).sum(0)
+    weigh = staticmethod(sum_of_squares)
 
-    def rank(self, layer: int, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, int]:
+    def rank(self, layers: Layers, weights: Tensor, num_tokens: int, norms: Tensor) -> tuple[Tensor, Count]:
         strengths = (weights / num_tokens).sqrt() * norms
         if self.prior is not None:
-            strengths = shrunk(strengths, num_tokens, self.prior[layer].to(strengths.device), self.prior_tokens)
-        return strengths, int((strengths > self.thresholds[layer]).sum())
+            strengths = shrunk(strengths, num_tokens, self.prior[layers].to(strengths.device), self.prior_tokens)
+        thresholds = self.thresholds[layers].to(strengths.device).unsqueeze(-1)
+        return strengths, (strengths > thresholds).sum(-1)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the folder: config.json, thresholds.safetensors, manifest.json; whole or not at all.

@@ -213,8 +213,8 @@ def test_without_a_gpu_it_says_so():
 
 
 @pytest.mark.interpreter
-def test_both_ways_of_reading_a_prompt_are_timed():
+def test_all_ways_of_reading_a_prompt_are_timed():
     config = tiny_config("llama")
     decoder = Decoder(config, random_weights(config, torch.float32, "cpu"), torch.float32, "cpu")
     ways = prompt_readers(decoder, 40)
-    assert list(ways) == ["sdpa", "fused"] and all(read() > 0 for read in ways.values())
+    assert list(ways) == ["sdpa", "fused", "sdpa-tda", "fused-tda"] and all(read() > 0 for read in ways.values())

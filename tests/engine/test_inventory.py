@@ -14,6 +14,8 @@ from skipstone.engine.engine import reach_of
 from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import PLAIN, best_first
 from skipstone.engine.inventory import inventory, memory_items
+from skipstone.engine.sparsity.target import SparseTarget
+from skipstone.engine.sparsity.tda import Tda
 from skipstone.engine.tree import MAX_NODES
 from skipstone.kernels import tile
 from skipstone.kernels.flash import FlashAttention
@@ -66,11 +68,15 @@ def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> 
     assert item.what == "rows of device rounds of 1 x 1" and item.arithmetic.startswith("16 rows x ")
 
 
-def test_steps_over_prompts_are_in_the_budget(engine_of: Callable) -> None:
+@pytest.mark.parametrize("by_neuron", [False, True])
+def test_steps_over_prompts_are_in_the_budget(by_neuron: bool, engine_of: Callable) -> None:
     engine = engine_of()
     engine.policy = PLAIN
     with torch.inference_mode():
-        engine.fused = FusedWeights(engine.decoder)
+        engine.fused = FusedWeights(engine.decoder, by_neuron)
+    if by_neuron:
+        thresholds = torch.zeros(engine.decoder.config.num_layers)
+        engine.sparse = SparseTarget(engine.decoder, Tda(thresholds, cett=0.2))
     assert not any("prompts" in item.what for item in memory_items(engine, 1, 200))
     engine._reads_fused = True
     cache = engine._cache_for(engine._intake.requests([[1, 2]], None, True, {"max_new_tokens": 198}))
@@ -79,10 +85,11 @@ def test_steps_over_prompts_are_in_the_budget(engine_of: Callable) -> None:
     assert reader is not None
     for size in reader.sizes:
         step = FusedStep(engine.fused, cache, size, reach=min(reach_of(200), cache.plan.context))
-        for part in (step, step.rows, step._scratch, step._parts):
-            tensors = [t for t in vars(part).values() if isinstance(t, torch.Tensor)]
+        for part in (step, step.rows, step._scratch, step._parts, step.kept):
+            tensors = [t for t in ({} if part is None else vars(part)).values() if isinstance(t, torch.Tensor)]
             stores |= {(size, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
-    assert item.num_bytes == sum(stores.values())
+    sums = reader._squares.nbytes if by_neuron else 0
+    assert item.num_bytes == sum(stores.values()) + sums
 
 
 def test_lists_of_neurons_are_in_the_budget(engine_of: Callable) -> None:

@@ -4,7 +4,8 @@ Regimes: prompts of 1, 16, 17, 41 tokens; one step and several; windows (Gemma 2
 sequence of a cache whose every other slot is NaN. Without a GPU in Triton's interpreter, which proves logic only.
 
 Planted bugs that these tests were seen to catch: a tile's root taken for the step's, padding rows that are live, layers
-of the taps off by one, the first position of a second step left at 0.
+of the taps off by one, the first position of a second step left at 0; sums of neurons that begin anew in each step, or
+that keep those of the prompt before.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader, longest_for
+from skipstone.engine.sparsity.selection import Griffin, MaskOptions
+from skipstone.engine.sparsity.target import SparseTarget
+from skipstone.engine.sparsity.tda import Tda, measure_curves
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -71,6 +75,55 @@ def test_keys_do_not_depend_on_the_steps(family: str, engine_of: Callable) -> No
         assert torch.equal(short[0], at_once[0][:, :, :length]) and torch.equal(short[1], at_once[1][:, :, :length])
 
 
+def read_masks(target: SparseTarget, weights: FusedWeights, ids: list[int], sizes: tuple[int, ...]) -> tuple:
+    """Keys `[L, KV, T, d]` and the watch of a prompt, read twice in steps of these sizes; the watch of a reading that
+    goes on with as many tokens again."""
+    decoder = weights.decoder
+    cache = KVCache(plan_cache(decoder.config, 2, 128, decoder.device, decoder.dtype), decoder.device)
+    reader = PromptReader(weights, cache, lambda length: 112, sizes)
+    for _ in range(2):  # nothing is left of the prompt before
+        watch = target.watch(0)
+        reader.read(0, ids, squares=watch.weights)
+        watch.num_rows = len(ids)
+    keys = cache.k[:, 0, :, : len(ids)].clone()
+    target.finish(watch)
+    again = target.watch(0, again=True)
+    reader.read(0, ids * 2, first=again.num_rows, squares=again.weights)
+    assert cache.lens[0] == 2 * len(ids) and torch.equal(keys, cache.k[:, 0, :, : len(ids)])
+    return keys, watch, again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize("family", ["llama_linear", "gemma2", "gpt_neox"])
+@torch.inference_mode()
+def test_masks_do_not_depend_on_the_steps(family: str, dtype: torch.dtype, engine_of: Callable) -> None:
+    """What neurons did has the same bits; and the masks are those that the decoder's own layers read."""
+    decoder = engine_of(family, dtype, device=DEVICE, num_layers=2 if family == "gemma2" else 1).decoder
+    config = decoder.config
+    ids = [(17 * i + 2) % config.vocab_size for i in range(37)]
+    curves = measure_curves(decoder, torch.tensor([ids[:20]], device=decoder.device))
+    fused, options = FusedWeights(decoder, by_neuron=True), MaskOptions(first_dense=0, min_tokens=8, round_to=4)
+    target = SparseTarget(decoder, Tda(curves.thresholds(0.4).cpu(), cett=0.4, options=options))
+    keys, watch, again = read_masks(target, fused, ids, (48,))
+    own_keys, own, own_again = read_masks(target, fused, ids, (16, 32))
+    assert torch.equal(keys, own_keys) and torch.equal(watch.weights, own.weights)
+    assert torch.equal(again.weights, own_again.weights) and bool((again.weights > watch.weights).any())
+
+    cache = KVCache(plan_cache(config, 1, 128, decoder.device, dtype), decoder.device)
+    expected = target.watch(0)
+    prefill(decoder, cache, 0, ids, mlp=expected)
+    slack = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(watch.weights, expected.weights, rtol=slack, atol=slack)
+    kept, wanted = target.kept(watch), target.kept(expected)
+    assert set(kept) == set(range(config.num_layers))
+    if dtype == torch.float32:
+        assert {n: k.tolist() for n, k in kept.items()} == {n: k.tolist() for n, k in wanted.items()}
+    target.finish(expected)
+    expected = target.watch(0, again=True)
+    prefill(decoder, cache, 0, ids * 2, first=expected.num_rows, mlp=expected)
+    torch.testing.assert_close(again.weights, expected.weights, rtol=slack, atol=slack)
+
+
 def test_speculative_output_is_plain_decodings(
     engine_of: Callable, stateful: Callable, assert_same_output: Any
 ) -> None:
@@ -101,6 +154,21 @@ def test_it_is_the_default_where_these_kernels_decode(tiny: Callable, monkeypatc
         with_heads(Engine(Decoder(config, weights), fused=True, prefill="sdpa"), bare_heads(config, (2,))).prefill
         == "sdpa"
     )
+
+
+def test_masks_of_one_kind_are_read_by_these_kernels(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights = tiny("llama2")
+    monkeypatch.setattr("skipstone.engine.engine.fused_rows_agree", lambda weights: True)
+    tda = Tda(torch.full((config.num_layers,), 0.1), cett=0.2)
+    engine = Engine(Decoder(config, weights), fused=True, sparsity=tda)
+    assert engine.prefill == "fused"
+    engine.sparse = SparseTarget(engine.decoder, Griffin(0.5))
+    assert engine.prefill == "sdpa"
+    engine.sparse = None  # the whole model, whose down projections are stored by neuron
+    assert engine.prefill == "sdpa"
+    assert Engine(Decoder(config, weights), fused=True, sparsity=Griffin(0.5)).prefill == "sdpa"
+    with pytest.raises(ValueError, match="this target's masks are of another kind"):
+        Engine(Decoder(config, weights), fused=True, prefill="fused", sparsity=Griffin(0.5))
 
 
 def test_long_prompts_of_large_models_are_left_to_the_decoder(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

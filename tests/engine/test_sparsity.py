@@ -20,7 +20,7 @@ from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.sparsity.neurons import ReducedMlp, down_norms
 from skipstone.engine.sparsity.quality import measure_quality
 from skipstone.engine.sparsity.recipe import Recipe, follow
-from skipstone.engine.sparsity.selection import Fixed, Griffin, MaskOptions, keep
+from skipstone.engine.sparsity.selection import Fixed, Griffin, MaskOptions, keep, keep_lists
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Budget, Tda, calibrate_tda, cut, measure_curves, shipped_for
 from skipstone.heads.artefact import ArtefactError
@@ -75,6 +75,44 @@ def test_tda_keeps_what_is_above_the_threshold_and_a_prompts_length_does_not_mat
     assert keep(tda, 0, tda.weigh(neurons), 2, norms).tolist() == [1]
     twice = torch.cat([neurons, neurons])
     assert keep(tda, 0, tda.weigh(twice), 4, norms).tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["tda", "prior", "griffin", "fixed"])
+def test_all_layers_at_once_keep_what_each_keeps(name):
+    """Ties, a NaN, counts that differ by layer; but for the first layers, and texts too short for a mask."""
+    generator = torch.Generator().manual_seed(2)
+    weights, norms = torch.rand(4, 14, generator=generator), torch.rand(4, 14, generator=generator) + 0.5
+    weights[1, 3:9], norms[1], weights[2, 5] = 0.25, 1.0, torch.nan
+    options, shares = MaskOptions(first_dense=1, min_tokens=5, round_to=3), [0.2, 0.3, 0.5, 0.9]
+    thresholds = torch.tensor([0.3, 0.2, 0.1, 9.0])
+    prior = {"prior": torch.rand(4, 14, generator=generator), "prior_tokens": 4}
+    selection = {
+        "tda": Tda(thresholds, cett=0.2, options=options),
+        "prior": Tda(thresholds, density=0.5, options=options, **prior),
+        "griffin": Griffin(shares, options),
+        "fixed": Fixed(torch.rand(4, 14, generator=generator), shares, options),
+    }[name]
+    lists = keep_lists(selection, weights, 5, norms)
+    assert lists.ids.shape == (4, 14) and lists.ids.dtype == lists.count.dtype == torch.int32
+    assert lists.ids[0].tolist() == list(range(14)) and lists.count[0] == 14
+    for layer in range(1, 4):
+        kept = lists.ids[layer, : lists.count[layer]].tolist()
+        assert kept == keep(selection, layer, weights[layer], 5, norms[layer]).tolist() == sorted(kept)
+        assert len(kept) in (3, 6, 9, 12, 14) and (name == "fixed" or layer != 2 or 5 in kept)
+    assert len(set(lists.count.tolist())) > 2
+    assert keep_lists(selection, weights, 4, norms).count.tolist() == [14] * 4
+
+
+def test_masks_of_all_layers_wait_for_no_number():
+    """On a device without numbers whatever asks for one fails, as would wait on a GPU."""
+    tda = Tda(torch.ones(4), density=0.5, prior=torch.ones(4, 14), prior_tokens=4)
+    for name in ("thresholds", "prior"):
+        object.__setattr__(tda, name, getattr(tda, name).to("meta"))
+    weights = torch.ones(4, 14, device="meta")
+    lists = keep_lists(tda, weights, 20, weights)
+    assert lists.ids.shape == (4, 14) and lists.count.shape == (4,)
+    with pytest.raises(RuntimeError):
+        keep(tda, 0, weights[0], 20, weights[0])
 
 
 def test_a_prior_counts_as_further_tokens():

@@ -162,5 +162,9 @@ def test_lists_in_place() -> None:
     own.keep(1, {0: torch.tensor([4], device=DEVICE)})
     assert own.count.tolist() == [[10, 1], [10, 10], [10, 10]] and own.ids[1, 1].tolist() == list(range(10))
     assert address == (own.layers[1].ids.data_ptr(), own.layers[1].count.data_ptr())
+    ids = torch.arange(9, -1, -1, dtype=torch.int32, device=DEVICE).repeat(3, 1)
+    own.copy(0, Kept(ids, torch.tensor([1, 10, 2], dtype=torch.int32, device=DEVICE)))
+    assert own.count.tolist() == [[1, 1], [10, 10], [2, 10]] and own.layers[2].ids[0, :2].tolist() == [9, 8]
+    assert address == (own.layers[1].ids.data_ptr(), own.layers[1].count.data_ptr())
     with pytest.raises(ValueError, match="keeps 0 neurons, expected 1 to 10"):
         own.keep(0, {2: torch.tensor([], dtype=torch.int32)})

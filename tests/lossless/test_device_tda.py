@@ -7,22 +7,26 @@ give a row other last bits in another place. On a GPU they are captured graphs, 
 
 Regimes: batches of 1 and 3 whose prompts keep other neurons, one of them too short for a mask; chains and trees; greedy
 and T = 0.8; masks read once and read again inside the output; gated and plain MLPs, biases, post-norms, parallel
-residuals; the same rounds for other lists.
+residuals; the same rounds for other lists; prompts read by the decoder and by the fused kernels.
 
-Planted bugs seen to fail here: another sequence's list, lists of the request before, a round that runs past a reading.
+Planted bugs seen to fail here: another sequence's list, lists of the request before, a round that runs past a reading,
+tokens that the fused kernels read twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from skipstone.engine import device_loop, loop
+from skipstone.engine import engine as engine_module
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import Rounds
+from skipstone.engine.prompt_reader import PromptReader
 from skipstone.engine.sparsity.selection import MaskOptions
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda, measure_curves
@@ -123,11 +127,14 @@ def same(found: Sequence[Any], expected: Sequence[Any]) -> bool:
     )
 
 
-def waiting(engine: Any, given: list[list[int]]) -> list[list[int]]:
+def waiting(engine: Any, given: list[list[int]], fused_reads: bool = False) -> list[list[int]]:
     """Greedy tokens of the loop that waits for every round, where sequences have MLPs of their own."""
+    seeds, plainly = SEEDS[: len(given)], {"speculation": False, "max_new_tokens": NEW}
+    if fused_reads:
+        return [out.token_ids for out in engine.generate(given, seeds=seeds, logprobs=0, **plainly)]
     fused, engine.fused = engine.fused, None
     try:
-        outs = engine.generate(given, seeds=SEEDS[: len(given)], speculation=False, max_new_tokens=NEW)
+        outs = engine.generate(given, seeds=seeds, **plainly)
     finally:
         engine.fused = fused
     return [out.token_ids for out in outs]
@@ -175,6 +182,27 @@ def test_families(family: str, skipping: Callable, hang: Callable) -> None:
     hang(outs)
     drafted = engine.generate(given, seeds=SEEDS[:1], policy=CHAIN, max_new_tokens=NEW)
     assert same(seen(engine, drafted), expected)
+
+
+def test_prompts_that_the_fused_kernels_read(
+    skipping: Callable, hang: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several steps, and again inside the output: the same tokens as where the decoder reads them, whichever loop
+    decodes, and drafts change nothing."""
+    engine, given = skipping(AGAIN, num_layers=4 if ON_GPU else 1)
+    given = given[: 3 if ON_GPU else 1]
+    slow, _ = alone(engine, given)
+    slow_sums = engine.sparse._watches[0].weights
+    engine._reads_fused = True
+    monkeypatch.setattr(engine_module, "PromptReader", partial(PromptReader, sizes=(16,)))
+    monkeypatch.setattr(loop, "prefill", None)
+    outs, expected = alone(engine, given)
+    torch.testing.assert_close(engine.sparse._watches[0].weights, slow_sums, rtol=1e-3, atol=1e-3)
+    assert engine.prefill == "fused" and [out.token_ids for out in outs] == [out.token_ids for out in slow]
+    assert waiting(engine, given, fused_reads=True) == [out.token_ids for out in outs]
+    hang(outs, siblings=2)
+    drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=TREE, max_new_tokens=NEW)
+    assert same(seen(engine, drafted), expected) and sum(out.stats.num_accepted for out in drafted) > 0
 
 
 def test_a_head_that_drafts_on_the_device(skipping: Callable, stateful: Callable) -> None:
