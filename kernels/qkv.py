@@ -222,11 +222,11 @@ if triton is not None:
         )  # fmt: skip
 
 
-# Half types, by hidden size and rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by hidden size and rows of the weight; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 960): {"BLOCK_P": 8, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (896, 1152): {"BLOCK_P": 16, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4},
+    (576, 960): {"BLOCK_P": 8, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (896, 1152): {"BLOCK_P": 4, "BK": 64, "SPLIT": 2, "num_warps": 2, "num_stages": 6},
+    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5},
 }
 
 

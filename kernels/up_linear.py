@@ -138,11 +138,11 @@ if triton is not None:
             store_kept(x.to(tl.float32), neuron, real, limit, entries + place * BN, runs + place, 1, BN, BN, RUN)
 
 
-# Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 4},
-    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4},
+    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 
@@ -153,7 +153,7 @@ def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
         return _TABLE[size]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    return {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+    return {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5}
 
 
 def up_linear(
