@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .rows import Rows
-from .tile import BLOCK_ROWS, precision, x_scale
+from .tile import BLOCK_ROWS, asked, precision, x_scale
 
 try:
     import triton
     import triton.language as tl
 
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -70,6 +70,7 @@ if triton is not None:
     @triton.jit
     def _residual_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
+        later, later_bytes, ASK_AT: tl.constexpr,
         K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
         STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
         PDL: tl.constexpr,
@@ -89,6 +90,8 @@ if triton is not None:
             first_weight = tl.load(next_weight + cols, mask=cols < D, other=0.0)
         if NORMS > 1:
             second_weight = tl.load(second_norm + cols, mask=cols < D, other=0.0)
+        if ASK_AT == 1:
+            ask_later(later, later_bytes)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows)
@@ -97,6 +100,8 @@ if triton is not None:
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        if ASK_AT == 2:
+            ask_later(later, later_bytes)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
@@ -198,6 +203,8 @@ def residual_linear(
     next_norms: tuple[tuple[Tensor, Tensor], ...] = (),
     stats: Tensor | None = None,
     parts: Parts | None = None,
+    later: Tensor | None = None,
+    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -229,10 +236,10 @@ def residual_linear(
     second = next_norms[1] if len(next_norms) == 2 else first
     _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
-        out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
+        out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live, *asked(later, pdl),
         K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
         STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
-        PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        PDL=pdl, ASK_AT=ask_at, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

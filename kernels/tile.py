@@ -24,6 +24,7 @@ These are device functions: the operations that use them have launchers, referen
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -38,6 +39,17 @@ FLOAT16_SCALE = 2.0**-4  # x of fp16 models is stored so much smaller: h * norm_
 def x_scale(dtype: torch.dtype) -> float:
     """Factor (a power of two) on stored x, for `row_scale` to take out again."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+ASK_UP_TO = 4 << 20  # bytes
+
+
+def asked(later: Tensor | None, pdl: bool) -> tuple[Tensor | None, int]:
+    """What `ask_later` is given for the weights of a later kernel: they and their bytes, or nothing where asking costs
+    more than it brings (large ones keep the memory busy anyway) or is not there (`pdl` says: Hopper and newer)."""
+    if later is None or not pdl or later.nbytes > ASK_UP_TO:
+        return None, 0
+    return later, later.nbytes // 16 * 16
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -60,6 +72,33 @@ if triton is not None:
         (measured: at the top of a kernel a step got slower than without)."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def ask_later(later, later_bytes):  # type: ignore[no-untyped-def]
+        """Ask for this program's share of what a later kernel reads, into L2 (a hint: nothing waits, no number depends
+        on it). One thread does, with one instruction."""
+        if later is not None:
+            program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+            share = tl.cdiv(tl.cdiv(later_bytes, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)), 16) * 16
+            start = tl.minimum(program * share, later_bytes)
+            tl.inline_asm_elementwise(
+                """
+                {
+                    .reg .pred asks;
+                    .reg .u32 thread;
+                    mov.u32 thread, %tid.x;
+                    setp.eq.u32 asks, thread, 0;
+                    setp.gt.and.s32 asks, $2, 0, asks;
+                    @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+                    mov.u32 $0, 0;
+                }
+                """,
+                "=r,l,r",
+                [later.to(tl.int64) + start, tl.minimum(share, later_bytes - start)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from .layer_shape import LayerShape
 from .rows import PATH, Rows
-from .tile import BLOCK_ROWS, precision
+from .tile import BLOCK_ROWS, asked, precision
 
 try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_next, pdl_wait
+    from .tile import ask_later, pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -138,11 +138,14 @@ if triton is not None:
         q, k_cache, v_cache, out, part_acc, part_max, part_sum, arrived,
         live_of, sequence_of, position_of, base_of, path_of,
         cache_sequence, cache_head, cache_slot, scale, softcap, window, num_splits,
+        later, later_bytes, ASK_AT: tl.constexpr,
         NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr, SPLIT_LEN: tl.constexpr,
         SHARE: tl.constexpr, AHEAD: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        if ASK_AT == 1:
+            ask_later(later, later_bytes)
         pdl_wait(PDL)
         # Rows come last: programs start in this order, and the first rows of a tile have the most to do.
         kv_head, row = tl.program_id(1), tl.program_id(2)
@@ -207,6 +210,8 @@ if triton is not None:
                     scale, softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK,
                 )  # fmt: skip
         pdl_next(PDL)
+        if ASK_AT == 2:
+            ask_later(later, later_bytes)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]
         if position // SPLIT_LEN == first_split:  # the only part
@@ -274,6 +279,8 @@ def tree_attention(
     window: int | None = None,
     *,
     share: bool = True,
+    later: Tensor | None = None,
+    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -305,8 +312,8 @@ def tree_attention(
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
-        scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
+        scratch.num_splits, *asked(later, pdl), NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
-        SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
+        SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl, ASK_AT=ask_at,
         **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

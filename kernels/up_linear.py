@@ -23,14 +23,14 @@ from .kept_list import RUN, Listing
 from .layer_shape import LayerShape
 from .qkv import normed_product
 from .rows import Rows
-from .tile import BLOCK_ROWS, precision, x_scale
+from .tile import BLOCK_ROWS, asked, precision, x_scale
 
 try:
     import triton
     import triton.language as tl
 
     from .kept_list import store_kept
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -67,7 +67,7 @@ if triton is not None:
 
     @triton.jit
     def _up_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps,
+        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes, ASK_AT: tl.constexpr,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -89,12 +89,16 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
+        if ASK_AT == 1:
+            ask_later(later, later_bytes)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows)
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        if ASK_AT == 2:
+            ask_later(later, later_bytes)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         y = y * scale[:, None]
         if LAYER_NORM:
@@ -167,6 +171,8 @@ def up_linear(
     shape: LayerShape,
     *,
     kept: Kept | None = None,
+    later: Tensor | None = None,
+    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -184,11 +190,11 @@ def up_linear(
     chosen = _settings(shape, x.dtype) if settings is None else settings
     _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
         x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
-        None if kept is None else kept.count, shape.norm_eps,
+        None if kept is None else kept.count, shape.norm_eps, *asked(later, pdl),
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
-        ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl,
+        ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, ASK_AT=ask_at,
         BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
