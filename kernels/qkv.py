@@ -133,7 +133,7 @@ if triton is not None:
     def _qkv_kernel(  # type: ignore[no-untyped-def]
         x, stats, weight, bias, shift, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache,
         live_of, sequence_of, position_of, slot_of,
-        cache_sequence, cache_head, cache_slot, eps, later, later_bytes, ASK_AT: tl.constexpr,
+        cache_sequence, cache_head, cache_slot, eps, later, later_bytes,
         D: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
         ROTARY_DIM: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
@@ -165,8 +165,6 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
-        if ASK_AT == 1:
-            ask_later(later, later_bytes)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows)
@@ -176,8 +174,7 @@ if triton is not None:
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
-        if ASK_AT == 2:
-            ask_later(later, later_bytes)
+        ask_later(later, later_bytes)
 
         live = live != 0
         pair = first_pair + tl.arange(0, BLOCK_P)
@@ -261,7 +258,6 @@ def qkv(
     shape: LayerShape,
     *,
     later: Tensor | None = None,
-    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -279,6 +275,7 @@ def qkv(
         k_cache, v_cache: `[B, KV, S, d]` of one layer, equal strides.
         rows: where each row stands.
         shape: of the layer.
+        later: what a later kernel reads next, to be brought nearer (`tile.asked`).
         pdl: programmatic dependent launch.
         settings: in place of the table's.
     """
@@ -297,7 +294,7 @@ def qkv(
         D=shape.hidden_size, NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, HEAD_DIM=shape.head_dim,
         ROTARY_DIM=shape.rotary_dim, NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,
-        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, ASK_AT=ask_at, BM=bm, **chosen,
+        X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, BM=bm, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

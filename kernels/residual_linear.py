@@ -70,7 +70,7 @@ if triton is not None:
     @triton.jit
     def _residual_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
-        later, later_bytes, ASK_AT: tl.constexpr,
+        later, later_bytes,
         K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
         STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
         PDL: tl.constexpr,
@@ -90,8 +90,6 @@ if triton is not None:
             first_weight = tl.load(next_weight + cols, mask=cols < D, other=0.0)
         if NORMS > 1:
             second_weight = tl.load(second_norm + cols, mask=cols < D, other=0.0)
-        if ASK_AT == 1:
-            ask_later(later, later_bytes)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows)
@@ -100,8 +98,7 @@ if triton is not None:
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
         pdl_next(PDL)
-        if ASK_AT == 2:
-            ask_later(later, later_bytes)
+        ask_later(later, later_bytes)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
@@ -204,7 +201,6 @@ def residual_linear(
     stats: Tensor | None = None,
     parts: Parts | None = None,
     later: Tensor | None = None,
-    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -221,7 +217,7 @@ def residual_linear(
             next. None of them: only `out` is written.
         stats: `[R, 2, column_tiles(...)]` fp32, overwritten; needed with `next_norms`.
         parts: scratch, needed where the settings share a tile's k.
-        pdl, settings: as in `qkv`.
+        later, pdl, settings: as in `qkv`.
     """
     width, k = weight.shape
     chosen = _settings(width, k, a.dtype) if settings is None else settings
@@ -236,10 +232,11 @@ def residual_linear(
     second = next_norms[1] if len(next_norms) == 2 else first
     _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
-        out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live, *asked(later, pdl),
+        out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
+        *asked(later, pdl),
         K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
         STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
-        PDL=pdl, ASK_AT=ask_at, BM=BLOCK_ROWS, **chosen,
+        PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -41,15 +41,21 @@ def x_scale(dtype: torch.dtype) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-ASK_UP_TO = 4 << 20  # bytes
+ASK_UP_TO = 5 << 20  # bytes
+ASKED_AT_ONCE = tl.constexpr(32 << 10) if triton is not None else None  # bytes: lines that belong together
 
 
 def asked(later: Tensor | None, pdl: bool) -> tuple[Tensor | None, int]:
-    """What `ask_later` is given for the weights of a later kernel: they and their bytes, or nothing where asking costs
-    more than it brings (large ones keep the memory busy anyway) or is not there (`pdl` says: Hopper and newer)."""
+    """The arguments of `ask_later` for weights that a later kernel reads: they and their bytes. Nothing where there is
+    no such instruction (`pdl` says that there is), and for larger ones: they keep the memory busy by themselves."""
     if later is None or not pdl or later.nbytes > ASK_UP_TO:
         return None, 0
     return later, later.nbytes // 16 * 16
+
+
+def beginning(weight: Tensor) -> Tensor:
+    """As many of its rows as may be asked for."""
+    return weight[: max(1, ASK_UP_TO // (weight.shape[1] * weight.itemsize))]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -75,13 +81,14 @@ if triton is not None:
 
     @triton.jit
     def ask_later(later, later_bytes):  # type: ignore[no-untyped-def]
-        """Ask for this program's share of what a later kernel reads, into L2 (a hint: nothing waits, no number depends
-        on it). One thread does, with one instruction."""
+        """Ask for this program's share of what a later kernel reads, to be brought into L2. A hint: nothing waits for
+        it, and no number depends on it."""
         if later is not None:
-            program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-            share = tl.cdiv(tl.cdiv(later_bytes, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)), 16) * 16
+            num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+            program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+            share = tl.cdiv(tl.cdiv(later_bytes, num_programs), ASKED_AT_ONCE) * ASKED_AT_ONCE
             start = tl.minimum(program * share, later_bytes)
-            tl.inline_asm_elementwise(
+            tl.inline_asm_elementwise(  # one thread of the program asks
                 """
                 {
                     .reg .pred asks;

@@ -67,7 +67,7 @@ if triton is not None:
 
     @triton.jit
     def _up_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes, ASK_AT: tl.constexpr,
+        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -89,16 +89,13 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
-        if ASK_AT == 1:
-            ask_later(later, later_bytes)
         pdl_wait(PDL)
 
         live = tl.load(live_of + rows)
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
-        if ASK_AT == 2:
-            ask_later(later, later_bytes)
+        ask_later(later, later_bytes)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         y = y * scale[:, None]
         if LAYER_NORM:
@@ -172,7 +169,6 @@ def up_linear(
     *,
     kept: Kept | None = None,
     later: Tensor | None = None,
-    ask_at: int = 1,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -185,7 +181,7 @@ def up_linear(
         out: `[R, FF]` in the model's dtype, overwritten; with `kept` the places in front of each tile's count, and
             zeros behind it up to a multiple of `ZEROS`.
         kept: the neurons of each tile of rows; None: all.
-        rows, shape, pdl, settings: as in `qkv`.
+        rows, shape, later, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
     _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
@@ -194,7 +190,7 @@ def up_linear(
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,
-        ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl, ASK_AT=ask_at,
+        ZEROS=0 if kept is None else ZEROS, X_SCALE=x_scale(x.dtype), PRECISION=precision(x.dtype), PDL=pdl,
         BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
