@@ -238,32 +238,37 @@ class FusedStep:
             keys, values = self.cache.k[index], self.cache.v[index]
             after = taps.get(index + 1, self.hidden)
             kept = None if self.kept is None else self.kept.layers[index]
+            # what each kernel asks for in passing, and what a list leaves of it is not known
+            up, down = (layer.up.weight, layer.down[0]) if kept is None else (None, None)
+            following = weights.layers[index + 1].qkv.weight if index + 1 < stop else None
             qkv(
                 self.x, stats, layer.qkv.weight, layer.qkv.bias, layer.qkv.shift, layer.qk_norm, cos, sin,
                 self._q, keys, values, rows, shape, pdl=pdl,
             )  # fmt: skip
             tree_attention(
                 self._q, keys, values, self._attended, self._scratch, rows, shape, config.windows[index],
-                share=self._share, pdl=pdl,
+                share=self._share, later=None if up is None else tile.beginning(up), pdl=pdl,
             )  # fmt: skip
             if config.parallel_residual:
                 up_linear(
                     self._x_mlp, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape,
-                    kept=kept, pdl=pdl,
+                    kept=kept, later=down, pdl=pdl,
                 )  # fmt: skip
                 residual_linear(self._attended, *layer.o, hidden, self.hidden, rows, parts=self._parts, pdl=pdl)
-                stats = self._leave(self._act, layer.down, None, self.hidden, after, norms, self._stats_mlp, kept)
+                stats = self._leave(
+                    self._act, layer.down, None, self.hidden, after, norms, self._stats_mlp, following, kept
+                )
             else:
                 stats = self._leave(
                     self._attended, layer.o, layer.attn_post, hidden, self.hidden, ((layer.up.norm, self.x),),
-                    self._stats_attn,
+                    self._stats_attn, None,
                 )  # fmt: skip
                 up_linear(
                     self.x, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape,
-                    kept=kept, pdl=pdl,
+                    kept=kept, later=down, pdl=pdl,
                 )  # fmt: skip
                 stats = self._leave(
-                    self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp, kept
+                    self._act, layer.down, layer.mlp_post, self.hidden, after, norms, self._stats_mlp, following, kept
                 )
             hidden = after
             if self._squares is not None:
@@ -280,10 +285,11 @@ class FusedStep:
         after: Tensor,
         norms: tuple[tuple[Tensor, Tensor], ...],
         stats: Tensor,
+        later: Tensor | None,
         kept: Kept | None = None,
     ) -> Tensor:
         """Back to the residual stream, from all of `a` or from kept neurons; returns the stats of what was written."""
-        back = residual_linear if kept is None else partial(kept_down, kept=kept)
+        back = partial(residual_linear, later=later) if kept is None else partial(kept_down, kept=kept)
         if post is None:
             back(
                 a, *projection, hidden, after, self.rows, next_norms=norms, stats=stats, parts=self._parts, pdl=self.pdl

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .layer_shape import LayerShape
 from .rows import Rows
-from .tile import BLOCK_ROWS, precision, x_scale
+from .tile import BLOCK_ROWS, asked, precision, x_scale
 
 try:
     import triton
     import triton.language as tl
 
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -133,7 +133,7 @@ if triton is not None:
     def _qkv_kernel(  # type: ignore[no-untyped-def]
         x, stats, weight, bias, shift, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache,
         live_of, sequence_of, position_of, slot_of,
-        cache_sequence, cache_head, cache_slot, eps,
+        cache_sequence, cache_head, cache_slot, eps, later, later_bytes,
         D: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
         ROTARY_DIM: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
@@ -174,6 +174,7 @@ if triton is not None:
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        ask_later(later, later_bytes)
 
         live = live != 0
         pair = first_pair + tl.arange(0, BLOCK_P)
@@ -222,11 +223,11 @@ if triton is not None:
         )  # fmt: skip
 
 
-# Half types, by hidden size and rows of the weight; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by hidden size and rows of the weight; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 960): {"BLOCK_P": 8, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (896, 1152): {"BLOCK_P": 16, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4},
+    (576, 960): {"BLOCK_P": 8, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (896, 1152): {"BLOCK_P": 4, "BK": 64, "SPLIT": 2, "num_warps": 2, "num_stages": 6},
+    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5},
 }
 
 
@@ -256,6 +257,7 @@ def qkv(
     rows: Rows,
     shape: LayerShape,
     *,
+    later: Tensor | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -273,6 +275,7 @@ def qkv(
         k_cache, v_cache: `[B, KV, S, d]` of one layer, equal strides.
         rows: where each row stands.
         shape: of the layer.
+        later: what a later kernel reads next, to be brought nearer (`tile.asked`).
         pdl: programmatic dependent launch.
         settings: in place of the table's.
     """
@@ -287,7 +290,7 @@ def qkv(
     _qkv_kernel[(len(rows) // bm, heads * tiles)](
         x, stats, weight, bias, shift, *(qk_norm or (None, None)), cos, sin, q_out, k_cache, v_cache,
         rows.live, rows.sequence, rows.position, rows.slot,
-        *k_cache.stride()[:3], shape.norm_eps,
+        *k_cache.stride()[:3], shape.norm_eps, *asked(later, pdl),
         D=shape.hidden_size, NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, HEAD_DIM=shape.head_dim,
         ROTARY_DIM=shape.rotary_dim, NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,

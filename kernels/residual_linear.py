@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .rows import Rows
-from .tile import BLOCK_ROWS, precision, x_scale
+from .tile import BLOCK_ROWS, asked, precision, x_scale
 
 try:
     import triton
     import triton.language as tl
 
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -70,6 +70,7 @@ if triton is not None:
     @triton.jit
     def _residual_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
+        later, later_bytes,
         K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
         STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
         PDL: tl.constexpr,
@@ -97,6 +98,7 @@ if triton is not None:
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        ask_later(later, later_bytes)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
@@ -167,14 +169,14 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
     return _settings(width, k, dtype)["PARTS"]
 
 
-# Half types, by columns and k; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 576): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
-    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 3, "PARTS": 1},
-    (896, 896): {"BN": 16, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
-    (896, 4864): {"BN": 8, "BK": 64, "SPLIT": 8, "num_warps": 8, "num_stages": 4, "PARTS": 1},
-    (1536, 1536): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 4, "PARTS": 1},
-    (1536, 8960): {"BN": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5, "PARTS": 1},
+    (576, 576): {"BN": 8, "BK": 128, "SPLIT": 8, "num_warps": 4, "num_stages": 1, "PARTS": 1},
+    (576, 1536): {"BN": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 6, "PARTS": 1},
+    (896, 896): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 4, "PARTS": 1},
+    (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
+    (1536, 1536): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 6, "PARTS": 1},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1},
 }
 
 
@@ -198,6 +200,7 @@ def residual_linear(
     next_norms: tuple[tuple[Tensor, Tensor], ...] = (),
     stats: Tensor | None = None,
     parts: Parts | None = None,
+    later: Tensor | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -214,7 +217,7 @@ def residual_linear(
             next. None of them: only `out` is written.
         stats: `[R, 2, column_tiles(...)]` fp32, overwritten; needed with `next_norms`.
         parts: scratch, needed where the settings share a tile's k.
-        pdl, settings: as in `qkv`.
+        later, pdl, settings: as in `qkv`.
     """
     width, k = weight.shape
     chosen = _settings(width, k, a.dtype) if settings is None else settings
@@ -230,6 +233,7 @@ def residual_linear(
     _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
         out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
+        *asked(later, pdl),
         K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
         STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
         PDL=pdl, BM=BLOCK_ROWS, **chosen,

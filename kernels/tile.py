@@ -24,6 +24,7 @@ These are device functions: the operations that use them have launchers, referen
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -38,6 +39,23 @@ FLOAT16_SCALE = 2.0**-4  # x of fp16 models is stored so much smaller: h * norm_
 def x_scale(dtype: torch.dtype) -> float:
     """Factor (a power of two) on stored x, for `row_scale` to take out again."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+ASK_UP_TO = 5 << 20  # bytes
+ASKED_AT_ONCE = tl.constexpr(32 << 10) if triton is not None else None  # bytes: lines that belong together
+
+
+def asked(later: Tensor | None, pdl: bool) -> tuple[Tensor | None, int]:
+    """The arguments of `ask_later` for weights that a later kernel reads: they and their bytes. Nothing where there is
+    no such instruction (`pdl` says that there is), and for larger ones: they keep the memory busy by themselves."""
+    if later is None or not pdl or later.nbytes > ASK_UP_TO:
+        return None, 0
+    return later, later.nbytes // 16 * 16
+
+
+def beginning(weight: Tensor) -> Tensor:
+    """As many of its rows as may be asked for."""
+    return weight[: max(1, ASK_UP_TO // (weight.shape[1] * weight.itemsize))]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -60,6 +78,34 @@ if triton is not None:
         (measured: at the top of a kernel a step got slower than without)."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def ask_later(later, later_bytes):  # type: ignore[no-untyped-def]
+        """Ask for this program's share of what a later kernel reads, to be brought into L2. A hint: nothing waits for
+        it, and no number depends on it."""
+        if later is not None:
+            num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+            program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+            share = tl.cdiv(tl.cdiv(later_bytes, num_programs), ASKED_AT_ONCE) * ASKED_AT_ONCE
+            start = tl.minimum(program * share, later_bytes)
+            tl.inline_asm_elementwise(  # one thread of the program asks
+                """
+                {
+                    .reg .pred asks;
+                    .reg .u32 thread;
+                    mov.u32 thread, %tid.x;
+                    setp.eq.u32 asks, thread, 0;
+                    setp.gt.and.s32 asks, $2, 0, asks;
+                    @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+                    mov.u32 $0, 0;
+                }
+                """,
+                "=r,l,r",
+                [later.to(tl.int64) + start, tl.minimum(share, later_bytes - start)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]

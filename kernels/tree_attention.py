@@ -5,18 +5,17 @@
 One program takes one row and the query heads of one KV head (the rows of its products), and keys by absolute
 position: position p lies in slot p if it is committed (p < base), else in slot base + path[p - base]. Keys are read in
 blocks at fixed absolute positions (half a block where a split holds no more of them), with a running maximum over the
-row's own keys, and contexts are cut into splits at fixed absolute positions, whose partial results are put together
-one after the other. So a row's bits depend on its own tokens and positions only: not on the tree, the place in it, the
-round's start, other rows or the cache (design rule 3), because its keys stand at the same place of the same products
-whatever tree they came from. Weights are rounded to the cache's dtype before their product with v, and the denominator
-is the product of the same weights with ones.
+row's own keys, and contexts are cut into splits at absolute positions that follow from the row's own position, whose
+partial results are put together one after the other. So a row's bits depend on its own tokens and positions only: not
+on the tree, the place in it, the round's start, other rows or the cache (design rule 3), because its keys stand at the
+same place of the same products whatever tree they came from. Weights are rounded to the cache's dtype before their
+product with v, and the denominator is the product of the same weights with ones.
 
-Rows of one sequence read most of their keys together. A split is closed if all rows of the sequence see all of it:
-its positions are committed and in everybody's window. If a tile of 16 has more rows of the sequence than a KV head has
-query heads, a program takes those rows with one query head in place of one row with all heads. It is the same
-code on the same number of product rows, and what a product row holds does not depend on its place or on the others, so
-bits do not tell. Which splits are closed is decided on the device; the grid is the same, and programs without work
-leave.
+Rows of one sequence with splits of one length read most of their keys together. A split is closed if all of them see
+all of it: its positions are committed and in everybody's window. If a tile of 16 has more such rows than a KV head has
+query heads, a program takes those rows with one query head in place of one row with all heads. It is the same code on
+the same number of product rows, and what a product row holds does not depend on its place or on the others, so bits do
+not tell. Which splits are closed is decided on the device; the grid is the same, and programs without work leave.
 
 The program that adds a row's last part (an integer counter for each row and query head tells) puts the parts together;
 no number depends on which one it was. Keys that a row must not see are not read.
@@ -29,17 +28,20 @@ from torch import Tensor
 
 from .layer_shape import LayerShape
 from .rows import PATH, Rows
-from .tile import BLOCK_ROWS, precision
+from .tile import BLOCK_ROWS, asked, precision
 
 try:
     import triton
     import triton.language as tl
 
-    from .tile import pdl_next, pdl_wait
+    from .tile import ask_later, pdl_next, pdl_wait
 except ImportError:
     triton = None
 
 SPLIT_LEN = 256  # positions a program; boundaries are absolute
+# A row at position p < 256 has one split, at 256 <= p < 1024 splits of 128, beyond of 256: one program for all keys is
+# fastest while one block holds them, then many short ones are, until so many parts take their time (docs/kernels.md).
+SHORT_UP_TO = 4  # splits
 NO_WINDOW = 1 << 30
 LOG2_E = 1.4426950408889634
 
@@ -65,7 +67,20 @@ def tree_attention_reference(
     return out.flatten(1)
 
 
+def most_splits(context: int) -> int:
+    """Splits of any row at a position below `context`."""
+    if context <= SPLIT_LEN:
+        return 1
+    short = -(-min(context, SHORT_UP_TO * SPLIT_LEN) // (SPLIT_LEN // 2))
+    return max(short, -(-context // SPLIT_LEN))
+
+
 if triton is not None:
+
+    @triton.jit
+    def _split_length(position, SPLIT_LEN: tl.constexpr, SHORT_UP_TO: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Positions of each split of rows at these positions."""
+        return tl.where((position >= SPLIT_LEN) & (position < SHORT_UP_TO * SPLIT_LEN), SPLIT_LEN // 2, SPLIT_LEN)
 
     @triton.jit
     def _block(  # type: ignore[no-untyped-def]
@@ -138,11 +153,14 @@ if triton is not None:
         q, k_cache, v_cache, out, part_acc, part_max, part_sum, arrived,
         live_of, sequence_of, position_of, base_of, path_of,
         cache_sequence, cache_head, cache_slot, scale, softcap, window, num_splits,
+        later, later_bytes,
         NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr, SPLIT_LEN: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr,
+        SPLIT_LEN: tl.constexpr, SHORT_UP_TO: tl.constexpr,
         SHARE: tl.constexpr, AHEAD: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        ask_later(later, later_bytes)  # idle programs too, and the memory is idle here
         pdl_wait(PDL)
         # Rows come last: programs start in this order, and the first rows of a tile have the most to do.
         kv_head, row = tl.program_id(1), tl.program_id(2)
@@ -158,19 +176,21 @@ if triton is not None:
         pair = row * (NUM_KV * GROUP) + kv_head * GROUP + place
         queries = tl.load(q + pair[:, None] * HEAD_DIM + d[None, :], mask=real[:, None] & inside, other=0.0)
         first_key = tl.maximum(position - window + 1, 0)
-        first_split = first_key // SPLIT_LEN
-        split = tl.maximum(base - window + 1, 0) // SPLIT_LEN + tl.program_id(0)
-        start = split * SPLIT_LEN
-        idle = (live == 0) | (split < first_split) | (split > position // SPLIT_LEN)
+        length = _split_length(position, SPLIT_LEN, SHORT_UP_TO)
+        first_split = first_key // length
+        split = tl.maximum(base - window + 1, 0) // length + tl.program_id(0)
+        start = split * length
+        idle = (live == 0) | (split < first_split) | (split > position // length)
         pair_position = position + tl.zeros_like(place)
         if SHARE:
             tile = row // 16 * 16 + place
             mate = (tl.load(live_of + tile) != 0) & (tl.load(base_of + tile) == base)
             mate &= tl.load(sequence_of + tile) == sequence
             tile_position = tl.load(position_of + tile)
+            mate &= _split_length(tile_position, SPLIT_LEN, SHORT_UP_TO) == length
             counted = tl.sum(tl.where(mate, tl.where(tile < row, 17, 16), 0), 0)
             num_mates, rank = counted // 16, counted % 16  # rank: of this row among its mates
-            closed = (start + SPLIT_LEN <= base) & (start >= base + PATH - window)
+            closed = (start + length <= base) & (start >= base + PATH - window)
             shared = closed & (num_mates > GROUP)
             idle |= shared & (rank >= GROUP)
         if idle:
@@ -185,12 +205,12 @@ if triton is not None:
             pair = tl.where(shared, tile, row) * (NUM_KV * GROUP) + kv_head * GROUP + tl.where(shared, rank, place)
             real = tl.where(shared, mate, real)
             pair_position = tl.where(shared, tile_position, pair_position)
-        pair_first = tl.maximum(pair_position - window + 1, 0) // SPLIT_LEN
-        pair_parts = tl.where(real, pair_position // SPLIT_LEN - pair_first + 1, 0)
+        pair_first = tl.maximum(pair_position - window + 1, 0) // length
+        pair_parts = tl.where(real, pair_position // length - pair_first + 1, 0)
         keys_of = k_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
         values_of = v_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
 
-        stop = tl.minimum(start + SPLIT_LEN, position + 1)
+        stop = tl.minimum(start + length, position + 1)
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -209,7 +229,7 @@ if triton is not None:
         pdl_next(PDL)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]
-        if position // SPLIT_LEN == first_split:  # the only part
+        if position // length == first_split:  # the only part
             tl.store(out + out_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=real[:, None] & inside)
         else:
             own = pair * num_splits
@@ -230,7 +250,7 @@ class AttentionScratch:
     """Partial results of splits, for R rows of at most `context` positions; counters are zero between launches."""
 
     def __init__(self, num_rows: int, context: int, shape: LayerShape, device: torch.device | str) -> None:
-        self.num_splits = -(-context // SPLIT_LEN)
+        self.num_splits = most_splits(context)
         pairs = num_rows * shape.num_heads
         parts = pairs * self.num_splits if self.num_splits > 1 else 1
         self.acc = torch.empty(parts, _blocks(shape)[1], device=device)
@@ -274,6 +294,7 @@ def tree_attention(
     window: int | None = None,
     *,
     share: bool = True,
+    later: Tensor | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -288,7 +309,7 @@ def tree_attention(
         shape: of the layer.
         window: a row at p sees p - window + 1 .. p; None all.
         share: let rows of a sequence read what they all see together; the bits are the same, only times are not.
-        pdl, settings: as in `qkv`.
+        later, pdl, settings: as in `qkv`.
     """
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError("expected caches of equal strides and a last axis without gaps")
@@ -298,15 +319,17 @@ def tree_attention(
     # more heads than that: no tile has more rows; no whole tile: rows of other kernels (bench/one_row.py)
     share = share and shape.group_size < BLOCK_ROWS and len(rows) % BLOCK_ROWS == 0
     if window is not None:  # of all rows that may stand on one root
-        splits = min(splits, -(-(window + PATH - 2) // SPLIT_LEN) + 1)
+        splits = min(splits, -(-(window + PATH - 2) // (SPLIT_LEN // 2)) + 1)
     # parts on their way take 64 registers a thread at most
     ahead = max(1, min(8, 64 * 32 * chosen["num_warps"] // (block_g * block_d)))
     _tree_attention_kernel[(splits, shape.num_kv_heads, len(rows))](
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
-        scratch.num_splits, NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
-        HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH, SPLIT_LEN=SPLIT_LEN,
+        scratch.num_splits, *asked(later, pdl),
+        NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
+        HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH,
+        SPLIT_LEN=SPLIT_LEN, SHORT_UP_TO=SHORT_UP_TO,
         SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
         **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -23,14 +23,14 @@ from .kept_list import RUN, Listing
 from .layer_shape import LayerShape
 from .qkv import normed_product
 from .rows import Rows
-from .tile import BLOCK_ROWS, precision, x_scale
+from .tile import BLOCK_ROWS, asked, precision, x_scale
 
 try:
     import triton
     import triton.language as tl
 
     from .kept_list import store_kept
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
 except ImportError:
     triton = None
 
@@ -67,7 +67,7 @@ if triton is not None:
 
     @triton.jit
     def _up_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps,
+        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -95,6 +95,7 @@ if triton is not None:
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
         pdl_next(PDL)
+        ask_later(later, later_bytes)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         y = y * scale[:, None]
         if LAYER_NORM:
@@ -138,11 +139,11 @@ if triton is not None:
             store_kept(x.to(tl.float32), neuron, real, limit, entries + place * BN, runs + place, 1, BN, BN, RUN)
 
 
-# Half types, by hidden size and neurons; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
-    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 4},
-    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4},
+    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 
@@ -153,7 +154,7 @@ def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
         return _TABLE[size]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    return {"BN": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+    return {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5}
 
 
 def up_linear(
@@ -167,6 +168,7 @@ def up_linear(
     shape: LayerShape,
     *,
     kept: Kept | None = None,
+    later: Tensor | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -179,12 +181,12 @@ def up_linear(
         out: `[R, FF]` in the model's dtype, overwritten; with `kept` the places in front of each tile's count, and
             zeros behind it up to a multiple of `ZEROS`.
         kept: the neurons of each tile of rows; None: all.
-        rows, shape, pdl, settings: as in `qkv`.
+        rows, shape, later, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
     _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
         x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
-        None if kept is None else kept.count, shape.norm_eps,
+        None if kept is None else kept.count, shape.norm_eps, *asked(later, pdl),
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,

@@ -296,12 +296,38 @@ def tree_rows(base: int, parents: list[int], width: int = 16) -> tuple[Rows, lis
     ), depths
 
 
+def test_what_may_be_asked_for() -> None:
+    small, large = torch.zeros(8, 4, dtype=torch.float16), torch.empty(core.ASK_UP_TO + 2, 1, dtype=torch.uint8)
+    assert core.asked(small, True)[0] is small and core.asked(small, True)[1] == 64
+    assert core.asked(small, False) == core.asked(None, True) == core.asked(large, True) == (None, 0)
+    assert core.asked(core.beginning(large), True)[1] == core.ASK_UP_TO and len(core.beginning(small)) == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [3, 500, 8000])
+def test_asking_ahead_changes_no_bits(rows: int) -> None:
+    """Of what is asked for: less than a program's share, and more than all of them ask for at once."""
+    shape, dtype = LLAMA, torch.bfloat16
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no instruction for it")
+    later = drawn(rows, 264).to(dtype)
+    weight, a = drawn(shape.hidden_size, 320, seed=1).to(dtype), drawn(16, 320, seed=2).to(dtype)
+    live = Rows.empty(16, DEVICE)
+    live.live.fill_(1)
+    plain, asking = torch.zeros(2, 16, shape.hidden_size, device=DEVICE).unbind()
+    residual_linear(a, weight, None, None, plain, live, pdl=True)
+    residual_linear(a, weight, None, None, asking, live, pdl=True, later=later)
+    torch.cuda.synchronize()
+    assert torch.equal(plain, asking)
+
+
 CHAIN = list(range(-1, 15))
 BUSHY = [-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 3, 9, 9, 11]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", [0, 13, 250, SPLIT_LEN * 2 - 3])
+@pytest.mark.parametrize("base", [0, 13, 250, SPLIT_LEN * 2 - 3, SPLIT_LEN * 4 - 3])
 @pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("window", [None, 8, 300])
 def test_attention(dtype: torch.dtype, base: int, shape: LayerShape, window: int | None) -> None:

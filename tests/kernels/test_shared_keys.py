@@ -2,12 +2,13 @@
 
 Regimes: chains, stars and bushy trees; 1, 2, 4, 8 and 16 rows a sequence, several sequences in a tile, several tiles of
 one sequence, dead rows between live ones; starts at a split's edge and beside it, rows of one tree on both sides of an
-edge; windows inside, across and shorter than splits; soft-cap; 1, 3, 6 and 7 query heads a KV head. Unused slots hold
-NaN. Splits are short here (32), and long (256, as in use) in the tests for GPUs.
+edge, also of one where splits get shorter or longer; windows inside, across and shorter than splits; soft-cap; 1, 3, 6
+and 7 query heads a KV head. Unused slots hold NaN. Splits are short here (32), and long (256, as in use) in the tests
+for GPUs.
 
 Planted bugs that these tests were seen to catch: a split closed one position too early, or one position too near to a
 window's edge; rows of other sequences, or dead ones, taken for mates; a mate's parts counted from this row's position;
-the next query head's queries.
+the next query head's queries; rows with splits of another length taken for mates.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ BATCHES = {
     "eights": (8, [(BUSHY[:8], 70), (CHAIN[:5], 70), ([-1], 90), (CHAIN[:8], 31)]),
     "fours": (4, [(CHAIN[:4], 40), (STAR[:4], 40), (CHAIN[:3], 32), (STAR[:4], 95)]),
     "twos": (2, [(CHAIN[:2], 31 + b) for b in range(3)]),
+    "longer": (16, [(CHAIN, 4 * SHORT - 7)]),
+    "long": (8, [(BUSHY[:8], 4 * SHORT + 37), (CHAIN[:8], 4 * SHORT - 2)]),
 }
 
 
@@ -191,11 +194,12 @@ def test_tiles_of_one_prompt(short_splits: None) -> None:
 @pytest.mark.parametrize(
     ("name", "group", "window", "expected"),
     [
-        ("chain", 3, None, 2 * 3 + 16),  # two closed splits by three heads; each row's own keys
-        ("chain", 1, None, 2 * 1 + 16),
-        ("bushy", 7, None, 2 * 7 + 14),
-        ("bushy", 7, 60, 1 * 7 + 14 * 2),  # the first split is not in everybody's window
-        ("fours", 3, None, 2 * (3 + 4) + (3 + 3) + (2 * 3 + 4 + 3)),  # three mates are too few: each by itself
+        ("chain", 3, None, 4 * 3 + 16),  # four closed splits by three heads; each row's own keys
+        ("chain", 1, None, 4 * 1 + 16),
+        ("bushy", 7, None, 4 * 7 + 14),
+        ("bushy", 7, 60, 2 * 7 + 13 * 3 + 2),  # two splits are not in everybody's window, one not in the last node's
+        ("fours", 3, None, 2 * (2 * 3 + 4) + 3 * 3 + (5 * 3 + 1 + 3 * 2)),  # three mates are too few: each by itself
+        ("longer", 6, None, 7 * 6 + 7 * 1 + 3 * 6 + 9 * 2),  # seven mates with short splits, nine with long ones
     ],
 )
 def test_products_are_saved(
@@ -210,7 +214,7 @@ def test_products_are_saved(
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", [512, 1023, 4096])
+@pytest.mark.parametrize("base", [250, 512, 1023, 4096])
 @pytest.mark.parametrize(
     ("group", "num_kv", "head_dim", "window", "softcap"),
     [
