@@ -186,7 +186,7 @@ def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
         return _TABLE[width, k]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "PARTS": 1, "num_warps": 4, "num_stages": 2}
-    return {"BN": 16, "BK": 64, "SPLIT": 4, "PARTS": 1, "num_warps": 4, "num_stages": 4}
+    return {"BN": 8, "BK": 128, "SPLIT": 4, "PARTS": 1, "num_warps": 2, "num_stages": 5}
 
 
 def residual_linear(
