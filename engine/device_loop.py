@@ -153,10 +153,10 @@ def decode_on_device(
                         continue
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
-                    ran = 0  # layers of rows, by drafts that verification runs again
                     if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):
-                        ran = rounds.draft.chain.row_layers(record.tree.exit_layers[1:], record.num_refused)
-                    released.append((request, _commit(on, request, record, ran)))
+                        spoke = [e for e in record.tree.exit_layers if e is not None]
+                        request.statistics.num_row_layers += rounds.draft.chain.row_layers(spoke, record.num_refused)
+                    released.append((request, _commit(on, request, record)))
                     num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:
                         rounds.drop(request.sequence)
@@ -240,8 +240,8 @@ def _end(on: Machinery, request: Request) -> int:
     return end if again is None else min(end, again + 1)
 
 
-def _commit(on: Machinery, request: Request, record: Record, ran: int = 0) -> list[Emission]:
-    """Take a round's tokens into the output as far as it goes; `ran` layers of rows were run before it verified."""
+def _commit(on: Machinery, request: Request, record: Record) -> list[Emission]:
+    """Take a round's tokens into the output as far as it goes."""
     tree, tokens = record.tree, record.tokens
     failed = record.status == 3
     acceptance = Acceptance(record.nodes, tokens[:-1], tokens[-1])
@@ -261,7 +261,7 @@ def _commit(on: Machinery, request: Request, record: Record, ran: int = 0) -> li
     request.origins += [Origin(tree.exit_layers[node], tree.entropies[node], None) for node in record.nodes]
     if not failed:
         request.origins.append(Origin(None, None, None))
-    request.statistics.num_row_layers += len(tree) * on.decoder.config.num_layers + ran
+    request.statistics.num_row_layers += len(tree) * on.decoder.config.num_layers
     grown = len(request.checker.token_ids) - before
     request.statistics.record_round(tree, acceptance, grown, gate_stops=record.num_refused)
     return released

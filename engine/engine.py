@@ -596,8 +596,8 @@ class Engine:
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Chain):
                     each = own.rows_each("plain") if len(shape.exits) == 1 else own.width
-                    step = own.steps[each], each
-                    return TrunkDraft(heads, self.decoder, draft_ids, shape, *step, *state, own.num_refused, own.exits)
+                    heard = heads, self.decoder, draft_ids, shape, own.steps[each], each
+                    return TrunkDraft(*heard, *state, own.num_refused, own.exits)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self.decoder, draft_ids, shape, batch
                 return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)

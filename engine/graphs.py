@@ -38,6 +38,7 @@ Kind = Literal["plain", "draft", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
 AHEAD = 2  # rounds in flight at most
 NUM_STOPS = 16  # stop ids at most
+FIRST_LENGTH = 2  # tokens of a request's first drafts, where a gate may end them early
 
 
 def samples_on_device(params: SamplingParams) -> bool:
@@ -203,8 +204,8 @@ class Rounds:
         self.draft = None if draft is None else draft(self)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.pool = replace(self.draft.pool, num_refused=self.num_refused)
-        self._lengths = (0,) if self.draft is None else self.draft.lengths
-        self._length = self._lengths[-1]
+        self._rungs = (0,) if self.draft is None else self.draft.rungs
+        self._length = self._rungs[-1]
         # by length, 0 of rounds that do not draft; None: kernel by kernel, on the CPU
         self._graphs: dict[Kind, dict[int, torch.cuda.CUDAGraph | None]] = {}
         # a slot is read before it is written again
@@ -231,14 +232,14 @@ class Rounds:
         self.trees.count.zero_()
         for kind in missing:
             self._graphs[kind] = {}
-            for length in self._lengths if kind == "draft" else (0,):
+            for length in self._rungs if kind == "draft" else (0,):
                 self._length = length
                 self._graphs[kind][length] = self._capture(kind)
 
     def draft_at_most(self, length: int) -> None:
         """Let drafts of the next rounds end after so many tokens, or the next larger number that rounds were made
         for."""
-        self._length = min((n for n in self._lengths if n >= length), default=self._lengths[-1])
+        self._length = min((n for n in self._rungs if n >= length), default=self._rungs[-1])
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Take over sequences whose prompts are in the cache; all others are idle.
@@ -248,6 +249,7 @@ class Rounds:
         """
         if (longest := max(start.end for start in starts)) > self.reach:
             raise ValueError(f"a sequence may grow to {longest} tokens, these rounds reach {self.reach}")
+        self.draft_at_most(FIRST_LENGTH)
         count = self.batch
         active, base, end, min_end, pending = ([0] * count for _ in range(5))
         seeds = [0] * count

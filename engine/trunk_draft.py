@@ -123,7 +123,7 @@ class TrunkDraft:
         num_refused: Tensor,
         exits: Tensor,
     ) -> None:
-        self.chain, self.lengths = chain, chain.lengths
+        self.chain, self.rungs = chain, chain.rungs
         self._heads = [heads[e] for e in chain.exits]
         self._step, self._width, self._pdl = step, width, step.pdl
         self._trees, self._sequences, self._seeds, self._options = trees, sequences, seeds, options

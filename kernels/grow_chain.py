@@ -67,8 +67,8 @@ class Chain:
         return self.length
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Numbers of tokens to ask for that are worth having: all of them where gates end chains early."""
+    def rungs(self) -> tuple[int, ...]:
+        """Lengths that rounds are made for: all of them where gates end chains early."""
         return (self.length,) if min(self.stops) == math.inf else tuple(range(1, self.length + 1))
 
     def row_layers(self, spoke: Sequence[int], num_refused: int) -> int:

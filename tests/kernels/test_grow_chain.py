@@ -198,7 +198,7 @@ def test_what_a_draft_runs_is_counted() -> None:
     assert Chain((4,), (1.0,), 7).row_layers([4, 4], 1) == 12
     assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2, 5, 2], 0) == 2 + (2 + 2 * 3) + 2
     assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2], 1) == 2 + (2 + 2 * 3)
-    assert Chain((2,), (INF,), 3).lengths == (3,) and Chain((2, 3), (INF, 1.0), 3).lengths == (1, 2, 3)
+    assert Chain((2,), (INF,), 3).rungs == (3,) and Chain((2, 3), (INF, 1.0), 3).rungs == (1, 2, 3)
 
 
 def test_what_does_not_fit_is_refused() -> None:
