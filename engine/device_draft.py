@@ -180,7 +180,6 @@ class RecurrentDraft:
                 "the policy (head_memory.scratch_of)"
             )
         self.taps, self.shape, self.pdl = head.taps, shape, pdl
-        self.rungs = (shape.max_depth,)
         self.trees, self.sequences, self._seeds, self._options = trees, sequences, seeds, options
         self._decoder, self._cache, self._projection = decoder, memory.cache, head.attached()
         device, width = decoder.device, head.hidden_size

@@ -162,10 +162,6 @@ def decode_on_device(
                         rounds.drop(request.sequence)
                     if not request.checker.finished and record.status == 2:
                         stopped.append(request)
-                if ticket.kind == "draft":
-                    # a graph cannot end when the last chain does: one step more than the last drafts had
-                    longest = max((len(r.tree) - 1 for r in records if r is not None), default=0)
-                    rounds.draft_at_most(longest + 1)
                 if stopped and not queue.tickets:
                     for request in stopped:
                         read_text(on, request, None)

@@ -595,8 +595,7 @@ class Engine:
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Chain):
-                    each = own.rows_each("plain") if len(shape.exits) == 1 else own.width
-                    heard = heads, self.decoder, draft_ids, shape, own.steps[each], each
+                    heard = heads, self.decoder, draft_ids, shape, own.steps[own.width], own.width
                     return TrunkDraft(*heard, *state, own.num_refused, own.exits)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self.decoder, draft_ids, shape, batch

@@ -38,7 +38,6 @@ Kind = Literal["plain", "draft", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
 AHEAD = 2  # rounds in flight at most
 NUM_STOPS = 16  # stop ids at most
-FIRST_LENGTH = 2  # tokens of a request's first drafts, where a gate may end them early
 
 
 def samples_on_device(params: SamplingParams) -> bool:
@@ -204,10 +203,8 @@ class Rounds:
         self.draft = None if draft is None else draft(self)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.pool = replace(self.draft.pool, num_refused=self.num_refused)
-        self._rungs = (0,) if self.draft is None else self.draft.rungs
-        self._length = self._rungs[-1]
-        # by length, 0 of rounds that do not draft; None: kernel by kernel, on the CPU
-        self._graphs: dict[Kind, dict[int, torch.cuda.CUDAGraph | None]] = {}
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
+        self._steps: list[torch.cuda.CUDAGraph | None] = []  # of drafts that end early, in front of "draft"
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
         self._slot, self._next_slot = 0, whole(1)  # the host's count and the device's
@@ -230,16 +227,11 @@ class Rounds:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
+        if "draft" in missing and isinstance(self.draft, TrunkDraft) and self.draft.chain.gated:
+            for depth in range(self.draft.chain.num_steps):
+                self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
-            self._graphs[kind] = {}
-            for length in self._rungs if kind == "draft" else (0,):
-                self._length = length
-                self._graphs[kind][length] = self._capture(kind)
-
-    def draft_at_most(self, length: int) -> None:
-        """Let drafts of the next rounds end after so many tokens, or the next larger number that rounds were made
-        for."""
-        self._length = min((n for n in self._rungs if n >= length), default=self._rungs[-1])
+            self._graphs[kind] = self._capture(kind)
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Take over sequences whose prompts are in the cache; all others are idle.
@@ -249,7 +241,6 @@ class Rounds:
         """
         if (longest := max(start.end for start in starts)) > self.reach:
             raise ValueError(f"a sequence may grow to {longest} tokens, these rounds reach {self.reach}")
-        self.draft_at_most(FIRST_LENGTH)
         count = self.batch
         active, base, end, min_end, pending = ([0] * count for _ in range(5))
         seeds = [0] * count
@@ -322,13 +313,23 @@ class Rounds:
 
     def replay(self, kind: Kind) -> None:
         """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
-        graph = None
-        if self.cache.device.type == "cuda":
-            graph = self._graphs[kind][self._length if kind == "draft" else 0]
+        if kind == "draft" and self._steps:
+            self._draft_step_by_step()
+        graph = self._graphs[kind] if self.cache.device.type == "cuda" else None
         if graph is None:
             self._body(kind)
         else:
             graph.replay()
+
+    def _draft_step_by_step(self) -> None:
+        assert isinstance(self.draft, TrunkDraft)
+        for depth, graph in enumerate(self._steps):
+            if depth and not self.draft.goes_on():
+                return
+            if graph is None:
+                self.draft.step(depth)
+            else:
+                graph.replay()
 
     def give(self, trees: Mapping[int, DraftTree]) -> None:
         """The trees that a "given" round verifies, by sequence; others stay out."""
@@ -350,8 +351,11 @@ class Rounds:
 
     def _body(self, kind: Kind) -> None:
         if kind == "draft" and isinstance(self.draft, TrunkDraft):
-            self.draft.draft(self._length)
-        elif kind in ("absorb", "draft"):
+            if not self._steps:
+                self.draft.draft()
+            self._verify(self.width, self.draft.chain.reached)
+            return
+        if kind in ("absorb", "draft"):
             assert isinstance(self.draft, RecurrentDraft)
             self.draft.absorb()
             if kind == "absorb":
@@ -359,15 +363,20 @@ class Rounds:
             self.draft.draft()
         self._verify(self.rows_each(kind))
 
-    def _verify(self, rows_each: int) -> None:
-        """Every node through all layers, the target's token after each, the accepted path into place."""
+    def _verify(self, rows_each: int, reached: int = 0) -> None:
+        """Every node through all layers that it has not `reached` while it was drafted, the target's token after each,
+        the accepted path into place."""
         step, weights, trees, seq, pdl = self.steps[rows_each], self.weights, self.trees, self.sequences, self.pdl
         config, taps, targets = weights.config, self.taps[rows_each], self._targets[rows_each]
         lay_rows(
             trees.tokens, trees.depths, trees.paths, trees.count, seq.base, step.rows, step.ids, rows_each, pdl=pdl
         )
-        step.embed()
-        step.run(0, config.num_layers, taps)
+        if reached:
+            assert isinstance(self.draft, TrunkDraft)
+            step.stats = self.draft.stats
+        else:
+            step.embed()
+        step.run(reached, config.num_layers, taps)
         head = weights.head
         project = partial(
             lm_head, step.x, step.stats, head.weight, head.bias, head.shift, step.rows,

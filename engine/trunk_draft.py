@@ -2,11 +2,12 @@
 
 A step is a pass for each exit: the newest node of every chain that still asks runs to the exit, its head speaks, and
 `grow_chain` answers for the gate. All of it is a fixed sequence of launches on tensors that never move, so it can be
-captured in a CUDA graph; chains that have ended have no live rows in what is left of it. How many steps a graph has is
-the host's choice round by round (`device_loop.py`).
+captured in a CUDA graph, chains of fixed length as a whole. Where a gate ends them, each step is a graph of its own and
+the host waits for it to know whether another one is needed: that takes some 20 us, a step for nothing several hundred.
 
-Verification then runs all layers of all nodes anew. Going on from the exit would save nothing: the last node has not
-been there, and a pass of one row takes as long as one of all of them.
+With one exit the last node of a chain runs there, too, and verification goes on from the exit: the rows are its own and
+ran its own kernels, so they stand where it needs them, bit for bit (design rule 5). With several exits nodes stand at
+different layers, and verification starts over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..kernels.grow_tree import Sequences, Trees
 from ..kernels.layer_shape import LayerShape
 from ..kernels.linear import PackedLinear
 from ..kernels.lm_head import lm_head, num_tiles
+from ..kernels.publish import publish
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
 from ..kernels.up_linear import up_linear
 from .fused import FusedStep, NormedLinear, plain
@@ -98,14 +100,17 @@ class TrunkDraft:
         decoder: the model's.
         draft_ids: token ids of the heads' outputs, long `[Vd]`, rising; None for all.
         chain: how chains grow.
-        step: runs the passes; the rounds' own, between verifications.
-        width: rows a sequence has in it (`begin_chain`).
+        step: runs the passes: that of the verification which follows.
+        width: rows a sequence has in it.
         trees: where the drafts go.
         sequences: of the batch.
         seeds: int64 `[B]`.
         options: fp32, the temperature first.
         num_refused: int32 `[B]`, overwritten: whether all exits refused a node.
         exits: int32 `[B, 16]`, overwritten: the exit layer that each node is from.
+
+    Attributes:
+        stats: of the deferred norm behind the last pass, for a verification that goes on from there.
     """
 
     def __init__(
@@ -123,7 +128,7 @@ class TrunkDraft:
         num_refused: Tensor,
         exits: Tensor,
     ) -> None:
-        self.chain, self.rungs = chain, chain.rungs
+        self.chain, self.stats = chain, step.stats
         self._heads = [heads[e] for e in chain.exits]
         self._step, self._width, self._pdl = step, width, step.pdl
         self._trees, self._sequences, self._seeds, self._options = trees, sequences, seeds, options
@@ -144,27 +149,44 @@ class TrunkDraft:
         self._best_value = torch.zeros(num_rows, tiles, device=device)
         self._best_id = torch.zeros(num_rows, tiles, dtype=torch.int32, device=device)
         self._tile_stats = torch.zeros(num_rows, 3, tiles, device=device)
+        self._seen = torch.zeros(1, len(exits), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._slot = torch.zeros(1, dtype=torch.int32, device=device)
 
     def asks(self, heads: Mapping[int, ExitHead]) -> bool:
         """Whether these drafts were made for these heads."""
         return all(heads.get(e) is head for e, head in zip(self.chain.exits, self._heads, strict=True))
 
-    def draft(self, length: int | None = None) -> None:
-        """Grow each active sequence's chain by `length` tokens at most; None: as many as the chain may have."""
+    def draft(self) -> None:
+        """Grow each active sequence's chain."""
+        for depth in range(self.chain.num_steps):
+            self.step(depth)
+
+    def step(self, depth: int) -> None:
+        """Ask about the nodes at one depth, the roots' first."""
         chain, step, taps, pdl = self.chain, self._step, self._taps, self._pdl
         place = chain, self._asked, self._sequences, self._trees, step.rows, step.ids, self._width
-        begin_chain(*place, pdl=pdl)
-        for depth in range(chain.length if length is None else length):
-            start = 0
-            for k, exit_layer in enumerate(chain.exits):
-                if k == 0:
-                    step.embed()
-                else:
-                    step.resume(start, taps[k - 1])
-                hidden = step.run(start, exit_layer, {exit_layer: taps[k]} if k < len(taps) else None)
+        if depth == 0:
+            begin_chain(*place, pdl=pdl)
+        start = 0
+        for k, exit_layer in enumerate(chain.exits):
+            if k == 0:
+                step.embed()
+            else:
+                step.resume(start, taps[k - 1])
+            hidden = step.run(start, exit_layer, {exit_layer: taps[k]} if k < len(taps) else None)
+            if depth < chain.length:
                 self._speak(self._voices[k], hidden)
                 grow_chain(depth, k, self._best_value, self._best_id, self._tile_stats, *place, pdl=pdl)
-                start = exit_layer
+            start = exit_layer
+        self.stats = step.stats
+        if chain.gated:
+            publish(self._asked.runs, self._seen, self._slot, pdl=pdl)
+
+    def goes_on(self) -> bool:
+        """Whether a chain needs another step; waits for the one that was launched last."""
+        if self._asked.runs.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return bool(self._seen.any())
 
     def _speak(self, voice: _Voice, hidden: Tensor) -> None:
         """The head's answers to the nodes that are asked about, from the pass's residual stream."""

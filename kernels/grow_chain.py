@@ -9,10 +9,11 @@ left per tile of columns (`lm_head`: m = max l, Z, A) of exit k's logits after n
 c < stop_k makes the head's token (the argmax of the scores, the lowest id on ties) node d + 1, and c its c(d + 1).
 Otherwise exit k + 1 is asked; refused by all, the chain ends. NaN and +inf are refused.
 
-`width` rows a sequence say what the next pass runs. With 1 that is the newest node alone, all that one exit needs. With
-more, row i is node i as in verification, and an exit behind the first runs all nodes of the chain from the exit before
-on: an ancestor may have stopped there, and its keys are needed now. Sequences that do not ask have no live row. One
-program a sequence; state that a program reads is written behind a barrier, because its warps are not in step.
+Rows are those of verification, `width` a sequence and row i node i; which are live says what the next pass runs. To the
+first exit that is the newest node alone. An exit behind it runs all nodes of the chain from the exit before on: an
+ancestor may have stopped there, and its keys are needed now. With one exit the last node of a chain runs there, too,
+though nothing is asked about it: then all nodes have been there, and verification goes on from it. One program a
+sequence; state that a program reads is written behind a barrier, because its warps are not in step.
 """
 
 from __future__ import annotations
@@ -67,13 +68,25 @@ class Chain:
         return self.length
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        """Lengths that rounds are made for: all of them where gates end chains early."""
-        return (self.length,) if min(self.stops) == math.inf else tuple(range(1, self.length + 1))
+    def gated(self) -> bool:
+        """Whether chains may end early."""
+        return min(self.stops) < math.inf
+
+    @property
+    def reached(self) -> int:
+        """Layers that all nodes have run when a chain is complete."""
+        return self.exits[0] if len(self.exits) == 1 else 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a draft at most; with one exit the last one is the last node's way to it."""
+        return self.length + (len(self.exits) == 1)
 
     def row_layers(self, spoke: Sequence[int], num_refused: int) -> int:
-        """Layers of rows that a draft ran, from the exit that each of its tokens is from and whether another one was
-        refused; every exit behind the first runs the chain so far once more."""
+        """Layers of rows that a draft ran and verification runs again, from the exit that each of its tokens is from
+        and whether another one was refused; every exit behind the first runs the chain so far once more."""
+        if self.reached:
+            return 0
         total = 0
         for node, last in enumerate([*spoke, *[self.exits[-1]] * num_refused]):
             total += self.exits[0] + (node + 1) * (last - self.exits[0])
@@ -86,6 +99,7 @@ class Asked:
 
     Attributes:
         rows: one a sequence, live where it asks; as `lm_head` takes them.
+        runs: int32 `[B]`, whether the sequence has live rows in the pass.
         source: int32 `[R]`, the row of the pass that each stands for.
         nats: fp32 `[B]`, the measure of the path to the newest node.
         num_refused: int32 `[B]`, 1 where all exits refused a node in this round.
@@ -93,6 +107,7 @@ class Asked:
     """
 
     rows: Rows
+    runs: Tensor
     source: Tensor
     nats: Tensor
     num_refused: Tensor
@@ -102,7 +117,8 @@ class Asked:
     def empty(cls, num_refused: Tensor, exits: Tensor) -> Asked:
         batch, device = len(exits), exits.device
         rows = Rows.empty(-(-batch // 16) * 16, device)
-        return cls(rows, torch.zeros_like(rows.live), torch.zeros(batch, device=device), num_refused, exits)
+        runs, source = torch.zeros_like(num_refused), torch.zeros_like(rows.live)
+        return cls(rows, runs, source, torch.zeros(batch, device=device), num_refused, exits)
 
 
 def begin_chain_reference(
@@ -116,8 +132,7 @@ def begin_chain_reference(
         trees.paths[b] = torch.where(n <= n.unsqueeze(1), n, 0)
         trees.count[b] = int(sequences.active[b] != 0)
         asked.nats[b], asked.num_refused[b] = 0.0, 0
-        asks = bool(sequences.active[b]) and _deepest(chain, sequences, b) > 0
-        _lay_reference(b, 0, asks, True, asked, sequences, trees, rows, ids, width)
+        _lay_reference(b, 0, bool(sequences.active[b]), True, chain, asked, sequences, trees, rows, ids, width)
 
 
 def grow_chain_reference(
@@ -143,10 +158,8 @@ def grow_chain_reference(
             trees.count[b], asked.nats[b] = node + 1, measure
         if last:
             asked.num_refused[b] += int(asks and not added)
-            asks = int(trees.count[b]) == depth + 2 and depth + 1 < _deepest(chain, sequences, b)
-        else:
-            asks = asks and not added
-        _lay_reference(b, depth + 1 if last else depth, asks, last, asked, sequences, trees, rows, ids, width)
+        runs = int(trees.count[b]) == depth + 2 if last else asks and not added
+        _lay_reference(b, depth + 1 if last else depth, runs, last, chain, asked, sequences, trees, rows, ids, width)
 
 
 def _deepest(chain: Chain, sequences: Sequences, b: int) -> int:
@@ -154,15 +167,17 @@ def _deepest(chain: Chain, sequences: Sequences, b: int) -> int:
 
 
 def _lay_reference(
-    b: int, newest: int, asks: bool, first: bool, asked: Asked, sequences: Sequences, trees: Trees, rows: Rows,
-    ids: Tensor, width: int,
+    b: int, newest: int, runs: bool, first: bool, chain: Chain, asked: Asked, sequences: Sequences, trees: Trees,
+    rows: Rows, ids: Tensor, width: int,
 ) -> None:  # fmt: skip
     base = int(sequences.base[b])
+    asks = runs and newest < _deepest(chain, sequences, b)
+    runs = runs if chain.reached else asks
     asked.rows.live[b], asked.rows.sequence[b], asked.rows.position[b] = int(asks), b, base + newest
-    asked.source[b] = b * width + (newest if width > 1 else 0)
-    for i in range(width):
-        r, node = b * width + i, i if width > 1 else newest
-        rows.live[r] = int(asks and (node == newest if first else node <= newest))
+    asked.source[b], asked.runs[b] = b * width + newest, int(runs)
+    for node in range(width):
+        r = b * width + node
+        rows.live[r] = int(runs and (node == newest if first else node <= newest))
         if rows.live[r]:
             rows.sequence[r], rows.base[r], rows.position[r], rows.slot[r] = b, base, base + node, base + node
             rows.path[r], ids[r] = trees.paths[b, node], trees.tokens[b, node]
@@ -176,9 +191,9 @@ if triton is not None:
         active_of, base_of, end_of, nats_of, refused, exits_of,
         tree_tokens, tree_parents, tree_depths, tree_paths, tree_count, tree_entropies,
         live_of, sequence_of, position_of, slot_of, base_row, path_of, ids,
-        asked_live, asked_sequence, asked_position, source,
-        WIDTH: tl.constexpr, BEGIN: tl.constexpr, LAST: tl.constexpr, BY_PATH: tl.constexpr, PATH: tl.constexpr,
-        BLOCK: tl.constexpr, PDL: tl.constexpr,
+        asked_live, asked_sequence, asked_position, runs_of, source,
+        WIDTH: tl.constexpr, BEGIN: tl.constexpr, LAST: tl.constexpr, ALONE: tl.constexpr, BY_PATH: tl.constexpr,
+        PATH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
         pdl_next(PDL)
@@ -191,7 +206,7 @@ if triton is not None:
         if BEGIN:
             newest = depth
             active = tl.load(active_of + b) != 0
-            asks = active & (deepest > 0)
+            runs = active
             zero = n * 0
             tl.store(tree_tokens + at_node + n, zero, mask=n > 0)
             tl.store(tree_parents + at_node + n, n - 1)
@@ -226,17 +241,19 @@ if triton is not None:
             # a tile with NaN or +inf has +inf as its best; NaN is below nothing
             added = asked & (top > float("-inf")) & (top < float("inf")) & (measure < stop)
             newest = depth
-            asks = asked & ~added
+            runs = asked & ~added
             if LAST:
                 newest = depth + 1
-                asks = (added | (count == depth + 2)) & (newest < deepest)
-        own = i if WIDTH > 1 else i + newest
-        live = asks & (own <= newest)
+                runs = added | (count == depth + 2)
+        asks = runs & (newest < deepest)
+        if not ALONE:
+            runs = asks
+        live = runs & (i <= newest)
         if BEGIN or LAST:
-            live = live & (own == newest)
-        known = tl.load(tree_tokens + at_node + own, mask=live, other=0)
+            live = live & (i == newest)
+        known = tl.load(tree_tokens + at_node + i, mask=live, other=0)
         if not BEGIN:
-            known = tl.where(added & (own == depth + 1), token, known)
+            known = tl.where(added & (i == depth + 1), token, known)
             tl.debug_barrier()  # every warp has read the state
             tl.store(tree_tokens + at_node + depth + 1, token, mask=added)
             tl.store(tree_entropies + at_node + depth + 1, entropy, mask=added)
@@ -248,15 +265,16 @@ if triton is not None:
         row = b * WIDTH + i
         tl.store(live_of + row, live.to(tl.int32))
         tl.store(sequence_of + row, b + i * 0)
-        tl.store(position_of + row, base + own)
-        tl.store(slot_of + row, base + own)
+        tl.store(position_of + row, base + i)
+        tl.store(slot_of + row, base + i)
         tl.store(base_row + row, base + i * 0)
-        tl.store(path_of + row[:, None] * PATH + n[None, :], tl.where(n[None, :] <= own[:, None], n[None, :], 0))
+        tl.store(path_of + row[:, None] * PATH + n[None, :], tl.where(n[None, :] <= i[:, None], n[None, :], 0))
         tl.store(ids + row, known)
         tl.store(asked_live + b, asks.to(tl.int32))
         tl.store(asked_sequence + b, b)
         tl.store(asked_position + b, base + newest)
-        tl.store(source + b, b * WIDTH + (newest if WIDTH > 1 else 0))
+        tl.store(runs_of + b, runs.to(tl.int32))
+        tl.store(source + b, b * WIDTH + newest)
 
 
 def begin_chain(
@@ -277,18 +295,17 @@ def begin_chain(
         asked: overwritten.
         sequences: of the batch.
         trees: overwritten but for the roots' tokens.
-        rows, ids: of the passes, overwritten; row b * width + i is node i of sequence b, with `width` 1 the newest.
-        width: 1 for one exit; else 2, 4, 8 or 16, more than the chain is long.
+        rows, ids: of the passes, overwritten; row b * width + i is node i of sequence b.
+        width: 2, 4, 8 or 16, more than the chain is long.
         pdl: programmatic dependent launch.
 
     Raises:
         ValueError: sizes that do not fit.
     """
-    fits = width > chain.length if width > 1 else len(chain.exits) == 1
-    if width not in (1, 2, 4, 8, 16) or not fits or len(rows) < len(sequences.base) * width:
+    if width not in (2, 4, 8, 16) or width <= chain.length or len(rows) < len(sequences.base) * width:
         raise ValueError(
-            f"width {width} for {len(sequences.base)} sequences, {len(chain.exits)} exits and {chain.length} tokens "
-            f"does not go into {len(rows)} rows"
+            f"width {width} for {len(sequences.base)} sequences and chains of {chain.length} tokens does not go into "
+            f"{len(rows)} rows"
         )
     _launch(0, 0, None, chain, asked, sequences, trees, rows, ids, width, pdl)
 
@@ -346,7 +363,8 @@ def _launch(
         asked.nats, asked.num_refused, asked.exits,
         trees.tokens, trees.parents, trees.depths, trees.paths, trees.count, trees.entropies,
         rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path, ids,
-        asked.rows.live, asked.rows.sequence, asked.rows.position, asked.source,
-        WIDTH=width, BEGIN=answer is None, LAST=exit_index == len(chain.exits) - 1, BY_PATH=chain.by_path, PATH=PATH,
+        asked.rows.live, asked.rows.sequence, asked.rows.position, asked.runs, asked.source,
+        WIDTH=width, BEGIN=answer is None, LAST=exit_index == len(chain.exits) - 1,
+        ALONE=len(chain.exits) == 1, BY_PATH=chain.by_path, PATH=PATH,
         BLOCK=block, PDL=pdl, num_warps=4 if block <= 1024 else 8, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

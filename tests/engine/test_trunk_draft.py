@@ -2,12 +2,12 @@
 
 Without a GPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
 
-Regimes: adapters, a head with its own projection, bare exits; one exit (one row a sequence, and 16 as where weights are
-stored by neuron) and three; gates by entropy and by path, and none; greedy and sampled; a draft vocabulary; RMSNorm,
-LayerNorm with parallel residual, Gemma's norms, factor and soft-cap, windows; a sequence that is not active and one
-near its end; open slots poisoned with NaN. Planted bugs that these tests were seen to catch: the next layer's norm in
-place of the adapter's, its gain left out, eps of the model in the head's own norm, the tap of another exit, ancestors'
-keys missing at a deeper exit, rows of another sequence, noise of the node's own position.
+Regimes: adapters, a head with its own projection, bare exits; one exit and three; gates by entropy and by path, and
+none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms, factor and
+soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN. Planted bugs that
+these tests were seen to catch: the final norm in place of the adapter's, its gain left out, the tap of another exit or
+none, outputs taken for token ids, no soft-cap, another node's residual stream, noise of the node's own position, a row
+that does not see itself, ancestors' keys missing at a deeper exit.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Both:
         *,
         draft_ids: torch.Tensor | None = None,
         params: SamplingParams | None = None,
-        width: int = 1,
+        width: int = 4,
         dtype: torch.dtype = torch.float32,
         pdl: bool = False,
     ) -> None:
