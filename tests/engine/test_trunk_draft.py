@@ -179,3 +179,24 @@ def test_chains_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> 
         trees = both.check()
     assert {e for tree in trees for e in tree.exit_layers[1:]} >= set(chain.exits[-2:])
     assert len(trees[2]) == 2 and (max(chain.stops) == INF or sum(both.num_refused.tolist()) > 0)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("name", ["one adapter", "three"])
+def test_captured_drafts_are_the_same(name: str, pdl: bool, tiny: Callable[[str], Any]) -> None:
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU with programmatic dependent launch")
+    family, kinds, chain, options = RUNS[name]
+    with torch.inference_mode():
+        prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
+        both = Both(tiny(family), kinds, chain, prompts, [90, 90, 0, 24], pdl=pdl, **options)
+        both.device.draft()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            both.device.draft()
+        for stale in (both.trees.tokens[:, 1:], both.trees.count, both.exits, both.num_refused):
+            stale.fill_(-9)
+        both.device.draft = graph.replay  # type: ignore[method-assign]
+        both.check()
