@@ -84,7 +84,8 @@ def chain_of_the_engine(
     policy = DraftPolicy(chain.exits, gates, max_depth=chain.length, branch=1, confidence=confidence)
     monkeypatch.setattr(eager, "advance", lambda *_: None)
     heads = {e: head(e) for e in chain.exits}
-    refused = eager.draft(Made(), None, [DraftRow(work, depth, rank)], heads, policy, RowTiles())  # type: ignore[arg-type]
+    rows = [DraftRow(work, depth, rank)]
+    refused = eager.draft(Made(), None, rows, heads, policy, RowTiles())  # type: ignore[arg-type]
     return work.tree, refused[0]
 
 
