@@ -117,7 +117,7 @@ def test_one_exit(policy: DraftPolicy, prompt: list[int], new: int, engine: Any,
 @pytest.mark.hazard(24)
 def test_a_stop_id_inside_a_draft(engine: Any, assert_same_output: Callable) -> None:
     options: dict[str, Any] = {"seed": SEEDS[1], "max_new_tokens": NEW, **SAMPLED}
-    policy = every((2,), ALWAYS, max_depth=4, branch=1)
+    policy = every((2,), ALWAYS, max_depth=3, branch=1)
     whole = engine.generate(PROMPTS[1], policy=policy, **options)
     at = next(i for i, layer in enumerate(whole.exit_layers) if layer == 2)
     assert at + 1 < NEW
