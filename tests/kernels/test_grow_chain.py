@@ -53,7 +53,9 @@ def logits_of(path: tuple[int, ...], exit_layer: int, salt: int, nan_at: int | N
     logits = torch.randn(VOCAB, generator=generator) * 2.0
     if len(path) % 3 == 1:
         logits[[2, 9]] = logits.max()  # two likeliest tokens, in different tiles
-    return logits * math.nan if len(path) == nan_at else logits
+    if len(path) == nan_at:
+        logits[4] = math.nan
+    return logits
 
 
 def chain_of_the_engine(
@@ -94,9 +96,11 @@ def whole(*values: int) -> torch.Tensor:
 
 
 def answer(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As `lm_head` leaves it, greedily: best values and ids, and stats, of tiles of 4 columns."""
+    """As `lm_head` leaves it, greedily: best values and ids, and stats, of tiles of 4 columns. NaN shows in the best
+    value alone."""
     parts = torch.nn.functional.pad(logits, (0, -VOCAB % TILE), value=-INF).view(-1, TILE)
     wrong = parts.isnan().any(1)
+    parts = parts.nan_to_num(nan=-INF, neginf=-INF)
     top = parts.amax(1)
     weights = (parts - top.unsqueeze(1)).exp()
     value = torch.where(wrong, torch.tensor(INF), top)
@@ -119,6 +123,7 @@ def grow(run, chain, salts, sequences, asked, trees, rows, ids, width, nan_at=No
             for b, salt in enumerate(salts):
                 live = [i for i in range(width) if rows.live[b * width + i]]
                 assert asked.runs[b] == bool(live) and (live or not asked.rows.live[b])
+                assert chain.reached or asked.runs[b] == asked.rows.live[b]
                 base = int(sequences.base[b])
                 assert live in ([], [depth] if k == 0 else list(range(depth + 1)))
                 for node in live:

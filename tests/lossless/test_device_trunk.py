@@ -1,7 +1,9 @@
 """Chains from exits of the trunk in rounds on the device: plain decoding's tokens, and the host's drafts.
 
 The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; on a GPU
-they are captured, in bf16 too.
+they are captured, in bf16 too. Planted bugs that these tests were seen to catch: verification that goes on from the
+first of two exits, the last node not run to the exit, one exit layer for all nodes, steps that go on when no chain does
+or end with the first sequence's.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import pytest
 import torch
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, every, fixed_exit, likely
+from skipstone.engine.graphs import Record
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
+from skipstone.kernels.accept import RECORD
 from skipstone.kernels.linear import PackedLinear
 
 ON_GPU = torch.cuda.is_available()
@@ -125,6 +129,15 @@ def test_a_stop_id_inside_a_draft(engine: Any, assert_same_output: Callable) -> 
     out = engine.generate(PROMPTS[1], policy=policy, **options)
     assert out.token_ids == whole.token_ids[: out.stats.num_committed] and out.finish_reason == "stop"
     assert_same_output(out, engine.generate(PROMPTS[1], speculation=False, **options))
+
+
+def test_records_name_the_exit_of_each_node() -> None:
+    values = [0] * RECORD
+    values[:6], values[20:23] = [1, 0, 3, 9, 11, 12], [0, 1, -1]
+    values[36:39], values[52:55] = [10, 11, 13], [-1, 0, 1]
+    record = Record.read(values, [0.0] * 16, [0, 12, 24, *[7] * 13], 1)
+    assert record is not None and record.tree.exit_layers == [None, 12, 24]
+    assert record.tokens == (11, 12) and record.nodes == (1,) and record.num_refused == 1
 
 
 def test_a_draft_ends_with_its_last_chain(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
