@@ -2,7 +2,8 @@
 
 All state of a batch lies at fixed addresses: trees, lengths, seeds, options. A round ends by writing a record of what
 it did; the host reads records from pinned memory a round or two behind (`engine/device_loop.py`). Plain decoding is
-the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits.
+the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits. Only where
+a gate may end the chains of trunk exits are a round's drafts graphs of their own, a step each (`trunk_draft.py`).
 
 On the CPU (Triton's interpreter, in tests) the same calls run one after the other without a graph.
 """

@@ -359,7 +359,7 @@ def _launch(
     block = max(16, triton.next_power_of_2(tiles))
     _grow_chain_kernel[(len(sequences.base),)](
         *((asked.nats, ids, asked.nats) if answer is None else answer), tiles, depth, chain.exits[exit_index],
-        chain.stops[exit_index], chain.length, sequences.active, sequences.base, sequences.end,
+        float(chain.stops[exit_index]), chain.length, sequences.active, sequences.base, sequences.end,
         asked.nats, asked.num_refused, asked.exits,
         trees.tokens, trees.parents, trees.depths, trees.paths, trees.count, trees.entropies,
         rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path, ids,
