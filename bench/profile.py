@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity
 
 from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
+from ..engine.device_draft import RecurrentDraft
 from ..engine.engine import Engine
 from ..engine.fused import FusedStep, FusedWeights
 from ..engine.generation import Generation
@@ -314,7 +315,7 @@ def _begin(engine: Engine, rounds: Rounds, prompt: Sequence[int], num_tokens: in
     """As after a prompt was read; what the cache holds of the last one does for timing."""
     with torch.inference_mode():
         rounds.begin([Start(0, list(prompt), len(prompt), len(prompt) + num_tokens, SamplingParams())])
-        if rounds.draft is not None:
+        if isinstance(rounds.draft, RecurrentDraft):
             rounds.draft.start(0, engine._memories[0])
 
 

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..heads.base import ExitHead
+from ..heads.stateful import RecurrentHead
+from ..kernels.grow_chain import Chain
 from ..kernels.grow_tree import Shape
+from .device_draft import RecurrentDraft
 from .gate import PLAIN, DraftPolicy, Source
 from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
 from .loop import (
@@ -38,30 +42,33 @@ from .loop import (
 from .pacing import Pace
 from .stopping import Emission
 from .tree import Acceptance, DraftTree
+from .trunk_draft import TrunkDraft, speaks_on_device
 
 MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken in by rounds of their own
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 
 
-def shape_of(policy: DraftPolicy) -> Shape | None:
+def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead]) -> Shape | Chain | None:
     """How a policy's trees grow on the device; None where the host has to grow them.
 
-    A head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself.
+    A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; heads
+    behind layers of the trunk that keep nothing draft such chains, by either measure of their gates.
     """
-    if policy.lookup is not None or policy.exits != (0,) or not policy.max_nodes or not policy.max_depth:
+    if policy.lookup is not None or not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
-    if policy.confidence != "entropy":
-        return None
-    gate = policy.gates[0]
-    if policy.beam:
-        size = policy.beam, policy.branch, policy.max_depth, policy.max_nodes
-    elif policy.branch == 1 or gate.low == gate.high:
-        length = min(policy.max_depth, policy.max_nodes)
-        size = 1, 1, length, length
-    else:
+    gates = [policy.gates[e] for e in policy.exits]
+    length = min(policy.max_depth, policy.max_nodes)
+    if not policy.beam and policy.branch > 1 and any(gate.low < gate.high for gate in gates):
         return None
     try:
-        return Shape(*size, stop=gate.high)
+        if all(speaks_on_device(heads.get(e)) for e in policy.exits):
+            return Chain(policy.exits, tuple(gate.high for gate in gates), length, policy.confidence == "path")
+        if policy.exits != (0,) or not isinstance(heads.get(0), RecurrentHead) or policy.confidence != "entropy":
+            return None
+        size = 1, 1, length, length
+        if policy.beam:
+            size = policy.beam, policy.branch, policy.max_depth, policy.max_nodes
+        return Shape(*size, stop=gates[0].high)
     except ValueError:  # larger than the device's pools
         return None
 
@@ -70,7 +77,9 @@ def kinds_of(rounds: Rounds, policy: DraftPolicy) -> list[Kind]:
     """The rounds that decoding by a policy launches."""
     if not policy.drafts:
         return ["plain"]
-    return ["plain", "given"] if rounds.draft is None else ["plain", "draft", "absorb"]
+    if rounds.draft is None:
+        return ["plain", "given"]
+    return ["plain", "draft", "absorb"] if isinstance(rounds.draft, RecurrentDraft) else ["plain", "draft"]
 
 
 @dataclass
@@ -82,7 +91,7 @@ class _Queue:
     waiting: int = MOST_WAITING
 
     def launch(self, kind: Kind) -> None:
-        if self.rounds.draft is not None:
+        if isinstance(self.rounds.draft, RecurrentDraft):
             limit = MOST_WAITING if kind == "draft" else MOST_UNREAD
             while self.waiting > limit:
                 self.rounds.replay("absorb")
@@ -106,7 +115,7 @@ def decode_on_device(
     read_prompts(on, requests)
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
-        if rounds.draft is not None:
+        if isinstance(rounds.draft, RecurrentDraft):
             for request in requests:
                 rounds.draft.start(request.sequence, on.memories[0])
     rounds.start_clock()
@@ -144,6 +153,9 @@ def decode_on_device(
                         continue
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
+                    if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):
+                        spoke = [e for e in record.tree.exit_layers if e is not None]
+                        request.statistics.num_row_layers += rounds.draft.chain.row_layers(spoke, record.num_refused)
                     released.append((request, _commit(on, request, record)))
                     num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:

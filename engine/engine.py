@@ -15,6 +15,7 @@ from ..heads.base import Projection
 from ..heads.head_set import HeadSet
 from ..heads.stateful import RecurrentHead, StatefulHead
 from ..kernels.flash import FlashAttention, find_flash
+from ..kernels.grow_chain import Chain
 from ..kernels.grow_tree import Shape
 from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, free_memory, plan_cache
@@ -42,6 +43,7 @@ from .sparsity.teal_step import ChannelWeights
 from .stopping import Emission
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
+from .trunk_draft import TrunkDraft
 
 if TYPE_CHECKING:
     from .planner import Plan
@@ -549,10 +551,10 @@ class Engine:
             for request in requests:
                 request.statistics.record_fallback("out of memory")
 
-    def round_shape(self, policy: DraftPolicy) -> tuple[Shape | None, int, tuple[int, ...]]:
+    def round_shape(self, policy: DraftPolicy) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
         """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
         heads = {} if self.heads is None else self.heads.heads
-        shape = shape_of(policy) if isinstance(heads.get(0), RecurrentHead) else None
+        shape = shape_of(policy, heads)
         taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
         width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
         width = width if shape is None else 1 << shape.max_nodes.bit_length()
@@ -577,23 +579,31 @@ class Engine:
         memory = self._memories.get(0)
 
         def current(own: Rounds) -> bool:  # captured rounds read and write where their cache and memory lay
-            drafts = own.draft is None or (memory is not None and own.draft.draws_on(memory))
+            if isinstance(own.draft, RecurrentDraft):
+                drafts = memory is not None and own.draft.draws_on(memory)
+            else:
+                drafts = own.draft is None or own.draft.asks(heads)
             return own.cache is cache and own.weights is weights and drafts
 
         self._rounds = {k: own for k, own in self._rounds.items() if current(own)}
         found = self._rounds.pop(key, None)
         if found is None:
             draft_ids = None if self.heads is None else self.heads.draft_ids
-            known = next((own.draft.weights for own in self._rounds.values() if own.draft is not None), None)
+            drafts = [own.draft for own in self._rounds.values()]
+            known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
 
-            def draft(*state: Any) -> RecurrentDraft:
+            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
+                state = own.trees, own.sequences, own.seeds, own.options
+                if isinstance(shape, Chain):
+                    heard = heads, self.decoder, draft_ids, shape, own.steps[own.width], own.width
+                    return TrunkDraft(*heard, *state, own.num_refused, own.exits)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self.decoder, draft_ids, shape, batch
-                return RecurrentDraft(*place, *state, reach=reach, weights=known)
+                return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
 
             found = Rounds(
                 weights, cache, batch, processed=processed, width=width, taps=taps,
-                draft=None if shape is None else draft, exit_layer=0, reach=reach,
+                draft=None if shape is None else draft, reach=reach,
             )  # fmt: skip
         self._rounds[key] = found  # the last one used is the last one
         while len(self._rounds) > self.most_rounds:
@@ -692,7 +702,9 @@ class Engine:
             memory = self._memories.pop(exit_layer, None)
             if memory is None or not memory.plan.holds(plan):
                 memory = None  # free again before the next one is made
-                self._rounds = {key: own for key, own in self._rounds.items() if own.draft is None}
+                self._rounds = {
+                    key: own for key, own in self._rounds.items() if not isinstance(own.draft, RecurrentDraft)
+                }
                 memory = HeadMemory(plan, self.decoder.device)
             for sequence in range(batch):
                 memory.restart(sequence)

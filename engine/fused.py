@@ -214,10 +214,10 @@ class FusedStep:
         )  # fmt: skip
         self.stats = self._stats_embed
 
-    def resume(self, start: int) -> None:
-        """Start the rows from `hidden`, which is the residual stream after `start` layers."""
-        stats, pdl = self._stats_embed, self.pdl
-        embed_rows(self._all, self.rows, self.hidden, 1.0, self.hidden, self._norms_at(start), stats, pdl=pdl)
+    def resume(self, start: int, tap: Tensor | None = None) -> None:
+        """Start the rows from the residual stream after `start` layers: `hidden`, or a tap of it."""
+        stats, pdl, stream = self._stats_embed, self.pdl, self.hidden if tap is None else tap
+        embed_rows(self._all, self.rows, stream, 1.0, self.hidden, self._norms_at(start), stats, pdl=pdl)
         self.stats = stats
 
     def run(self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 All state of a batch lies at fixed addresses: trees, lengths, seeds, options. A round ends by writing a record of what
 it did; the host reads records from pinned memory a round or two behind (`engine/device_loop.py`). Plain decoding is
-the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits.
+the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits. Only where
+a gate may end the chains of trunk exits are a round's drafts graphs of their own, a step each (`trunk_draft.py`).
 
 On the CPU (Triton's interpreter, in tests) the same calls run one after the other without a graph.
 """
@@ -33,6 +34,7 @@ from .fused import FusedStep, FusedWeights
 from .sampling import SamplingParams
 from .sparsity.teal_step import ChannelWeights, TealStep
 from .tree import MAX_NODES, DraftTree
+from .trunk_draft import TrunkDraft
 
 Kind = Literal["plain", "draft", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
@@ -82,15 +84,15 @@ class Record:
 
     @classmethod
     def read(
-        cls, values: Sequence[int], entropies: Sequence[float], exit_layer: int, num_refused: int = 0
+        cls, values: Sequence[int], entropies: Sequence[float], exit_layers: Sequence[int], num_refused: int = 0
     ) -> Record | None:
-        """From a row of `kernels/accept.py`; None for a sequence that took no part."""
+        """From a row of `kernels/accept.py` and the exit layer of each node; None for a sequence that took no part."""
         accepted = values[0]
         if accepted < 0:
             return None
         tree = DraftTree(values[36])
         for node in range(1, values[2]):
-            tree.add(values[52 + node], values[36 + node], exit_layer=exit_layer, entropy=entropies[node])
+            tree.add(values[52 + node], values[36 + node], exit_layer=exit_layers[node], entropy=entropies[node])
         return cls(values[1], tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted]), tree, num_refused)
 
 
@@ -109,12 +111,11 @@ class Ticket:
         else:
             self.end.synchronize()
             elapsed = self._since.elapsed_time(self.end)
-        numbers, refused = self._rounds.read(self._slot)
+        numbers, exits, refused = self._rounds.read(self._slot)
         counts = refused.tolist() if self.kind == "draft" else [0] * len(refused)
         entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
-        rows = zip(numbers.tolist(), entropies, counts, strict=True)
-        exit_layer = self._rounds.exit_layer
-        return [Record.read(values, entropy, exit_layer, count) for values, entropy, count in rows], elapsed
+        rows = zip(numbers.tolist(), entropies, exits.tolist(), counts, strict=True)
+        return [Record.read(*row) for row in rows], elapsed
 
 
 def captured(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
@@ -141,8 +142,7 @@ class Rounds:
         width: rows a sequence has in a round that drafts: 2, 4, 8 or 16. Where weights are stored by neuron every round
             has 16: a tile has one list of neurons, so its rows are of one sequence.
         taps: layers whose residual streams are kept for heads that read them.
-        draft: drafts on the device; None verifies trees that the host gives.
-        exit_layer: of the drafting head, for the records.
+        draft: makes what drafts on the device, of these rounds' state; None verifies trees that the host gives.
         reach: tokens that a sequence may hold in these rounds; None: as many as the cache. Attention launches programs
             for all of it, so short requests run in rounds of a short reach.
         pdl: programmatic dependent launch; None where the GPU has it.
@@ -157,12 +157,11 @@ class Rounds:
         processed: bool = False,
         width: int = MAX_NODES,
         taps: Sequence[int] = (),
-        draft: Callable[[Trees, Sequences, Tensor, Tensor, bool], RecurrentDraft] | None = None,
-        exit_layer: int = 0,
+        draft: Callable[[Rounds], RecurrentDraft | TrunkDraft] | None = None,
         reach: int | None = None,
         pdl: bool | None = None,
     ) -> None:
-        self.weights, self.cache, self.exit_layer = weights, cache, exit_layer
+        self.weights, self.cache = weights, cache
         self.width = MAX_NODES if weights.by_neuron else width
         self.reach = cache.plan.context if reach is None else reach
         device, config = cache.device, weights.config
@@ -178,16 +177,12 @@ class Rounds:
         self.min_end, self.seeds = whole(batch), whole(batch, dtype=torch.int64)
         self.stop_ids, self.options = whole(NUM_STOPS).fill_(-1), torch.zeros(8, device=device)
         self.top_k = whole(1)
-        # all that the host reads, side by side: records, and how many nodes the gate refused
-        self._report = whole(batch * (RECORD + 1))
-        self.record = self._report[: batch * RECORD].view(batch, RECORD)
+        # all that the host reads, side by side
+        self._report = whole(batch * (RECORD + 1 + MAX_NODES))
+        self.record, self.exits, self.num_refused = self._parts_of(self._report)
         self.path_nodes, self.num_path = whole(batch, MAX_NODES), whole(batch)
         vocab = config.vocab_size
         self.penalties = Penalties.empty(batch, vocab, device) if processed else None
-        self.draft = None
-        if draft is not None:
-            self.draft = draft(self.trees, self.sequences, self.seeds, self.options, self.pdl)
-            self.draft.pool = replace(self.draft.pool, num_refused=self._report[batch * RECORD :])
         self.taps: dict[int, dict[int, Tensor]] = {}  # rows a sequence -> layer -> [R, D]
         self.steps: dict[int, FusedStep] = {}
         self._targets: dict[int, Tensor] = {}
@@ -207,7 +202,11 @@ class Rounds:
             else:
                 tiles = num_tiles(vocab, head.dtype)
                 self._outputs[rows_each] = torch.zeros(rows, tiles, device=device), whole(rows, tiles)
+        self.draft = None if draft is None else draft(self)
+        if isinstance(self.draft, RecurrentDraft):
+            self.draft.pool = replace(self.draft.pool, num_refused=self.num_refused)
         self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
+        self._steps: list[torch.cuda.CUDAGraph | None] = []  # of drafts that end early, in front of "draft"
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
         self._slot, self._next_slot = 0, whole(1)  # the host's count and the device's
@@ -230,6 +229,9 @@ class Rounds:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
+        if "draft" in missing and isinstance(self.draft, TrunkDraft) and self.draft.chain.gated:
+            for depth in range(self.draft.chain.num_steps):
+                self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
             self._graphs[kind] = self._capture(kind)
 
@@ -302,18 +304,34 @@ class Rounds:
         self._since = ticket.end
         return ticket
 
-    def read(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Records `[B, 96]` and counts of refused nodes `[B]` of a round that has ended."""
-        records, refused = self._ring[slot].split([self.batch * RECORD, self.batch])
-        return records.view(self.batch, RECORD), refused
+    def read(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Records `[B, 96]`, exit layers of nodes `[B, 16]` and counts of refused nodes `[B]` of a round that has
+        ended."""
+        return self._parts_of(self._ring[slot])
+
+    def _parts_of(self, report: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        records, exits, refused = report.split([self.batch * RECORD, self.batch * MAX_NODES, self.batch])
+        return records.view(self.batch, RECORD), exits.view(self.batch, MAX_NODES), refused
 
     def replay(self, kind: Kind) -> None:
         """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
+        if kind == "draft" and self._steps:
+            self._draft_step_by_step()
         graph = self._graphs[kind] if self.cache.device.type == "cuda" else None
         if graph is None:
             self._body(kind)
         else:
             graph.replay()
+
+    def _draft_step_by_step(self) -> None:
+        assert isinstance(self.draft, TrunkDraft)
+        for depth, graph in enumerate(self._steps):
+            if depth and not self.draft.goes_on():
+                return
+            if graph is None:
+                self.draft.step(depth)
+            else:
+                graph.replay()
 
     def give(self, trees: Mapping[int, DraftTree]) -> None:
         """The trees that a "given" round verifies, by sequence; others stay out."""
@@ -334,25 +352,33 @@ class Rounds:
         return captured(partial(self._body, kind), self.cache.device)
 
     def _body(self, kind: Kind) -> None:
-        if kind == "absorb":
-            assert self.draft is not None
-            self.draft.absorb()
+        if kind == "draft" and isinstance(self.draft, TrunkDraft):
+            if not self._steps:
+                self.draft.draft()
+            self._verify(self.width, self.draft.chain.reached)
             return
-        if kind == "draft":
-            assert self.draft is not None
+        if kind in ("absorb", "draft"):
+            assert isinstance(self.draft, RecurrentDraft)
             self.draft.absorb()
+            if kind == "absorb":
+                return
             self.draft.draft()
         self._verify(self.rows_each(kind))
 
-    def _verify(self, rows_each: int) -> None:
-        """Every node through all layers, the target's token after each, the accepted path into place."""
+    def _verify(self, rows_each: int, reached: int = 0) -> None:
+        """Every node through all layers that it has not `reached` while it was drafted, the target's token after each,
+        the accepted path into place."""
         step, weights, trees, seq, pdl = self.steps[rows_each], self.weights, self.trees, self.sequences, self.pdl
         config, taps, targets = weights.config, self.taps[rows_each], self._targets[rows_each]
         lay_rows(
             trees.tokens, trees.depths, trees.paths, trees.count, seq.base, step.rows, step.ids, rows_each, pdl=pdl
         )
-        step.embed()
-        step.run(0, config.num_layers, taps)
+        if reached:
+            assert isinstance(self.draft, TrunkDraft)
+            step.stats = self.draft.stats
+        else:
+            step.embed()
+        step.run(reached, config.num_layers, taps)
         head = weights.head
         project = partial(
             lm_head, step.x, step.stats, head.weight, head.bias, head.shift, step.rows,
@@ -376,6 +402,6 @@ class Rounds:
         commit(self.cache.k, self.cache.v, self.record, self.path_nodes, self.num_path, pdl=pdl)
         if self.penalties is not None:
             count_tokens(self.record, self.penalties, pdl=pdl)
-        if self.draft is not None:
+        if isinstance(self.draft, RecurrentDraft):
             self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)
         publish(self._report, self._ring, self._next_slot, pdl=pdl)

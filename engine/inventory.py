@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..heads.base import ExitHead
 from ..heads.stateful import RecurrentHead
+from ..kernels.grow_tree import Shape
 from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
@@ -119,7 +120,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
     items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
     head = None if engine.heads is None else engine.heads.heads.get(0)
-    if shape is None or not isinstance(head, RecurrentHead) or engine.heads is None:
+    if not isinstance(shape, Shape) or not isinstance(head, RecurrentHead) or engine.heads is None:
         return items
     num_rows, outputs = _tiled(batch) + _tiled(batch * shape.width), engine.heads.config.num_outputs
     waiting = batch * RING * len(head.taps) * config.hidden_size

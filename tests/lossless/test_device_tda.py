@@ -30,6 +30,9 @@ from skipstone.engine.prompt_reader import PromptReader
 from skipstone.engine.sparsity.selection import MaskOptions
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda, measure_curves
+from skipstone.engine.trunk_draft import TrunkDraft
+from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
+from skipstone.kernels.linear import PackedLinear
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.triton
@@ -215,6 +218,24 @@ def test_a_head_that_drafts_on_the_device(skipping: Callable, stateful: Callable
         drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=policy, max_new_tokens=NEW)
         assert same(seen(engine, drafted), expected)
         assert sum(out.stats.num_drafted for out in drafted) > 0
+
+
+def test_exits_of_the_trunk_that_draft_on_the_device(skipping: Callable) -> None:
+    """A bare exit after layer 1: drafts run over each sequence's own neurons, and end where its text is read again."""
+    engine, given = skipping(AGAIN, num_layers=4 if ON_GPU else 2)
+    given = given[: 2 if ON_GPU else 1]
+    decoder, config = engine.decoder, engine.decoder.config
+    _, expected = alone(engine, given)
+    sizes = HeadSetConfig(
+        config.hidden_size, config.vocab_size, config.num_layers, (HeadSpec("adapter", 1, {"width": 1}),)
+    )
+    with torch.inference_mode():
+        projection = Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear)
+        engine.heads = HeadSet(sizes).attach(projection)
+    drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=CHAIN, max_new_tokens=NEW)
+    assert same(seen(engine, drafted), expected)
+    assert any(isinstance(own.draft, TrunkDraft) for own in engine._rounds.values())
+    assert sum(out.stats.num_drafted for out in drafted) > 0
 
 
 def test_one_capture_serves_every_list(skipping: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,202 @@
+"""Drafting with trunk exits on the device against the host's (`draft.draft`), on tiny models after real prompts.
+
+Without a GPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
+
+Regimes: adapters, a head with its own projection, bare exits; one exit and three; gates by entropy and by path, and
+none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms, factor and
+soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN. Planted bugs that
+these tests were seen to catch: the final norm in place of the adapter's, its gain left out, the tap of another exit or
+none, outputs taken for token ids, no soft-cap, another node's residual stream, noise of the node's own position, a row
+that does not see itself, ancestors' keys missing at a deeper exit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine.cache import KVCache, plan_cache
+from skipstone.engine.draft import DraftRow, draft
+from skipstone.engine.forward import RowTiles, Working, prefill
+from skipstone.engine.fused import FusedStep, FusedWeights
+from skipstone.engine.gate import DraftPolicy, Gate
+from skipstone.engine.model import Decoder
+from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
+from skipstone.engine.tree import DraftTree
+from skipstone.engine.trunk_draft import TrunkDraft
+from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
+from skipstone.kernels.grow_chain import Chain
+from skipstone.kernels.grow_tree import Sequences, Trees
+from skipstone.kernels.linear import PackedLinear
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.triton
+INF = math.inf
+CONTEXT = 96
+BARE, LINEAR, ADAPTER = ("adapter", {"width": 1}), ("linear", {}), ("adapter", {"width": 24})
+
+
+def heads_of(decoder: Decoder, kinds: dict[int, tuple[str, dict[str, int]]], draft_ids: torch.Tensor | None) -> HeadSet:
+    """Random, with every parameter away from its start, but for bare exits."""
+    config = decoder.config
+    specs = tuple(HeadSpec(kind, e, options) for e, (kind, options) in kinds.items())
+    size = None if draft_ids is None else len(draft_ids)
+    torch.manual_seed(3)
+    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs, size), draft_ids)
+    projection = Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear)
+    heads.initialise(projection)
+    with torch.no_grad():
+        for e, head in heads.heads.items():
+            for parameter in head.parameters() if kinds[e] != BARE else ():
+                scale = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
+                parameter.add_(torch.randn(parameter.shape).to(parameter.device) * scale)
+    return heads.attach(projection)
+
+
+class Both:
+    """The same sequences, drafted for by the host and on the device."""
+
+    def __init__(
+        self,
+        model: tuple[Any, Any],
+        kinds: dict[int, tuple[str, dict[str, int]]],
+        chain: Chain,
+        prompts: list[list[int]],
+        ends: list[int],
+        *,
+        draft_ids: torch.Tensor | None = None,
+        params: SamplingParams | None = None,
+        width: int = 4,
+        dtype: torch.dtype = torch.float32,
+        pdl: bool = False,
+    ) -> None:
+        config, weights = model
+        self.decoder = Decoder(config, weights, dtype, DEVICE)
+        self.heads, self.chain, self.ends = heads_of(self.decoder, kinds, draft_ids), chain, ends
+        self.params, batch = params or SamplingParams(), len(prompts)
+        self.histories = [History(prompt) for prompt in prompts]
+        self.caches = [
+            KVCache(plan_cache(config, batch, CONTEXT, self.decoder.device, dtype), self.decoder.device)
+            for _ in range(2)
+        ]
+        for b, prompt in enumerate(prompts):
+            for cache in self.caches:
+                prefill(self.decoder, cache, b, prompt[:-1])
+            for store in (self.caches[1].k, self.caches[1].v):
+                store[:, b, :, len(prompt) - 1 :] = math.nan
+
+        def whole(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+        self.trees = Trees.empty(batch, DEVICE)
+        self.trees.tokens[:, 0] = whole(*[prompt[-1] for prompt in prompts])
+        self.sequences = Sequences(
+            whole(*[end > 0 for end in ends]), whole(*[len(p) - 1 for p in prompts]), whole(*ends)
+        )
+        step = FusedStep(FusedWeights(self.decoder), self.caches[1], -(-batch * width // 16) * 16, pdl=pdl)
+        for stale in (step.hidden, step._stats_embed):
+            stale.fill_(math.nan)
+        self.num_refused, self.exits = whole(*[-5] * batch), torch.zeros(batch, 16, dtype=torch.int32, device=DEVICE)
+        self.device = TrunkDraft(
+            self.heads.heads, self.decoder, self.heads.draft_ids, chain, step, width, self.trees, self.sequences,
+            torch.full((batch,), self.params.seed, device=DEVICE),
+            torch.tensor([self.params.temperature, 1, 0, 1, 0, 0, 0, 0], device=DEVICE), self.num_refused, self.exits,
+        )  # fmt: skip
+
+    def draft_on_host(self) -> tuple[list[DraftTree | None], list[int]]:
+        works, rows = [], []
+        for b, history in enumerate(self.histories):
+            hidden = torch.zeros(16, self.decoder.config.hidden_size, device=DEVICE)
+            work = Working(b, len(history) - 1, DraftTree(history.token_ids[-1]), hidden)
+            work.embed_new(self.decoder)
+            self.caches[0].clear_open(b)
+            works.append(work)
+            sampler = TargetSampler(self.params, self.decoder.config.vocab_size, DEVICE)
+
+            def rank(guesses, at, path, count, history=history, sampler=sampler):  # type: ignore[no-untyped-def]
+                return sampler.candidates(guesses.logits[at], Context(history, path), self.heads.draft_ids, count)
+
+            if self.ends[b]:
+                rows.append(DraftRow(work, max(0, self.ends[b] - len(history) - 1), rank))
+        gates = {e: Gate(stop, stop) for e, stop in zip(self.chain.exits, self.chain.stops, strict=True)}
+        policy = DraftPolicy(
+            self.chain.exits, gates, max_depth=self.chain.length, branch=1,
+            confidence="path" if self.chain.by_path else "entropy",
+        )  # fmt: skip
+        tiles = RowTiles(gathered=ON_GPU)
+        stops = iter(
+            draft(self.decoder, self.caches[0], rows, self.heads.heads, policy, tiles, draft_ids=self.heads.draft_ids)
+        )
+        return [w.tree if end else None for w, end in zip(works, self.ends, strict=True)], [
+            next(stops) if end else 0 for end in self.ends
+        ]
+
+    def check(self) -> list[DraftTree]:
+        """One draft on both sides; the trees of active sequences."""
+        trees, refused = self.draft_on_host()
+        self.device.draft()
+        assert self.num_refused.tolist() == refused
+        for b, tree in enumerate(trees):
+            if tree is None:
+                assert self.trees.count[b] == 0
+                continue
+            n = int(self.trees.count[b])
+            found = [t[b, :n].tolist() for t in (self.trees.tokens, self.trees.parents, self.trees.depths)]
+            assert found == [tree.tokens, tree.parents, tree.depths], b
+            assert self.exits[b, 1:n].tolist() == tree.exit_layers[1:]
+            assert self.trees.entropies[b, 1:n].tolist() == pytest.approx(tree.entropies[1:], rel=1e-3, abs=1e-3)
+        return [tree for tree in trees if tree is not None]
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(17 * i + 3 + salt) % 199 for i in range(length)]
+
+
+RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Chain, dict[str, Any]]] = {
+    "one adapter": ("llama2", {2: ADAPTER}, Chain((2,), (INF,), 3), {}),
+    "one gated, rows by node": ("qwen3", {1: ADAPTER}, Chain((1,), (3.0,), 5), {"width": 16}),
+    "three": ("llama2", {1: ADAPTER, 2: LINEAR, 3: BARE}, Chain((1, 2, 3), (1.8, 1.5, 2.1), 5), {"width": 8}),
+    "by path, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, Chain((1, 2), (3.0, 7.0), 4, True), {"width": 8}),
+    "layer norm": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, Chain((1, 3), (2.5, 5.0), 3), {"width": 4}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_chains_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> None:
+    """The first sequence has a prompt of one token, the last one room for one draft; one is not active."""
+    family, kinds, chain, options = RUNS[name]
+    if name == "by path, sampled":
+        options = options | {"params": SamplingParams(temperature=0.8, seed=7)}
+    if name in ("three", "by path, sampled"):
+        options = options | {"draft_ids": torch.arange(1, 199, 2)}
+    prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
+    with torch.inference_mode():
+        both = Both(tiny(family), kinds, chain, prompts, [90, 90, 0, 24], **options)
+        trees = both.check()
+    assert {e for tree in trees for e in tree.exit_layers[1:]} >= set(chain.exits[-2:])
+    assert len(trees[2]) == 2 and (max(chain.stops) == INF or sum(both.num_refused.tolist()) > 0)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("name", ["one adapter", "three"])
+def test_captured_drafts_are_the_same(name: str, pdl: bool, tiny: Callable[[str], Any]) -> None:
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU with programmatic dependent launch")
+    family, kinds, chain, options = RUNS[name]
+    with torch.inference_mode():
+        prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
+        both = Both(tiny(family), kinds, chain, prompts, [90, 90, 0, 24], pdl=pdl, **options)
+        both.device.draft()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            both.device.draft()
+        for stale in (both.trees.tokens[:, 1:], both.trees.count, both.exits, both.num_refused):
+            stale.fill_(-9)
+        both.device.draft = graph.replay  # type: ignore[method-assign]
+        both.check()

@@ -1,0 +1,156 @@
+"""Chains from exits of the trunk in rounds on the device: plain decoding's tokens, and the host's drafts.
+
+The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; on a GPU
+they are captured, in bf16 too. Planted bugs that these tests were seen to catch: verification that goes on from the
+first of two exits, the last node not run to the exit, one exit layer for all nodes, steps that go on when no chain does
+or end with the first sequence's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipstone.engine.fused import FusedWeights
+from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, every, fixed_exit, likely
+from skipstone.engine.graphs import Record
+from skipstone.engine.trunk_draft import TrunkDraft
+from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
+from skipstone.kernels.accept import RECORD
+from skipstone.kernels.linear import PackedLinear
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32] + ([torch.bfloat16] if ON_GPU else [])
+pytestmark = pytest.mark.triton
+PROMPTS = [[4, 9, 2], list(range(5, 24)), [7]]
+SEEDS = [5, 6, 7]
+NEW = 40 if ON_GPU else 8
+SAMPLED = {"temperature": 0.8}
+TWO = DraftPolicy((1, 2), {1: Gate(3.2, 3.2), 2: Gate(3.0, 3.0)}, max_depth=3, branch=1)
+COUNTS = ("num_drafted", "accepted_by_position", "drafted_by_position", "tokens_by_exit", "gate_stops",
+          "drafted_by_entropy", "accepted_by_entropy")  # fmt: skip
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def engine(request: pytest.FixtureRequest, engine_of: Callable) -> Any:
+    """With bare exits after layers 1 and 2 of 3 (untrained adapters), and its rounds on the device."""
+    engine = engine_of(num_layers=3, dtype=request.param, device=DEVICE)
+    decoder, config = engine.decoder, engine.decoder.config
+    specs = tuple(HeadSpec("adapter", e, {"width": 1}) for e in (1, 2))
+    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
+    with torch.inference_mode():
+        projection = Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear)
+        engine.heads = heads.attach(projection)
+        engine.fused = FusedWeights(decoder)
+    return engine
+
+
+def by_host(engine: Any, prompt: Any, **options: Any) -> Any:
+    """By the loop that waits for every round: drafts are the host's."""
+    fused, engine.fused, engine._cache = engine.fused, None, None
+    try:
+        return engine.generate(prompt, **options)
+    finally:
+        engine.fused, engine._cache = fused, None
+
+
+def same_drafts(out: Any, host: Any) -> None:
+    for name in COUNTS:
+        assert getattr(out.stats, name) == getattr(host.stats, name), name
+    assert out.exit_layers == host.exit_layers
+
+
+def committed(engine: Any, out: Any) -> torch.Tensor:
+    size = len(out.prompt_ids) + len(out.token_ids) - 1
+    return torch.stack([torch.stack(engine._cache.read(layer, 0, size)) for layer in range(3)]).clone()
+
+
+def wrong_drafts(out: Any) -> int:
+    return out.stats.num_drafted - out.stats.num_accepted
+
+
+@pytest.mark.hazard(6, 24)
+def test_a_batch_that_asks_two_exits(
+    engine: Any, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled. With all steps in every round the drafts are the host's, and so are their counts."""
+    options: dict[str, Any] = {"seeds": SEEDS, "max_new_tokens": NEW, **SAMPLED}
+    plain = engine.generate(PROMPTS, speculation=False, **options)
+    together = engine.generate(PROMPTS, policy=TWO, **options)
+    assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine._rounds.values())
+    for out, expected in zip(together, plain, strict=True):
+        assert_same_output(out, expected)
+        assert out.stats.num_committed == NEW
+    assert {e for out in together for e in out.stats.tokens_by_exit} == {1, 2}
+    if not ON_GPU:  # where the host's own forwards round otherwise
+        for out, host in zip(together, by_host(engine, PROMPTS, policy=TWO, **options), strict=True):
+            same_drafts(out, host)
+    else:
+        alone = engine.generate(PROMPTS[1], seed=SEEDS[1], policy=TWO, max_new_tokens=NEW, **SAMPLED)
+        assert_same_output(alone, plain[1])
+
+
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize(
+    ("policy", "prompt", "new"),
+    [
+        (fixed_exit(2, 3), PROMPTS[1], NEW),
+        (likely((2,), 0.05, max_depth=3), PROMPTS[1], NEW - 2),
+        (every((2,), Gate(-1.0, -1.0), max_depth=3), PROMPTS[2], NEW // 2),
+    ],
+    ids=["chain", "by path", "refused at once"],
+)
+def test_one_exit(policy: DraftPolicy, prompt: list[int], new: int, engine: Any, assert_same_output: Callable) -> None:
+    """Verification goes on from the exit; committed keys and values too are plain decoding's, on a GPU bit for bit."""
+    plain = engine.generate(prompt, speculation=False, max_new_tokens=new)
+    expected = committed(engine, plain)
+    out = engine.generate(prompt, policy=policy, max_new_tokens=new)
+    assert_same_output(out, plain)
+    slack = {"rtol": 0.0, "atol": 0.0} if ON_GPU else {"rtol": 1e-4, "atol": 1e-5}
+    assert torch.allclose(committed(engine, out), expected, **slack)
+    assert (out.stats.num_drafted > 0) == (policy.gates[2].high > 0)
+    if not ON_GPU:
+        host = by_host(engine, prompt, policy=policy, max_new_tokens=new)
+        same_drafts(out, host)
+        assert out.stats.num_row_layers == host.stats.num_row_layers == 3 * (new + wrong_drafts(out))
+
+
+@pytest.mark.hazard(24)
+def test_a_stop_id_inside_a_draft(engine: Any, assert_same_output: Callable) -> None:
+    options: dict[str, Any] = {"seed": SEEDS[1], "max_new_tokens": NEW, **SAMPLED}
+    policy = every((2,), ALWAYS, max_depth=3, branch=1)
+    whole = engine.generate(PROMPTS[1], policy=policy, **options)
+    at = next(i for i, layer in enumerate(whole.exit_layers) if layer == 2)
+    assert at + 1 < NEW
+    options["stop_ids"] = [whole.token_ids[at]]
+    out = engine.generate(PROMPTS[1], policy=policy, **options)
+    assert out.token_ids == whole.token_ids[: out.stats.num_committed] and out.finish_reason == "stop"
+    assert_same_output(out, engine.generate(PROMPTS[1], speculation=False, **options))
+
+
+def test_records_name_the_exit_of_each_node() -> None:
+    values = [0] * RECORD
+    values[:6], values[20:23] = [1, 0, 3, 9, 11, 12], [0, 1, -1]
+    values[36:39], values[52:55] = [10, 11, 13], [-1, 0, 1]
+    record = Record.read(values, [0.0] * 16, [0, 12, 24, *[7] * 13], 1)
+    assert record is not None and record.tree.exit_layers == [None, 12, 24]
+    assert record.tokens == (11, 12) and record.nodes == (1,) and record.num_refused == 1
+
+
+def test_a_draft_ends_with_its_last_chain(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is launched only where a chain has rows in it: one for each drafted token, and the last node's."""
+    original, steps = TrunkDraft.goes_on, []
+
+    def goes_on(draft: TrunkDraft) -> bool:
+        steps.append(original(draft))
+        return steps[-1]
+
+    monkeypatch.setattr(TrunkDraft, "goes_on", goes_on)
+    for policy in (every((2,), Gate(-1.0, -1.0), max_depth=3), likely((2,), 0.05, max_depth=3)):
+        steps.clear()
+        out = engine.generate(PROMPTS[1], policy=policy, max_new_tokens=4)
+        assert sum(steps) >= out.stats.num_drafted and (sum(steps) > 0) == (out.stats.num_drafted > 0)
+        assert steps.count(False) >= out.stats.gate_stops
