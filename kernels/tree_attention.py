@@ -38,7 +38,7 @@ try:
 except ImportError:
     triton = None
 
-SPLIT_LEN = 256  # positions a program; boundaries are absolute
+SPLIT_LEN = 256  # positions a program, a power of two; boundaries are absolute
 # A row at position p < 256 has one split, at 256 <= p < 1024 splits of 128, beyond of 256: one program for all keys is
 # fastest while one block holds them, then many short ones are, until so many parts take their time (docs/kernels.md).
 SHORT_UP_TO = 4  # splits
@@ -78,9 +78,10 @@ def most_splits(context: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _split_length(position, SPLIT_LEN: tl.constexpr, SHORT_UP_TO: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Positions of each split of rows at these positions."""
-        return tl.where((position >= SPLIT_LEN) & (position < SHORT_UP_TO * SPLIT_LEN), SPLIT_LEN // 2, SPLIT_LEN)
+    def _split_bits(position, SPLIT_BITS: tl.constexpr, SHORT_UP_TO: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Log2 of the length of every split of rows at these positions; divisions by it would take a while."""
+        short = (position >= (1 << SPLIT_BITS)) & (position < (SHORT_UP_TO << SPLIT_BITS))
+        return tl.where(short, SPLIT_BITS - 1, SPLIT_BITS)
 
     @triton.jit
     def _block(  # type: ignore[no-untyped-def]
@@ -156,7 +157,7 @@ if triton is not None:
         later, later_bytes,
         NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr,
-        SPLIT_LEN: tl.constexpr, SHORT_UP_TO: tl.constexpr,
+        SPLIT_BITS: tl.constexpr, SHORT_UP_TO: tl.constexpr,
         SHARE: tl.constexpr, AHEAD: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
@@ -176,21 +177,21 @@ if triton is not None:
         pair = row * (NUM_KV * GROUP) + kv_head * GROUP + place
         queries = tl.load(q + pair[:, None] * HEAD_DIM + d[None, :], mask=real[:, None] & inside, other=0.0)
         first_key = tl.maximum(position - window + 1, 0)
-        length = _split_length(position, SPLIT_LEN, SHORT_UP_TO)
-        first_split = first_key // length
-        split = tl.maximum(base - window + 1, 0) // length + tl.program_id(0)
-        start = split * length
-        idle = (live == 0) | (split < first_split) | (split > position // length)
+        bits = _split_bits(position, SPLIT_BITS, SHORT_UP_TO)
+        first_split = first_key >> bits
+        split = (tl.maximum(base - window + 1, 0) >> bits) + tl.program_id(0)
+        start, end = split << bits, (split + 1) << bits
+        idle = (live == 0) | (split < first_split) | (split > position >> bits)
         pair_position = position + tl.zeros_like(place)
         if SHARE:
             tile = row // 16 * 16 + place
             mate = (tl.load(live_of + tile) != 0) & (tl.load(base_of + tile) == base)
             mate &= tl.load(sequence_of + tile) == sequence
             tile_position = tl.load(position_of + tile)
-            mate &= _split_length(tile_position, SPLIT_LEN, SHORT_UP_TO) == length
+            mate &= _split_bits(tile_position, SPLIT_BITS, SHORT_UP_TO) == bits
             counted = tl.sum(tl.where(mate, tl.where(tile < row, 17, 16), 0), 0)
             num_mates, rank = counted // 16, counted % 16  # rank: of this row among its mates
-            closed = (start + length <= base) & (start >= base + PATH - window)
+            closed = (end <= base) & (start >= base + PATH - window)
             shared = closed & (num_mates > GROUP)
             idle |= shared & (rank >= GROUP)
         if idle:
@@ -205,12 +206,12 @@ if triton is not None:
             pair = tl.where(shared, tile, row) * (NUM_KV * GROUP) + kv_head * GROUP + tl.where(shared, rank, place)
             real = tl.where(shared, mate, real)
             pair_position = tl.where(shared, tile_position, pair_position)
-        pair_first = tl.maximum(pair_position - window + 1, 0) // length
-        pair_parts = tl.where(real, pair_position // length - pair_first + 1, 0)
+        pair_first = tl.maximum(pair_position - window + 1, 0) >> bits
+        pair_parts = tl.where(real, (pair_position >> bits) - pair_first + 1, 0)
         keys_of = k_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
         values_of = v_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
 
-        stop = tl.minimum(start + length, position + 1)
+        stop = tl.minimum(end, position + 1)
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -229,7 +230,7 @@ if triton is not None:
         pdl_next(PDL)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]
-        if position // length == first_split:  # the only part
+        if position >> bits == first_split:  # the only part
             tl.store(out + out_at, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=real[:, None] & inside)
         else:
             own = pair * num_splits
@@ -329,7 +330,7 @@ def tree_attention(
         scratch.num_splits, *asked(later, pdl),
         NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH,
-        SPLIT_LEN=SPLIT_LEN, SHORT_UP_TO=SHORT_UP_TO,
+        SPLIT_BITS=SPLIT_LEN.bit_length() - 1, SHORT_UP_TO=SHORT_UP_TO,
         SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
         **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
