@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .gguf_weights import read_gguf
 
 _PREFIX = "tokenizer.ggml."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +36,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, list[int]]
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a .gguf file")
-    fields = GGUFReader(path).fields
+    fields = read_gguf(path).fields
     metadata = {name: fields[name].contents() for name in fields if name.startswith("tokenizer.")}
     if f"{_PREFIX}tokens" not in metadata:
         raise ValueError(f"{path} holds no tokenizer ({_PREFIX}tokens is missing); it may be one part of a split file")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .gguf_weights import forget_gguf
 from .tokenizer import Tokenizer
 from .weights import FORMAT_VERSION, load_checkpoint, load_converted, save_converted
 
@@ -121,7 +122,9 @@ def load_pretrained(
         resolve(text)
     with _progress_bar(f"reading {text}", progress) as advance:
         config, weights, source = load_checkpoint(text, dtype, advance, revision)
-    return Pretrained(text, config, weights, _tokenizer_at(source), revision)
+    tokenizer = _tokenizer_at(source)
+    forget_gguf()
+    return Pretrained(text, config, weights, tokenizer, revision)
 
 
 def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> Path:

@@ -22,9 +22,9 @@ from .graphs import captured, has_dependent_launch
 from .tree import MAX_NODES
 
 SIZES = (64, 256)  # tokens of a step
-# On an H200 a token costs 20 us for each GB of the layers' weights, at least 14 us; a chunk of up to 512 tokens through
+# On an H200 a token costs 14 us for each GB of the layers' weights, at least 10 us; a chunk of up to 512 tokens through
 # the decoder's own layers 9 to 12 ms, whatever the model (docs/kernels.md).
-GB_AT_ANY_LENGTH, TOKENS_OF_A_GB = 0.9, 500
+GB_AT_ANY_LENGTH, TOKENS_OF_A_GB = 0.9, 700
 TAKEN_AT_ONCE = 1024  # tokens whose states heads take at once: each time costs launches
 
 

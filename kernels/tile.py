@@ -42,7 +42,6 @@ def x_scale(dtype: torch.dtype) -> float:
 
 
 ASK_UP_TO = 5 << 20  # bytes
-ASKED_AT_ONCE = tl.constexpr(32 << 10) if triton is not None else None  # bytes: lines that belong together
 
 
 def asked(later: Tensor | None, pdl: bool) -> tuple[Tensor | None, int]:
@@ -86,7 +85,7 @@ if triton is not None:
         if later is not None:
             num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
             program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-            share = tl.cdiv(tl.cdiv(later_bytes, num_programs), ASKED_AT_ONCE) * ASKED_AT_ONCE
+            share = tl.cdiv(tl.cdiv(later_bytes, num_programs), 16) * 16
             start = tl.minimum(program * share, later_bytes)
             tl.inline_asm_elementwise(  # one thread of the program asks
                 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -20,7 +21,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from skipstone.engine import pretrained
+from skipstone.engine import gguf_weights, pretrained
 from skipstone.engine.tokenizer import Tokenizer
 from tokenizers import pre_tokenizers
 
@@ -120,6 +121,21 @@ def forbid_conversion(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(pretrained, "load_checkpoint", fail)
 
     return forbid
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For weights and tokenizer; another time when it has changed, and nothing of it is kept."""
+    parsed = []
+    monkeypatch.setattr(gguf_weights, "GGUFReader", lambda path: parsed.append(path) or gguf.GGUFReader(path))
+    path = tmp_path / "model.gguf"
+    shutil.copy(gguf_file, path)
+    pretrained.load_pretrained(path, torch.float32, progress=False)
+    assert parsed == [path]
+    first = gguf_weights.read_gguf(path)
+    assert gguf_weights.read_gguf(path) is first and parsed == [path] * 2
+    os.utime(path, (1, 1))
+    assert gguf_weights.read_gguf(path) is not first
+    gguf_weights.forget_gguf()
 
 
 def test_converts_once_then_loads_without_package(packaged: Path, forbid_conversion: Callable[[], None]) -> None:
