@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,23 @@ class Rehearsal:
     def left(self) -> np.ndarray:
         """int `[N]`: tokens from each position to the end of its text."""
         return np.concatenate([np.arange(n, 0, -1) for n in self.lengths])
+
+    def harder(self, kept: float) -> Rehearsal:
+        """The same texts, had heads been right less often: of what they had right a share `kept` stays so, by a fixed
+        draw for each position. What the text itself suggests stays: it is as good on other text (docs/log.md). Trees,
+        known by their means, lose what chains of their depth lose."""
+        draws = np.random.default_rng(0)
+        size = sum(self.lengths)
+        still, run = draws.random(size) < kept, draws.geometric(1.0 - kept, size) - 1  # tokens before one that is not
+        right = {e: own & still for e, own in self.right.items()}
+        if self.chain_right is None:
+            return replace(self, right=right)
+        trees = {}
+        for (depth, nodes), own in self.trees.items():
+            before = np.minimum(self.chain_right, depth)
+            share = np.minimum(before, run).sum() / max(1, before.sum())
+            trees[depth, nodes] = replace(own, tokens=1.0 + (own.tokens - 1.0) * float(share))
+        return replace(self, right=right, chain_right=np.minimum(self.chain_right, run), trees=trees)
 
     def to_document(self) -> dict[str, Any]:
         """In types that JSON holds."""

@@ -16,7 +16,7 @@ from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best
 from skipstone.engine.load import load
 from skipstone.engine.statistics import Statistics
 from skipstone.heads import Calibration
-from skipstone.heads.rehearsal import Rehearsal
+from skipstone.heads.rehearsal import Rehearsal, TreeCounts
 from skipstone.train.rehearse import play_trees, rehearse
 
 PROMPTS = [[5, 80, 200], [3, 9, 27, 81, 243], [100, 101], [7, 7, 7, 7]]
@@ -148,6 +148,28 @@ def test_what_was_not_rehearsed_is_refused():
     with pytest.raises(ValueError, match="beside a lookup"):
         expect(replace(best_first(4, 4, 3), lookup=Lookup()), rehearsal, COSTS)
     assert expect(DraftPolicy((2,), {2: ALWAYS}), rehearsal, COSTS).tokens == 2.0
+
+
+def test_harder_text_keeps_its_share(trunk):
+    """A quarter of what heads had right is wrong, of chains from there on; drafts from the text stay."""
+    size, rng = 4000, np.random.default_rng(1)
+    right = {2: rng.random(size) < 0.8, 6: rng.random(size) < 0.9}
+    text = np.stack([np.full(size, n) for n in (2, 3, 1)])
+    own = Rehearsal(
+        (size // 2,) * 2, {e: np.ones(size, np.float32) for e in right}, right, np.ones((8, size), np.float32),
+        np.full(size, 8), text, 4, 4, {(1, 4): TreeCounts(2.0, 4.0, 1.0), (3, 15): TreeCounts(3.0, 15.0, 3.0)},
+    )  # fmt: skip
+    harder = own.harder(0.75)
+    for exit_layer, before in right.items():
+        assert harder.right[exit_layer].sum() / before.sum() == pytest.approx(0.75, abs=0.03)
+        assert not (harder.right[exit_layer] & ~before).any()
+    for step in range(1, 5):  # of chains that were right to their ends
+        assert (harder.chain_right >= step).mean() == pytest.approx(0.75**step, abs=0.03)
+    assert harder.trees[1, 4].tokens == pytest.approx(1.75, abs=0.03)
+    assert harder.trees[3, 15].tokens == pytest.approx(1 + 2 * (0.75 + 0.75**2 + 0.75**3) / 3, abs=0.06)
+    assert (harder.text == own.text).all() and harder == own.harder(0.75)
+    (exit_layer, before), *_ = trunk[1].right.items()
+    assert (trunk[1].harder(1 - 1e-9).right[exit_layer] == before).all()
 
 
 def test_a_rehearsal_survives_its_file(recurrent):
