@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ..engine.engine import Engine
+from ..engine.workspace import round_shape
 from ..heads import StatefulHead
 from ..heads.head_set import HeadSet
 from .arms import PLAIN_ARM, Arm, EarlyExitArm, EngineArm
@@ -62,4 +63,4 @@ def is_slow(arm: Arm) -> bool:
     if engine.decoder.device.type == "cpu" or arm.speculation is False:
         return False
     waits = engine.fused is None or isinstance(arm, EarlyExitArm)
-    return waits or (policy.drafts and engine.round_shape(policy)[0] is None)
+    return waits or (policy.drafts and round_shape(policy, engine.heads)[0] is None)

@@ -39,7 +39,6 @@ from torch import Tensor
 
 from ..engine.cache import KVCache, plan_cache
 from ..engine.config import ModelConfig
-from ..engine.engine import reach_of
 from ..engine.forward import prefill
 from ..engine.fused import FusedStep, FusedWeights
 from ..engine.model import Decoder
@@ -48,6 +47,7 @@ from ..engine.prompt_reader import PromptReader
 from ..engine.sparsity.target import SparseTarget
 from ..engine.sparsity.teal_step import ChannelWeights, TealStep
 from ..engine.sparsity.thresholded import projections
+from ..engine.workspace import reach_of
 from ..kernels.kept import KeptNeurons
 from ..kernels.kept_list import list_kept
 from .baselines import as_transformers

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engine.engine import MOST_ROUNDS, Engine
+from ..engine.engine import Engine
 from ..engine.planner import Choice, Plan, lookups_of, rank
+from ..engine.workspace import MOST_ROUNDS
 from .arms import Arm, EngineArm
 from .intervals import interval, rate_ratio
 from .measure import Record, measure
@@ -64,7 +65,7 @@ def check(
         run: list[Arm] = [
             EngineArm(own.name, engine, "always" if own.policy.drafts else False, own.policy) for own in choices
         ]
-        engine.most_rounds = len(run) * MOST_ROUNDS
+        engine.workspace.most_rounds = len(run) * MOST_ROUNDS
         found = measure(
             run, questions, tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,
             max_context=engine.decoder.config.max_context, deadline=start + seconds, on_step=on_step,
@@ -86,7 +87,7 @@ def check(
         names = {row["name"] for row in fastest}
         again = [choice for choice in others if choice.name in names]
         retimed = timed(again, max(repeats, LEAST_REPEATS), seconds)
-    engine.most_rounds = MOST_ROUNDS
+    engine.workspace.most_rounds = MOST_ROUNDS
     best = min(retimed or rows, key=lambda row: row["chosen_share"])
     return {
         "arms": rows,

@@ -302,7 +302,7 @@ def round_times(
 def _rounds(engine: Engine, prompt: Sequence[int], num_tokens: int, kind: Kind, speculation: Any) -> Rounds:
     """The captured rounds that `generate` uses for one sequence."""
     _generate(engine, prompt, num_tokens, speculation)
-    return next(rounds for rounds in reversed(engine._rounds.values()) if kind in rounds._graphs)
+    return next(rounds for rounds in reversed(engine.workspace.rounds.values()) if kind in rounds._graphs)
 
 
 def _generate(engine: Engine, prompt: Sequence[int], num_tokens: int, speculation: Any) -> Generation:
@@ -316,7 +316,7 @@ def _begin(engine: Engine, rounds: Rounds, prompt: Sequence[int], num_tokens: in
     with torch.inference_mode():
         rounds.begin([Start(0, list(prompt), len(prompt), len(prompt) + num_tokens, SamplingParams())])
         if isinstance(rounds.draft, RecurrentDraft):
-            rounds.draft.start(0, engine._memories[0])
+            rounds.draft.start(0, engine.workspace.memories[0])
 
 
 def _replays(kind: Kind, num_tokens: int) -> int:

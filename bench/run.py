@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..engine import engine as engine_module
 from ..engine.engine import Engine
 from ..engine.load import load_heads, load_tda, load_teal, shipped_kinds
+from ..engine.workspace import MOST_ROUNDS
 from ..heads.head_set import HeadSet
 from .all_arms import all_arms, is_slow
 from .arms import Arm, EngineArm, default_arms, parse_arms
@@ -118,7 +118,7 @@ def run(
         arms = replayed(arms, engine)
     arms += baseline_arms(settings.baselines, settings.model, engine)
     for own in {id(arm.engine): arm.engine for arm in arms if isinstance(arm, EngineArm)}.values():
-        own.most_rounds = len(arms) * engine_module.MOST_ROUNDS  # captured again at each turn otherwise
+        own.workspace.most_rounds = len(arms) * MOST_ROUNDS  # captured again at each turn otherwise
     sampling: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,

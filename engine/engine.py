@@ -13,14 +13,11 @@ import torch
 
 from ..heads.base import Projection
 from ..heads.head_set import HeadSet
-from ..heads.stateful import RecurrentHead, StatefulHead
+from ..heads.stateful import StatefulHead
 from ..kernels.flash import FlashAttention, find_flash
-from ..kernels.grow_chain import Chain
-from ..kernels.grow_tree import Shape
 from ..kernels.linear import PackedLinear
-from .cache import CachePlan, KVCache, free_memory, plan_cache
-from .device_draft import RecurrentDraft
-from .device_loop import decode_on_device, kinds_of, shape_of
+from .cache import KVCache, plan_cache
+from .device_loop import decode_on_device
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
@@ -43,7 +40,7 @@ from .sparsity.teal_step import ChannelWeights
 from .stopping import Emission
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
-from .trunk_draft import TrunkDraft
+from .workspace import Workspace, reach_of
 
 if TYPE_CHECKING:
     from .planner import Plan
@@ -56,10 +53,7 @@ TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; dee
 # Sequences at once from which chains are drafted where fewer draft trees. Measured at 1 and at 8 only (H200, against
 # plain decoding): trees of 15 nodes 2.26x and 1.06x, chains of 3 1.82x and 1.45x (at 8 0.91x and 1.03x end to end).
 CHAINS_FROM = 4
-CONTEXT_STEP = 512  # caches grow in such steps, and rounds reach 512, 1024, 2048, ... positions
-ROOM_SHARE = 1 / 16  # of a GPU's free memory that a cache may take beyond its first request's need
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
-MOST_ROUNDS = 16  # shapes of captured rounds that are kept, by default
 ONE_BY_ONE = (
     "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so a draft's "
     "verification costs a step for each token of it. Leave policy and lookup out, or load with verify='dense'"
@@ -95,7 +89,8 @@ class Engine:
         flash: the flash-attn in use, if it is.
         observer: called with every verified round, see `loop.Machinery`; for measurements.
         policy: how it drafts where it is not told, see `policy_for`; plainly while its rows drop inputs on a GPU.
-        most_rounds: shapes of captured rounds (batch, draft, reach) that are kept; with more, the oldest is made anew.
+        workspace: caches, memories and captured rounds of earlier requests; `workspace.most_rounds` shapes of rounds
+            (batch, draft, reach) are kept, with more the oldest is made anew.
         plan: where `policy` comes from, if it was planned (`engine/planner.py`).
     """
 
@@ -149,11 +144,7 @@ class Engine:
             self._policy = _default_policy(heads, self.fused is not None)
             self._policy_of_many = _default_policy(heads, self.fused is not None, batch=CHAINS_FROM)
         self.plan: Plan | None = None
-        self._cache: KVCache | None = None
-        self._reader: PromptReader | None = None
-        self._memories: dict[int, HeadMemory] = {}
-        self._rounds: dict[Any, Rounds] = {}
-        self.most_rounds = MOST_ROUNDS
+        self.workspace = Workspace(decoder)
         self._paces: dict[Way, Pace] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -390,7 +381,7 @@ class Engine:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
         with self._claimed():
             requests = self._intake.requests([[1]] * batch, None, True, sampling)
-            params, cache = requests[0].sampler.params, self._cache
+            params, cache = requests[0].sampler.params, self.workspace.cache
             fused = self._on_device([params])
             if fused is None or cache is None:
                 return time.perf_counter() - start
@@ -511,7 +502,7 @@ class Engine:
             pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests)), trusted=trusted))
             if pace.ladder is not None:  # heads' memories need room for its longest chains
                 chosen = dataclasses.replace(chosen, max_depth=len(pace.ladder.rungs))
-        cache = self._cache_for(requests)
+        cache = self.workspace.cache_for(len(requests), _longest(requests))
         try:
             memories = self._memories_for(chosen, cache)
         except (RuntimeError, MemoryError) as error:
@@ -543,22 +534,13 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._rounds = {}  # those of other shapes, too
+                self.workspace.rounds = {}  # those of other shapes, too
                 if not chosen.drafts:
                     raise MemoryError(f"out of memory for a plain step's buffers; {cache.plan.arithmetic()}") from error
             memories.clear()
-            self._memories, chosen = {}, PLAIN
+            self.workspace.memories, chosen = {}, PLAIN
             for request in requests:
                 request.statistics.record_fallback("out of memory")
-
-    def round_shape(self, policy: DraftPolicy) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
-        """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
-        heads = {} if self.heads is None else self.heads.heads
-        shape = shape_of(policy, heads)
-        taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
-        width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
-        width = width if shape is None else 1 << shape.max_nodes.bit_length()
-        return shape, width, tuple(sorted(taps))
 
     def _ladder(self, batch: int) -> Ladder | None:
         """Of the plan, which is for one sequence, if it is followed."""
@@ -566,51 +548,6 @@ class Engine:
         return (
             Ladder(self.plan.rungs) if self.plan is not None and followed and self.plan.rungs and batch == 1 else None
         )
-
-    def _rounds_for(
-        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int
-    ) -> Rounds:
-        """Rounds of this shape on this cache for sequences of up to `context` tokens, made and captured once."""
-        heads = {} if self.heads is None else self.heads.heads
-        head = heads.get(0)
-        shape, width, taps = self.round_shape(policy)
-        reach = min(reach_of(context), cache.plan.context)
-        key = batch, processed, shape, width, taps, reach
-        memory = self._memories.get(0)
-
-        def current(own: Rounds) -> bool:  # captured rounds read and write where their cache and memory lay
-            if isinstance(own.draft, RecurrentDraft):
-                drafts = memory is not None and own.draft.draws_on(memory)
-            else:
-                drafts = own.draft is None or own.draft.asks(heads)
-            return own.cache is cache and own.weights is weights and drafts
-
-        self._rounds = {k: own for k, own in self._rounds.items() if current(own)}
-        found = self._rounds.pop(key, None)
-        if found is None:
-            draft_ids = None if self.heads is None else self.heads.draft_ids
-            drafts = [own.draft for own in self._rounds.values()]
-            known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
-
-            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
-                state = own.trees, own.sequences, own.seeds, own.options
-                if isinstance(shape, Chain):
-                    heard = heads, self.decoder, draft_ids, shape, own.steps[own.width], own.width
-                    return TrunkDraft(*heard, *state, own.num_refused, own.exits)
-                assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
-                place = head, memory, self.decoder, draft_ids, shape, batch
-                return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
-
-            found = Rounds(
-                weights, cache, batch, processed=processed, width=width, taps=taps,
-                draft=None if shape is None else draft, reach=reach,
-            )  # fmt: skip
-        self._rounds[key] = found  # the last one used is the last one
-        while len(self._rounds) > self.most_rounds:
-            del self._rounds[next(iter(self._rounds))]
-        with torch.inference_mode():
-            found.prepare(kinds_of(found, policy))
-        return found
 
     def _exit_early(
         self, requests: list[Request], accuracy: float | None, speculation: Speculation, policy: DraftPolicy | None
@@ -636,7 +573,7 @@ class Engine:
                 "mode 'early_exit' puts layers off across the positions where masks are read again: calibrate with "
                 "refresh=0, or decode in mode 'lossless'"
             )
-        cache = self._cache_for(requests)
+        cache = self.workspace.cache_for(len(requests), _longest(requests))
         on = Machinery(
             self.target, cache, self.tiles, heads, draft_ids, flash=self.flash, sparse=self.sparse,
             prompts=self._reader_for(cache),
@@ -646,23 +583,15 @@ class Engine:
             request.mode = "early_exit"
         return write(on, [request for request in requests if not request.checker.finished], policy)
 
-    def _cache_for(self, requests: list[Request]) -> KVCache:
-        """A cache with room for every request; the last one again where it is large enough."""
-        context, batch = _longest(requests), len(requests)
-        cache = self._cache
-        if cache is None or cache.plan.batch < batch or cache.plan.context < context:
-            self._cache = self._reader = cache = None  # their memory is free again before the next one is planned
-            self._rounds = {}
-            plan = self._plan_cache(batch, context)
-            try:
-                self._cache = cache = KVCache(plan, self.decoder.device)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise MemoryError(f"out of memory for a cache: {plan.arithmetic()}") from error
-        for sequence in range(cache.plan.batch):
-            cache.restart(sequence)
-        return cache
+    def _memories_for(self, policy: DraftPolicy, cache: KVCache) -> dict[int, HeadMemory]:
+        """An empty memory of each stateful head that the policy asks, as large as the cache."""
+        plans = self.memory_plans(policy, cache.plan.batch, cache.plan.context)
+        return self.workspace.memories_for(plans, cache.plan.batch)
+
+    def _rounds_for(
+        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int
+    ) -> Rounds:
+        return self.workspace.rounds_for(weights, cache, self.heads, policy, batch, processed, context)
 
     def _fused_reads(self) -> bool:
         """Whether fused kernels read prompts: those of the target, which may need what they know of neurons."""
@@ -674,42 +603,10 @@ class Engine:
         """What reads prompts into this cache by fused kernels, if they are to."""
         if not self._fused_reads() or self.fused is None:
             return None
-        if self._reader is None or self._reader.cache is not cache or self._reader.weights is not self.fused:
-            self._reader = PromptReader(self.fused, cache, reach_of, longest=self._longest_fused())
-        return self._reader
+        return self.workspace.reader_for(self.fused, cache, self._longest_fused())
 
     def _longest_fused(self) -> int | None:
         return None if self.prefill_option == "fused" or self.fused is None else longest_for(self.fused)
-
-    def _plan_cache(self, batch: int, context: int) -> CachePlan:
-        """On a GPU with room to spare: making a cache anew throws captured rounds away."""
-        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        size = -(-context // CONTEXT_STEP) * CONTEXT_STEP
-        wider, spare = reach_of(context), spare_memory(device)
-        while spare:
-            size = min(wider, config.max_context)
-            wider = reach_of(size + 1)
-            next_one = plan_cache(config, batch, min(wider, config.max_context), device, dtype, check_free=False)
-            if size == config.max_context or next_one.num_bytes > spare:
-                break
-        return plan_cache(config, batch, min(size, config.max_context), device, dtype)
-
-    def _memories_for(self, policy: DraftPolicy, cache: KVCache) -> dict[int, HeadMemory]:
-        """An empty memory of each stateful head that the policy asks, as large as the cache; the last ones again where
-        they fit."""
-        batch, found = cache.plan.batch, {}
-        for exit_layer, plan in self.memory_plans(policy, batch, cache.plan.context).items():
-            memory = self._memories.pop(exit_layer, None)
-            if memory is None or not memory.plan.holds(plan):
-                memory = None  # free again before the next one is made
-                self._rounds = {
-                    key: own for key, own in self._rounds.items() if not isinstance(own.draft, RecurrentDraft)
-                }
-                memory = HeadMemory(plan, self.decoder.device)
-            for sequence in range(batch):
-                memory.restart(sequence)
-            found[exit_layer] = self._memories[exit_layer] = memory
-        return found
 
     def _finished(self, request: Request) -> Generation:
         checker = request.checker
@@ -754,20 +651,6 @@ class Engine:
         """The engine's GPU as the current one: kernels and graphs run on the current one wherever their tensors are."""
         device = self.decoder.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def reach_of(context: int) -> int:
-    """Tokens that rounds for a sequence of `context` tokens reach: 512, 1024, 2048, ... positions less a tree's."""
-    positions = CONTEXT_STEP
-    while positions - MAX_NODES < context:
-        positions *= 2
-    return positions - MAX_NODES
-
-
-def spare_memory(device: torch.device) -> float:
-    """Bytes that a cache may take beyond what its first request needs; 0 where nothing is gained by it."""
-    free = free_memory(device) if device.type == "cuda" else None
-    return 0.0 if free is None else ROOM_SHARE * free
 
 
 def _longest(requests: Sequence[Request]) -> int:

@@ -15,11 +15,12 @@ from ..kernels.grow_tree import Shape
 from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
-from .engine import Engine, reach_of
+from .engine import Engine
 from .fused import FusedStep
 from .model import Decoder, Norm
 from .prompt_reader import SIZES
 from .tree import MAX_NODES
+from .workspace import reach_of, round_shape
 
 ACCURACIES = (0.60, 0.70, 0.80, 0.90, 0.95)
 
@@ -110,7 +111,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     if engine.fused is None:
         return []
     batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
-    shape, width, taps = engine.round_shape(engine.policy_for(batch))
+    shape, width, taps = round_shape(engine.policy_for(batch), engine.heads)
     cache = KVCache(plan, torch.device("meta"))
     widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
     counts = sorted({_tiled(batch * rows_each) for rows_each in widths})
@@ -142,7 +143,7 @@ def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
         return []
     width, longest = engine.decoder.config.hidden_size, engine._longest_fused()
     reach = min(reach_of(plan.context if longest is None else longest), plan.context)
-    cache, taps = KVCache(plan, torch.device("meta")), engine.round_shape(engine.policy_for(plan.batch))[2]
+    cache, taps = KVCache(plan, torch.device("meta")), round_shape(engine.policy_for(plan.batch), engine.heads)[2]
     steps = [FusedStep(engine.fused, cache, size, reach=reach) for size in SIZES]
     held = sum(map(_held_bytes, steps)) + sum(SIZES) * len(taps) * width * 4
     if engine.fused.by_neuron:  # sums of what neurons did

@@ -309,14 +309,16 @@ def engine_of() -> Callable[..., Any]:
         device: str = "cpu",
         num_layers: int | None = None,
     ) -> Any:
+        from skipstone.engine.workspace import Workspace
+
         engine = copy.copy(_engine(family, dtype, vocab_size, deterministic, device, num_layers))
-        engine._cache, engine._memories, engine._rounds, engine._paces = None, {}, {}, {}
-        engine._reader = None
+        engine._paces = {}
         engine._lock = threading.Lock()
         engine.decoder = copy.copy(engine.decoder)
         engine.decoder._tables, engine.decoder._rope_rows = {}, 0
         if max_context is not None:
             engine.decoder.config = dataclasses.replace(engine.decoder.config, max_context=max_context)
+        engine.workspace = Workspace(engine.decoder)
         return engine
 
     return build

@@ -112,8 +112,8 @@ def committed(engine, prompts, outs):
     stores = []
     for i, (ids, out) in enumerate(zip(prompts, outs, strict=True)):
         length = len(ids) + len(out.token_ids) - 1
-        assert engine._cache.lens[i] >= length
-        stores.append(torch.stack([torch.stack(engine._cache.read(layer, i, length)) for layer in layers], 1))
+        assert engine.workspace.cache.lens[i] >= length
+        stores.append(torch.stack([torch.stack(engine.workspace.cache.read(layer, i, length)) for layer in layers], 1))
     return stores
 
 
@@ -162,7 +162,7 @@ def test_every_prompt_length_up_to_the_context(family, policy, engine_of, planne
         assert plain.finish_reason == "context" and len(plain.token_ids) == context - length
         out = engine.generate(ids, policy=policy, max_new_tokens=100, logprobs=0)
         assert_same_output(out, plain)
-        assert engine._cache.plan.context <= context
+        assert engine.workspace.cache.plan.context <= context
     with pytest.raises(ContextTooLong, match="71 tokens, the model's context is 70"):
         engine.generate([1] * 71)
 

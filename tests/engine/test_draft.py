@@ -21,8 +21,8 @@ VOCAB = 199
 def on(engine_of):
     engine = engine_of()
     engine.generate([1, 2, 3], max_new_tokens=1)
-    engine._cache.lens = [0]
-    return Machinery(engine.decoder, engine._cache, engine.tiles, {}, None)
+    engine.workspace.cache.lens = [0]
+    return Machinery(engine.decoder, engine.workspace.cache, engine.tiles, {}, None)
 
 
 def rows(on, depths):

@@ -118,13 +118,13 @@ def test_made_up_keys_and_values_are_those_of_plain_decoding(engine_with: Any, f
     state taken from where the new one stands."""
     engine = engine_with(family)
     out = early(engine, policy=every(EXITS, Gate(3.92, 3.92)) if family == "gemma2" else SOME)
-    length = engine._cache.lens[0]  # committed: made up for
+    length = engine.workspace.cache.lens[0]  # committed: made up for
     assert len(set(out.exit_layers)) >= 3, "a mixture"
     assert length >= len(PROMPT) + NEW - 17
-    ours = [store[:, 0, :, :length].clone() for store in (engine._cache.k, engine._cache.v)]
+    ours = [store[:, 0, :, :length].clone() for store in (engine.workspace.cache.k, engine.workspace.cache.v)]
     again = forced(engine, out.token_ids)
     assert again.token_ids == out.token_ids
-    for own, store in zip(ours, (engine._cache.k, engine._cache.v), strict=True):
+    for own, store in zip(ours, (engine.workspace.cache.k, engine.workspace.cache.v), strict=True):
         assert torch.equal(own, store[:, 0, :, :length])
 
 

@@ -224,8 +224,8 @@ def test_poisoned_slots_poison_nobody(family, deterministic, engine_of, planned)
     prompts = [[3] * 2, list(range(62))]
     plain = [heads.learn(ids, max_new_tokens=NEW).token_ids for ids in prompts]
     for policy in (None, TREES):
-        engine._cache.k.fill_(float("nan"))
-        engine._cache.v.fill_(float("nan"))
+        engine.workspace.cache.k.fill_(float("nan"))
+        engine.workspace.cache.v.fill_(float("nan"))
         for ids, expected in zip(prompts, plain, strict=True):
             out = engine.generate(ids, policy=policy, max_new_tokens=NEW)
             assert out.error is None
@@ -355,19 +355,19 @@ def test_verify_lossless_reports_the_first_difference(engine, planned, plain, mo
 
 def test_a_cache_is_reused_and_grows(engine):
     engine.generate(PROMPT, max_new_tokens=2)
-    first = engine._cache
+    first = engine.workspace.cache
     engine.generate([7], max_new_tokens=2)
-    assert engine._cache is first
+    assert engine.workspace.cache is first
     engine.generate([PROMPT, [7]], max_new_tokens=2)
-    assert engine._cache is not first and engine._cache.plan.batch == 2
-    assert engine._cache.plan.num_slots >= engine._cache.plan.context + MAX_NODES
+    assert engine.workspace.cache is not first and engine.workspace.cache.plan.batch == 2
+    assert engine.workspace.cache.plan.num_slots >= engine.workspace.cache.plan.context + MAX_NODES
 
 
 def test_rows_that_ran_stay_as_they_are(engine):
     """`advance` to a layer that nodes have reached is nothing; a fault in between loses no committed state."""
     engine.generate(PROMPT, max_new_tokens=1)
     request = engine._intake.requests([PROMPT], None, False, {})[0]
-    on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
+    on = loop.Machinery(engine.decoder, engine.workspace.cache_for(1, 64), engine.tiles, {}, None)
     with torch.inference_mode():
         work = loop.begin(on, request)
         advance(on.decoder, on.cache, [(work, [0])], 2, on.tiles)
@@ -392,7 +392,7 @@ def test_what_stopped_before_a_fault_did_not_fail(fused, engine_of, planned, mon
     engine = engine_of()
     plain = planned(engine, "right").learn(PROMPT, max_new_tokens=4)
     request = engine._intake.requests([PROMPT], None, False, {"max_new_tokens": 9, "stop_ids": [plain.token_ids[0]]})[0]
-    on = loop.Machinery(engine.decoder, engine._cache_for([request]), engine.tiles, {}, None)
+    on = loop.Machinery(engine.decoder, engine.workspace.cache_for(1, 64), engine.tiles, {}, None)
     tree = DraftTree(PROMPT[-1])
     tree.add(0, plain.token_ids[0], exit_layer=2)
     if fused:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from skipstone.engine.engine import reach_of
 from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import PLAIN, best_first
 from skipstone.engine.inventory import inventory, memory_items
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda
 from skipstone.engine.tree import MAX_NODES
+from skipstone.engine.workspace import reach_of
 from skipstone.kernels import tile
 from skipstone.kernels.flash import FlashAttention
 
@@ -32,8 +32,7 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
         engine.fused = FusedWeights(engine.decoder)
     items = {item.what: item for item in memory_items(engine, batch, context) if "device rounds" in item.what}
 
-    requests = engine._intake.requests([[1, 2]] * batch, None, True, {"max_new_tokens": context - 2})
-    cache = engine._cache_for(requests)
+    cache = engine.workspace.cache_for(batch, context)
     engine._memories_for(engine.policy, cache)
     items_at = {i.what: i for i in memory_items(engine, batch, cache.plan.context) if "device rounds" in i.what}
     assert items.keys() == items_at.keys() and len(items) == 3
@@ -79,7 +78,7 @@ def test_steps_over_prompts_are_in_the_budget(by_neuron: bool, engine_of: Callab
         engine.sparse = SparseTarget(engine.decoder, Tda(thresholds, cett=0.2))
     assert not any("prompts" in item.what for item in memory_items(engine, 1, 200))
     engine._reads_fused = True
-    cache = engine._cache_for(engine._intake.requests([[1, 2]], None, True, {"max_new_tokens": 198}))
+    cache = engine.workspace.cache_for(1, 200)
     (item,) = (item for item in memory_items(engine, 1, cache.plan.context) if "prompts" in item.what)
     reader, stores = engine._reader_for(cache), {}
     assert reader is not None

@@ -120,9 +120,9 @@ def test_committed_lengths_are_each_rows_own(engine_of, planned):
     requests = engine._intake.requests(prompts, None, False, {"max_new_tokens": 20})
     for released in engine._decode(requests, "lossless", None, "always", TREES):
         for request, _ in released:
-            assert engine._cache.lens[request.sequence] == request.committed_len
+            assert engine.workspace.cache.lens[request.sequence] == request.committed_len
             assert len(request.origins) == request.history.num_new >= len(request.checker.token_ids)
-    assert len(set(engine._cache.lens[:3])) == 3
+    assert len(set(engine.workspace.cache.lens[:3])) == 3
 
 
 def test_nothing_to_generate_runs_nothing(engine_of, monkeypatch):

@@ -21,7 +21,7 @@ from skipstone.bench.arms import bare_heads, with_heads
 from skipstone.bench.shapes import shape_config
 from skipstone.engine import loop
 from skipstone.engine.cache import KVCache, plan_cache
-from skipstone.engine.engine import Engine, reach_of
+from skipstone.engine.engine import Engine
 from skipstone.engine.forward import prefill
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
@@ -30,6 +30,7 @@ from skipstone.engine.prompt_reader import PromptReader, longest_for
 from skipstone.engine.sparsity.selection import Griffin, MaskOptions
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda, measure_curves
+from skipstone.engine.workspace import reach_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -135,9 +136,9 @@ def test_speculative_output_is_plain_decodings(
         engine.fused = FusedWeights(engine.decoder)
     slow = engine.generate(prompt, speculation=False, max_new_tokens=2)
     engine._reads_fused = True
-    reader = engine._reader = PromptReader(engine.fused, engine._cache, reach_of, (32,))
+    reader = engine.workspace.reader = PromptReader(engine.fused, engine.workspace.cache, reach_of, (32,))
     plain = engine.generate(prompt, speculation=False, max_new_tokens=2)
-    assert engine._reader is reader and reader._steps and engine.prefill == "fused"
+    assert engine.workspace.reader is reader and reader._steps and engine.prefill == "fused"
     drafted = engine.generate(prompt, policy=best_first(2, 2, 2) if ON_GPU else fixed_exit(0, 1), max_new_tokens=2)
     assert_same_output(drafted, plain)
     assert plain.token_ids == slow.token_ids and drafted.stats.num_drafted > 0
@@ -179,7 +180,7 @@ def test_long_prompts_of_large_models_are_left_to_the_decoder(tiny: Callable, mo
         decoder = SimpleNamespace(dtype=torch.bfloat16)
         return longest_for(cast(FusedWeights, SimpleNamespace(config=config, decoder=decoder)))
 
-    assert [limit(name) for name in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")] == [None, None, 191]
+    assert [limit(name) for name in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")] == [None, None, 267]
     config, weights = tiny("llama2")
     monkeypatch.setattr("skipstone.engine.engine.fused_rows_agree", lambda weights: True)
     monkeypatch.setattr("skipstone.engine.engine.longest_for", lambda weights: 20)

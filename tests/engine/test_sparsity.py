@@ -395,4 +395,4 @@ def test_an_engine_on_a_gpu(options, engine_of):
     written = engine.generate(prompt, speculation=False, max_new_tokens=16, **options).token_ids
     drafted = engine.generate(prompt, policy=from_text(), max_new_tokens=16, **options)
     assert drafted.token_ids == written and drafted.verify == "griffin" and drafted.stats.num_drafted > 0
-    assert bool(engine._rounds) == (not options)
+    assert bool(engine.workspace.rounds) == (not options)

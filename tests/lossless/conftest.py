@@ -28,7 +28,8 @@ class Runs:
         for i, out in enumerate(outs):
             length = len(out.prompt_ids) + len(out.token_ids) - 1
             stores = [
-                torch.stack(engine._cache.read(layer, i, length)) for layer in range(engine.decoder.config.num_layers)
+                torch.stack(engine.workspace.cache.read(layer, i, length))
+                for layer in range(engine.decoder.config.num_layers)
             ]
             seen.append((out.token_ids, out.logprobs, out.error, torch.stack(stores).clone()))
         return seen

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from skipstone.engine import device_loop, loop
+from skipstone.engine import device_loop, loop, workspace
 from skipstone.engine import engine as engine_module
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.device_state import fill
@@ -83,7 +83,7 @@ def half(engine_of: Callable) -> Any:
 def on_device(engine: Any, wanted: bool = True) -> Any:
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder) if wanted else None
-    engine._cache, engine._rounds, engine._memories = None, {}, {}
+    engine.workspace.cache, engine.workspace.rounds, engine.workspace.memories = None, {}, {}
     engine.tokenizer, engine.heads = Spelling(), HungHeads()
     return engine
 
@@ -175,7 +175,7 @@ def test_option(name: str, engine: Any, half: Any, drafting: Callable, assert_sa
             assert_same_output(out, plain)
             accepted += out.stats.num_accepted
         assert accepted > 0 or len(plain.token_ids) < 2
-        assert own._rounds or not plain.token_ids, "the device must have run"
+        assert own.workspace.rounds or not plain.token_ids, "the device must have run"
 
 
 @pytest.mark.hazard(10)
@@ -226,7 +226,7 @@ def test_what_needs_the_host_goes_there(engine: Any, assert_same_output: Callabl
         {"stop_ids": list(range(100, 117)), "min_new_tokens": 2},
     ):
         assert_same_output(plainly(engine, PROMPT, **options), waiting(engine, PROMPT, **options))
-        assert not engine._rounds, options
+        assert not engine.workspace.rounds, options
 
 
 def test_the_two_ways_can_be_mixed(engine: Any, assert_same_output: Callable) -> None:
@@ -374,7 +374,7 @@ def test_a_closed_stream_takes_effect_within_two_rounds(
     kinds = launched(monkeypatch)
     with engine.stream(PROMPT, speculation=False, max_new_tokens=100) as stream:
         events = [next(stream), next(stream)]
-        rounds = next(iter(engine._rounds.values()))
+        rounds = next(iter(engine.workspace.rounds.values()))
         assert bool(rounds.sequences.active[0]) and len(kinds) <= len(events) + AHEAD
         before = len(kinds)
     assert len(kinds) == before and not bool(rounds.sequences.active[0])
@@ -401,7 +401,7 @@ def test_statistics_are_those_of_the_waiting_loop(engine: Any, drafting: Callabl
     fused = engine.fused
     slow_outs, slow_events = observed(engine, None, prompts, policy, new)
     fast_outs, fast_events = observed(engine, fused, prompts, policy, new)
-    assert engine._rounds, "the device must have run"
+    assert engine.workspace.rounds, "the device must have run"
     for slow, fast in zip(slow_outs, fast_outs, strict=True):
         assert fast.exit_layers == slow.exit_layers
         for field in dataclasses.fields(slow.stats):
@@ -469,7 +469,7 @@ def test_a_tree_of_the_host_feeds_the_head_at_exit_0(
     drafting([plain])
     out = engine.generate(PROMPT, policy=policy, max_new_tokens=3)
     assert out.token_ids == plain.token_ids and out.stats.num_accepted == 2
-    memory, known = engine._memories[0], PROMPT + plain.token_ids[:2]
+    memory, known = engine.workspace.memories[0], PROMPT + plain.token_ids[:2]
     assert memory.length(0) == len(known)
     embedded = engine.decoder.embed(torch.tensor(known, device=engine.decoder.device))
     assert torch.equal(memory._states[0][0, 1 : 1 + len(known)], embedded)
@@ -511,14 +511,14 @@ def test_nan_ends_its_request_alone(engine: Any, drafting: Callable, assert_same
     token = next(i for i in PROMPT if i not in PROMPTS[1] + expected[1].token_ids)
     try:
         engine.decoder.embedding = torch.cat([whole[:token], bad, whole[token + 1 :]])
-        engine._rounds = {}
+        engine.workspace.rounds = {}
         drafting(expected)
         for options in ({"speculation": False}, {"policy": CHAIN}):
             failed, fine = engine.generate(PROMPTS, max_new_tokens=new, **options)
             assert failed.finish_reason == "error" and "NaN" in failed.error and failed.token_ids == []
             assert_same_output(fine, expected[1])
     finally:
-        engine.decoder.embedding, engine._rounds = whole, {}
+        engine.decoder.embedding, engine.workspace.rounds = whole, {}
     for out, wanted in zip(plainly(engine, PROMPTS, max_new_tokens=new), expected, strict=True):
         assert_same_output(out, wanted)
 
@@ -563,7 +563,9 @@ def test_interrupt_then_parity(
         patch.setattr(owner, name, broken)
         with pytest.raises(error, match="broken off"):
             engine.generate(PROMPT, policy=CHAIN, max_new_tokens=4)
-    assert not engine._lock.locked() and not any(bool(r.sequences.active.any()) for r in engine._rounds.values())
+    assert not engine._lock.locked() and not any(
+        bool(r.sequences.active.any()) for r in engine.workspace.rounds.values()
+    )
     drafting([expected])
     assert_same_output(engine.generate(PROMPT, policy=CHAIN, max_new_tokens=4), expected)
 
@@ -605,12 +607,12 @@ def test_no_memory_for_rounds(engine: Any, drafting: Callable, assert_same_outpu
     expected = waiting(engine, PROMPT)
     drafting([expected])
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "Rounds", NoRoom)
+        patch.setattr(workspace, "Rounds", NoRoom)
         out = engine.generate(PROMPT, policy=CHAIN, max_new_tokens=NEW)
         assert_same_output(out, expected)
         assert out.stats.num_drafted == 0 and out.stats.fallbacks == {"out of memory": 1}
         patch.setattr(NoRoom, "plain_fits", False)
-        engine._rounds = {}
+        engine.workspace.rounds = {}
         with pytest.raises(MemoryError, match="KV cache 2 x"):
             engine.generate(PROMPT, policy=CHAIN, max_new_tokens=NEW)
     assert not engine._lock.locked()
@@ -714,7 +716,7 @@ def test_graphs_against_eager_calls_after_rejections(
         for b, out in enumerate(outs):
             assert_same_output(out, plain[b])
             size = len(out.prompt_ids) + NEW - 1
-            kept = [torch.stack(half._cache.read(layer, b, size)) for layer in range(4)]
+            kept = [torch.stack(half.workspace.cache.read(layer, b, size)) for layer in range(4)]
             found.append((out.stats.num_drafted, out.stats.accepted_by_position, torch.stack(kept)))
         return found
 

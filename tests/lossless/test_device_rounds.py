@@ -26,7 +26,7 @@ def on_device(engine: Any) -> Any:
     """The engine, with its rounds on the device."""
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
-    engine._cache = None
+    engine.workspace.cache = None
     return engine
 
 

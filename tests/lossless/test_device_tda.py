@@ -21,8 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from skipstone.engine import device_loop, loop
-from skipstone.engine import engine as engine_module
+from skipstone.engine import device_loop, loop, workspace
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import Rounds
@@ -108,7 +107,9 @@ def seen(engine: Any, outs: Sequence[Any]) -> list[Any]:
     found = []
     for i, out in enumerate(outs):
         length = len(out.prompt_ids) + len(out.token_ids) - 1
-        stores = [torch.stack(engine._cache.read(n, i, length)) for n in range(engine.decoder.config.num_layers)]
+        stores = [
+            torch.stack(engine.workspace.cache.read(n, i, length)) for n in range(engine.decoder.config.num_layers)
+        ]
         found.append((out.token_ids, torch.stack(stores).clone()))
     return found
 
@@ -170,9 +171,9 @@ def test_drafted_batches_equal_solo_plain(name: str, dtype: torch.dtype, skippin
     if ON_GPU:
         together = engine.generate(given, seeds=SEEDS, speculation=False, max_new_tokens=NEW, **sampling)
         assert same(seen(engine, together), expected)
-    assert engine._rounds, "the device must have run"
+    assert engine.workspace.rounds, "the device must have run"
     if options is ONCE:
-        counts = next(reversed(engine._rounds.values())).steps[16].kept.count[-1].tolist()
+        counts = next(reversed(engine.workspace.rounds.values())).steps[16].kept.count[-1].tolist()
         assert counts[2] == max(counts) and counts[0] < counts[2] and counts[1] < counts[2]
 
 
@@ -197,7 +198,7 @@ def test_prompts_that_the_fused_kernels_read(
     slow, _ = alone(engine, given)
     slow_sums = engine.sparse._watches[0].weights
     engine._reads_fused = True
-    monkeypatch.setattr(engine_module, "PromptReader", partial(PromptReader, sizes=(16,)))
+    monkeypatch.setattr(workspace, "PromptReader", partial(PromptReader, sizes=(16,)))
     monkeypatch.setattr(loop, "prefill", None)
     outs, expected = alone(engine, given)
     torch.testing.assert_close(engine.sparse._watches[0].weights, slow_sums, rtol=1e-3, atol=1e-3)
@@ -234,7 +235,7 @@ def test_exits_of_the_trunk_that_draft_on_the_device(skipping: Callable) -> None
         engine.heads = HeadSet(sizes).attach(projection)
     drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=CHAIN, max_new_tokens=NEW)
     assert same(seen(engine, drafted), expected)
-    assert any(isinstance(own.draft, TrunkDraft) for own in engine._rounds.values())
+    assert any(isinstance(own.draft, TrunkDraft) for own in engine.workspace.rounds.values())
     assert sum(out.stats.num_drafted for out in drafted) > 0
 
 

@@ -59,7 +59,7 @@ def decoded(engine: Any, given: list[list[int]] = PROMPTS, **options: Any) -> tu
     outs = engine.generate(given, max_new_tokens=NEW, **options)
     last = engine.decoder.config.num_layers - 1
     lengths = [len(out.prompt_ids) + len(out.token_ids) - 1 for out in outs]
-    return outs, [torch.stack(engine._cache.read(last, i, n)).clone() for i, n in enumerate(lengths)]
+    return outs, [torch.stack(engine.workspace.cache.read(last, i, n)).clone() for i, n in enumerate(lengths)]
 
 
 def waiting(engine: Any, **options: Any) -> list[list[int]]:
@@ -79,7 +79,10 @@ def test_batches_equal_solo_and_the_loop_that_waits(name: str, dtype: torch.dtyp
     engine = thinned(dtype=dtype)
     together, keys = decoded(engine, seeds=SEEDS, **OPTIONS[name])
     assert all(out.error is None and out.verify == "teal 0.5" and out.stats.num_drafted == 0 for out in together)
-    assert all(isinstance(rounds.steps[1], TealStep) for rounds in engine._rounds.values()) and engine._rounds
+    assert (
+        all(isinstance(rounds.steps[1], TealStep) for rounds in engine.workspace.rounds.values())
+        and engine.workspace.rounds
+    )
     if dtype == torch.float32:
         assert [out.token_ids for out in together] == waiting(engine, **OPTIONS[name])
     for i in range(len(PROMPTS)):

@@ -50,11 +50,11 @@ def engine(request: pytest.FixtureRequest, engine_of: Callable) -> Any:
 
 def by_host(engine: Any, prompt: Any, **options: Any) -> Any:
     """By the loop that waits for every round: drafts are the host's."""
-    fused, engine.fused, engine._cache = engine.fused, None, None
+    fused, engine.fused, engine.workspace.cache = engine.fused, None, None
     try:
         return engine.generate(prompt, **options)
     finally:
-        engine.fused, engine._cache = fused, None
+        engine.fused, engine.workspace.cache = fused, None
 
 
 def same_drafts(out: Any, host: Any) -> None:
@@ -65,7 +65,7 @@ def same_drafts(out: Any, host: Any) -> None:
 
 def committed(engine: Any, out: Any) -> torch.Tensor:
     size = len(out.prompt_ids) + len(out.token_ids) - 1
-    return torch.stack([torch.stack(engine._cache.read(layer, 0, size)) for layer in range(3)]).clone()
+    return torch.stack([torch.stack(engine.workspace.cache.read(layer, 0, size)) for layer in range(3)]).clone()
 
 
 def wrong_drafts(out: Any) -> int:
@@ -80,7 +80,7 @@ def test_a_batch_that_asks_two_exits(
     options: dict[str, Any] = {"seeds": SEEDS, "max_new_tokens": NEW, **SAMPLED}
     plain = engine.generate(PROMPTS, speculation=False, **options)
     together = engine.generate(PROMPTS, policy=TWO, **options)
-    assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine._rounds.values())
+    assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine.workspace.rounds.values())
     for out, expected in zip(together, plain, strict=True):
         assert_same_output(out, expected)
         assert out.stats.num_committed == NEW

@@ -34,7 +34,7 @@ def test_stale_slots_are_never_read(engine_of):
     engine = engine_of()
     engine.tiles = GATHERED
     expected = engine.generate([3, 1, 4], max_new_tokens=NEW).token_ids
-    engine._cache.k.fill_(float("nan"))
-    engine._cache.v.fill_(float("nan"))
+    engine.workspace.cache.k.fill_(float("nan"))
+    engine.workspace.cache.v.fill_(float("nan"))
     assert engine.generate([3, 1, 4], max_new_tokens=NEW).token_ids == expected
-    assert torch.isnan(engine._cache.k).any()
+    assert torch.isnan(engine.workspace.cache.k).any()

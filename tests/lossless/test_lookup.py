@@ -108,7 +108,7 @@ def test_rounds_on_the_device_verify_what_the_host_looked_up(
     engine = engine_of(num_layers=2) if policy == "chain" else engine_with_heads(engine_of, stateful)
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
-    engine._cache = None
+    engine.workspace.cache = None
     prompts, new = [[4, 9, 2, 4, 9]], 3
     options: dict[str, Any] = {"seeds": [5], "max_new_tokens": new, "temperature": 0.4}
     plain = engine.generate(prompts, speculation=False, **options)

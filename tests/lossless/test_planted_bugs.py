@@ -26,7 +26,7 @@ POLICIES = {"chain": fixed_exit(2, 6), "trees": every((1, 2, 3), Gate(0.3, 1.5),
 def observe(engine, prompts, **options):
     """Everything that must not depend on drafting: tokens, logprobs, committed keys and values by layer."""
     outs = engine.generate(prompts, **OPTIONS, **options)
-    cache, seen = engine._cache, []
+    cache, seen = engine.workspace.cache, []
     for i, out in enumerate(outs):
         length = len(prompts[i]) + len(out.token_ids) - 1
         stores = [torch.stack(cache.read(layer, i, length)) for layer in range(engine.decoder.config.num_layers)]
@@ -243,6 +243,6 @@ def test_values_left_in_stale_slots_are_caught(setting, monkeypatch):
     """Without the zeroing before a round a NaN in an unused slot reaches every row: zero times NaN."""
     engine, _ = setting
     engine.generate(PROMPTS[0], **OPTIONS)
-    engine._cache.v.fill_(float("nan"))
+    engine.workspace.cache.v.fill_(float("nan"))
     monkeypatch.setattr(cache_module.KVCache, "clear_open", lambda cache, sequence: None)
     assert engine.generate(PROMPTS[0], **OPTIONS).finish_reason == "error"

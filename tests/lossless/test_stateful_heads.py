@@ -114,7 +114,7 @@ def test_any_pattern_of_right_and_wrong_drafts(policy, sampling, engine_of, stat
 def entries_differ(engine, outs):
     """The largest difference between the heads' true entries and those of one pass over the committed text."""
     worst = 0.0
-    for exit_layer, memory in engine._memories.items():
+    for exit_layer, memory in engine.workspace.memories.items():
         head = memory.head
         for sequence, out in enumerate(outs):
             text = (out.prompt_ids + out.token_ids)[: memory._made[sequence]]
@@ -330,11 +330,11 @@ def test_nothing_of_an_earlier_request_is_read(policy, engine_of, stateful):
     engine = engine_of()
     stateful(engine, "recurrent", prompts=PROMPTS)
     first = decode(engine, policy)
-    memory = engine._memories[0]
+    memory = engine.workspace.memories[0]
     for store in (memory.cache.k, memory.cache.v, memory._out, *memory._states.values()):
         store.fill_(float("nan"))
     again = decode(engine, policy)
-    assert engine._memories[0] is memory
+    assert engine.workspace.memories[0] is memory
     for out, expected in zip(again, first, strict=True):
         assert out.token_ids == expected.token_ids
         assert out.stats.num_verifications == expected.stats.num_verifications
@@ -426,6 +426,6 @@ def test_a_head_without_trunk_layers_drafts_by_default(engine_of, stateful):
     assert [event.drafted for event in events] == [layer == 0 for layer in stream.result.exit_layers]
     assert stream.result.stats.tokens_by_exit == {0: stream.result.stats.num_accepted}
     assert 0 < stream.result.stats.num_accepted == sum(event.exit_layer == 0 for event in events)
-    held = engine._memories[0]
+    held = engine.workspace.memories[0]
     stores = (held.cache.k, held.cache.v, held._out, *held._states.values())
     assert held.plan.num_bytes == sum(store.numel() * store.element_size() for store in stores)

@@ -114,7 +114,7 @@ def test_a_mask_does_not_outlive_its_sequence(engine_of, sparse):
     engine.sparse = target
     engine.generate(given, max_new_tokens=NEW)
     assert engine.generate(given[2], max_new_tokens=NEW, speculation=False) is not None
-    assert engine._cache.mlps[0] == {}, "a prompt too short for a mask must not inherit one"
+    assert engine.workspace.cache.mlps[0] == {}, "a prompt too short for a mask must not inherit one"
     engine.sparse = None
     assert engine.generate(given[1], max_new_tokens=NEW).token_ids == dense
 
@@ -197,8 +197,8 @@ def test_a_refresh_that_depends_on_rounds_is_caught(bug, engine_of, planned, spa
     original = SparseTarget.next_refresh
     bugs = {
         # Rounds step over the position, and the text is read where they land.
-        "unclipped": lambda target, i: max(original(target, i), engine._cache.lens[i]),
-        "by round": lambda target, i: engine._cache.lens[i],
+        "unclipped": lambda target, i: max(original(target, i), engine.workspace.cache.lens[i]),
+        "by round": lambda target, i: engine.workspace.cache.lens[i],
     }
     monkeypatch.setattr(SparseTarget, "next_refresh", bugs[bug])
     assert runs.differing(engine, given, expected, {})

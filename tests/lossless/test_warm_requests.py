@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from skipstone.engine import engine as engine_module
-from skipstone.engine.engine import CHAIN_LENGTH, MOST_ROUNDS, TREE, Engine, reach_of
+from skipstone.engine import workspace
+from skipstone.engine.engine import CHAIN_LENGTH, TREE, Engine
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.inventory import memory_items
+from skipstone.engine.workspace import MOST_ROUNDS, reach_of
 
 pytestmark = pytest.mark.interpreter
 CONTEXT = 3000
@@ -70,7 +72,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", launched)
     monkeypatch.setattr(Rounds, "_capture", captured)
-    monkeypatch.setattr(engine_module, "spare_memory", lambda device: 1e9)
+    monkeypatch.setattr(workspace, "spare_memory", lambda device: 1e9)
     return seen
 
 
@@ -99,7 +101,7 @@ def test_a_warm_engine_compiles_and_captures_nothing(engine: Any, watch: Watch) 
     rounds of one reach only; a head's memory made anew for every request."""
     assert engine.warm_up() > 0
     warm = watch.now()
-    reaches = sorted({rounds.reach for rounds in engine._rounds.values()})
+    reaches = sorted({rounds.reach for rounds in engine.workspace.rounds.values()})
     assert reaches == [reach_of(1), reach_of(600), reach_of(2000), CONTEXT]
     assert len(warm[1]) == len(reaches) * (1 + 3), "plain rounds alone; plain, draft and absorb of those that draft"
     names = [name for name, *_ in warm[0]]
@@ -156,8 +158,8 @@ def test_rounds_that_are_kept_are_bounded(engine: Any, watch: Watch) -> None:
     engine.warm_up(batch=MOST_ROUNDS + 2)
     for batch in range(1, MOST_ROUNDS + 3):
         engine.generate([[1, 2]] * batch, speculation=False, max_new_tokens=2)
-        assert len(engine._rounds) <= MOST_ROUNDS
-    assert [rounds.batch for rounds in engine._rounds.values()] == list(range(3, MOST_ROUNDS + 3))
+        assert len(engine.workspace.rounds) <= MOST_ROUNDS
+    assert [rounds.batch for rounds in engine.workspace.rounds.values()] == list(range(3, MOST_ROUNDS + 3))
 
 
 def test_options_that_need_processing_have_rounds_of_their_own(engine: Any, watch: Watch) -> None:
@@ -170,26 +172,26 @@ def test_options_that_need_processing_have_rounds_of_their_own(engine: Any, watc
 
 def test_other_weights_are_other_rounds(engine: Any, watch: Watch) -> None:
     engine.generate([1, 2, 3], max_new_tokens=4)
-    first = list(engine._rounds.values())
+    first = list(engine.workspace.rounds.values())
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     engine.generate([1, 2, 3], max_new_tokens=4)
-    assert first and not any(rounds in engine._rounds.values() for rounds in first)
+    assert first and not any(rounds in engine.workspace.rounds.values() for rounds in first)
 
 
 def test_a_larger_draft_keeps_the_memory_that_a_smaller_one_can_use(engine: Any, watch: Watch) -> None:
     small = engine.policy
     engine.generate([1, 2, 3], policy=best_first(6, 4, 6), max_new_tokens=4)
-    memory = engine._memories[0]
+    memory = engine.workspace.memories[0]
     for policy in (small, best_first(6, 4, 6), small):
         engine.generate([1, 2, 3], policy=policy, max_new_tokens=4)
-        assert engine._memories[0] is memory
+        assert engine.workspace.memories[0] is memory
     assert watch.captured.count("draft") == 2
 
 
 def test_a_sequence_beyond_the_reach_is_refused(engine: Any, watch: Watch) -> None:
     engine.generate([1, 2, 3], speculation=False, max_new_tokens=4)
-    rounds = next(iter(engine._rounds.values()))
+    rounds = next(iter(engine.workspace.rounds.values()))
     from skipstone.engine.graphs import Start
     from skipstone.engine.sampling import SamplingParams
 
