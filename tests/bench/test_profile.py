@@ -85,7 +85,11 @@ def test_rounds_are_profiled(monkeypatch, capsys):
     rounds = Rounds(weights, cache, 1)
     rounds._graphs["plain"] = None
     engine = SimpleNamespace(
-        decoder=decoder, fused=weights, policy=PLAIN, model_id="tiny", _rounds={"": rounds}, _memories={}
+        decoder=decoder,
+        fused=weights,
+        policy=PLAIN,
+        model_id="tiny",
+        workspace=SimpleNamespace(rounds={"": rounds}, memories={}),
     )
     stats = SimpleNamespace(decode_ms=12.5, num_verifications=100, num_committed=100)
     counts = []
