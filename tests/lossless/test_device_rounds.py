@@ -45,7 +45,7 @@ SAMPLING: dict[str, dict[str, float]] = {"greedy": {}, "sampled": {"temperature"
 @functools.cache
 def plainly(engine_of: Callable, sampling: str) -> list[Any]:
     """The prompts' plain decoding by the same kernels, and of greedy ones by the loop that waits too."""
-    engine = engine_of()
+    engine = engine_of(max_context=200)
     options: dict[str, Any] = {"seeds": SEEDS, "speculation": False, "max_new_tokens": NEW}
     waiting = engine.generate(PROMPTS, **options)
     plain = on_device(engine).generate(PROMPTS, **options, **SAMPLING[sampling])
@@ -64,7 +64,7 @@ def test_output_is_plain_decodings(
 ) -> None:
     """Seen to fail here: states of embeddings not given to the head's memory, where the host drafts."""
     plain = plainly(engine_of, sampling)
-    engine = engine_of()
+    engine = engine_of(max_context=200)
     stateful(engine, "recurrent", prompts=PROMPTS)
     on_device(engine)
     options: dict[str, Any] = {"policy": POLICIES[policy], "max_new_tokens": NEW, **SAMPLING[sampling]}

@@ -64,7 +64,7 @@ def skipping(engine_of: Callable) -> Callable:
     def build(
         options: MaskOptions = ONCE, family: str = "llama2", num_layers: int = 1, dtype: torch.dtype = torch.float32
     ) -> tuple[Any, list[list[int]]]:
-        engine = engine_of(family, dtype, num_layers=num_layers, device="cuda" if ON_GPU else "cpu")
+        engine = engine_of(family, dtype, num_layers=num_layers, max_context=250, device="cuda" if ON_GPU else "cpu")
         decoder = engine.decoder
         given = prompts(decoder.config.vocab_size)
         with torch.inference_mode():

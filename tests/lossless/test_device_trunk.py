@@ -36,8 +36,9 @@ COUNTS = ("num_drafted", "accepted_by_position", "drafted_by_position", "tokens_
 
 @pytest.fixture(params=DTYPES, ids=str)
 def engine(request: pytest.FixtureRequest, engine_of: Callable) -> Any:
-    """With bare exits after layers 1 and 2 of 3 (untrained adapters), and its rounds on the device."""
-    engine = engine_of(num_layers=3, dtype=request.param, device=DEVICE)
+    """With bare exits after layers 1 and 2 of 3 (untrained adapters), and its rounds on the device; of a short context,
+    so that attention launches few programs that leave at once."""
+    engine = engine_of(num_layers=3, dtype=request.param, max_context=200, device=DEVICE)
     decoder, config = engine.decoder, engine.decoder.config
     specs = tuple(HeadSpec("adapter", e, {"width": 1}) for e in (1, 2))
     heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
