@@ -45,7 +45,9 @@ def thinned(engine_of: Callable) -> Callable:
     """`thinned(family="llama2", dtype=float32)` -> an engine that drops inputs in rounds on the device."""
 
     def build(family: str = "llama2", dtype: torch.dtype = torch.float32) -> Any:
-        engine = engine_of(family, dtype, num_layers=4 if ON_GPU else 1, max_context=250, device="cuda" if ON_GPU else "cpu")
+        engine = engine_of(
+            family, dtype, num_layers=4 if ON_GPU else 1, max_context=250, device="cuda" if ON_GPU else "cpu"
+        )
         with torch.inference_mode():
             engine.fused = FusedWeights(engine.decoder)
         engine.drop_inputs(level(engine))
