@@ -51,7 +51,7 @@ Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether ro
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
 # Sequences at once from which chains are drafted where fewer draft trees. Measured at 1 and at 8 only (H200, against
-# plain decoding): trees of 15 nodes 2.26x and 1.06x, chains of 3 1.82x and 1.45x (at 8 0.91x and 1.03x end to end).
+# plain decoding): trees of 15 nodes 2.12x and 0.89x, chains of 3 1.76x and 1.25x (at 8 0.71x and 0.94x end to end).
 CHAINS_FROM = 4
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
 ONE_BY_ONE = (

@@ -122,9 +122,7 @@ def load_pretrained(
         resolve(text)
     with _progress_bar(f"reading {text}", progress) as advance:
         config, weights, source = load_checkpoint(text, dtype, advance, revision)
-    tokenizer = _tokenizer_at(source)
-    forget_gguf()
-    return Pretrained(text, config, weights, tokenizer, revision)
+    return Pretrained(text, config, weights, _tokenizer_at(source), revision)
 
 
 def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -269,9 +267,13 @@ def _check_space(parent: Path, needed: int, name: str) -> None:
 
 
 def _tokenizer_at(source: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder or of a GGUF file."""
-    is_gguf = source.suffix == ".gguf" and source.is_file()
-    return Tokenizer.from_gguf(source) if is_gguf else Tokenizer.from_folder(source)
+    """The tokenizer of a checkpoint folder or of a GGUF file, which nothing is read from after it."""
+    if source.suffix != ".gguf" or not source.is_file():
+        return Tokenizer.from_folder(source)
+    try:
+        return Tokenizer.from_gguf(source)
+    finally:
+        forget_gguf()
 
 
 @contextlib.contextmanager

@@ -581,6 +581,11 @@ def plan(
     from .bench.tables import print_plan
     from .engine import planner
 
+    questions = []
+    if check:  # before minutes are spent
+        from .bench.questions import built_in, choose, read_questions
+
+        questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
     plans = {name: (own, planner.plan(own, seconds)) for name, own in _engines(model, heads, dtype, device, prefill)}
     rivals: dict[str, dict[str, Any]] = {}
     for name, (_, made) in plans.items():
@@ -596,9 +601,7 @@ def plan(
     }
     if check:
         from .bench.plan_check import check as measured
-        from .bench.questions import built_in, choose, read_questions
 
-        questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
         document["check"] = measured(
             engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats,
             seconds=math.inf if minutes is None else 60 * minutes,

@@ -108,3 +108,10 @@ def test_heads_without_a_rehearsal_are_refused(tiny_folder, tiny_heads_folder):
     command = ["plan", "--model", str(tiny_folder), "--heads", str(tiny_heads_folder), "--device", "cpu"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2 and "skipstone calibrate" in result.output
+
+
+def test_missing_questions_are_noticed_before_anything_is_measured(tiny_folder, rehearsed, tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "plan", lambda *_: pytest.fail("measured first"))
+    command = ["plan", "--model", str(tiny_folder), "--heads", str(rehearsed), "--device", "cpu", "--check", "2"]
+    result = CliRunner().invoke(app, [*command, "--prompts", str(tmp_path / "missing.jsonl")])
+    assert result.exit_code == 2 and "no prompt file at" in result.output

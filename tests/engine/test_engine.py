@@ -376,6 +376,15 @@ def test_rows_that_ran_stay_as_they_are(engine):
     assert torch.equal(work.hidden, before) and work.reached == [2]
 
 
+@pytest.mark.hazard(27)
+@pytest.mark.parametrize("option", ["streamer", "tokenizer"])
+@pytest.mark.parametrize("ask", ["generate", "stream", "verify_lossless"])
+def test_what_transformers_would_take_is_refused_by_name(ask, option, engine_of):
+    """There is no adapter for transformers' generate, so what would be dropped there is no option here."""
+    with pytest.raises(ValueError, match=f"unknown options .*{option}"):
+        getattr(engine_of(), ask)([1, 2], **{option: object()})
+
+
 def test_inputs_that_would_be_misread_are_refused(engine_of):
     engine = engine_of()
     with pytest.raises(ValueError, match="one output of one prompt"):

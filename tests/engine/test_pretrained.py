@@ -130,7 +130,7 @@ def test_a_gguf_file_is_parsed_once(tmp_path: Path, gguf_file: Path, monkeypatch
     path = tmp_path / "model.gguf"
     shutil.copy(gguf_file, path)
     pretrained.load_pretrained(path, torch.float32, progress=False)
-    assert parsed == [path]
+    assert parsed == [path] and gguf_weights._reader.cache_info().currsize == 0
     first = gguf_weights.read_gguf(path)
     assert gguf_weights.read_gguf(path) is first and parsed == [path] * 2
     os.utime(path, (1, 1))
@@ -141,6 +141,7 @@ def test_a_gguf_file_is_parsed_once(tmp_path: Path, gguf_file: Path, monkeypatch
 def test_converts_once_then_loads_without_package(packaged: Path, forbid_conversion: Callable[[], None]) -> None:
     """Planted bug: comparing the record before it is written, which converts at every start."""
     folder = pretrained.resolve(NAME, progress=False)
+    assert gguf_weights._reader.cache_info().currsize == 0
     names = {p.name for p in folder.iterdir()}
     assert {"skipstone.json", "source.json", "tokenizer.json", "generation_config.json"} <= names
     assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name], "a temporary folder was left"
