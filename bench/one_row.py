@@ -38,6 +38,8 @@ from .shapes import random_weights, shape_config
 try:
     import triton
     import triton.language as tl
+
+    from ..kernels.tile import load_stats, row_scale
 except ImportError:
     triton = None
 
@@ -81,6 +83,18 @@ if triton is not None:
                 total += a * tl.load(w_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
             return tl.sum(total, 1)[None, :]
 
+    @triton.jit
+    def normed_rows_product(  # type: ignore[no-untyped-def]
+        x, stats, w, ahead, rows, cols, num_cols, eps,
+        D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
+        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """`tile.normed_rows_product` of one row."""
+        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
+        y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        return y, scale, mean
+
 
 class _OneRow(Rows):
     """`Rows` that need not be whole tiles."""
@@ -116,7 +130,11 @@ FIRST: dict[str, Settings] = {
 @functools.cache
 def kernels() -> Kernels:
     """The step's kernels with one row a program; their tables can be set with `settle`."""
-    products = {"weights_ahead": weights_ahead, "rows_product": rows_product}
+    products = {
+        "weights_ahead": weights_ahead,
+        "rows_product": rows_product,
+        "normed_rows_product": normed_rows_product,
+    }
     copies = {}
     for name, settings in FIRST.items():
         original = getattr(KERNELS, name)

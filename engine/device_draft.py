@@ -293,7 +293,7 @@ class RecurrentDraft:
         )  # fmt: skip
         residual_linear(
             on.both, weights.join, None, None, on.hidden, rows, next_norms=((layers[0].attn_norm, on.x),), stats=stats,
-            parts=on.parts, pdl=pdl,
+            means=False, parts=on.parts, pdl=pdl,
         )  # fmt: skip
         for index, layer in enumerate(layers):
             keys, values = self._cache.k[index], self._cache.v[index]
@@ -304,14 +304,14 @@ class RecurrentDraft:
             tree_attention(on.q, keys, values, on.attended, on.scratch, rows, shape, pdl=pdl)
             residual_linear(
                 on.attended, layer.o, None, on.hidden, on.hidden, rows, next_norms=((layer.mlp_norm, on.x),),
-                stats=attn_stats, parts=on.parts, pdl=pdl,
+                stats=attn_stats, means=False, parts=on.parts, pdl=pdl,
             )  # fmt: skip
             up_linear(on.x, attn_stats, layer.up, None, None, on.act, rows, shape, pdl=pdl)
             last = index + 1 == len(layers)
             residual_linear(
                 on.act, layer.down, None, on.hidden, on.hidden, rows,
                 next_norms=() if last else ((layers[index + 1].attn_norm, on.x),), stats=None if last else mlp_stats,
-                parts=on.parts, pdl=pdl,
+                means=False, parts=on.parts, pdl=pdl,
             )  # fmt: skip
             stats = mlp_stats
 

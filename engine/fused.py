@@ -153,6 +153,7 @@ class FusedStep:
         reach: tokens that a sequence may hold; None: as many as the cache.
         pdl: programmatic dependent launch (Hopper and newer).
         share: whether attention may read keys once for several rows (`tree_attention`); bits are the same.
+        settled: whether keys below a row's base are those of earlier steps; tiles of one prompt in one step are not.
         squares: fp32 `[L, FF]`, to which each layer adds its live rows' squared inner activations; for rows that use
             all neurons.
 
@@ -172,9 +173,11 @@ class FusedStep:
         reach: int | None = None,
         pdl: bool = False,
         share: bool = True,
+        settled: bool = True,
         squares: Tensor | None = None,
     ) -> None:
-        self.weights, self.cache, self.num_rows, self.pdl, self._share = weights, cache, num_rows, pdl, share
+        self.weights, self.cache, self.num_rows, self.pdl = weights, cache, num_rows, pdl
+        self._share, self._settled = share, settled
         self._squares = squares
         config, shape, device, dtype = weights.config, weights.shape, cache.device, weights.decoder.dtype
         width, wide = config.hidden_size, config.num_heads * config.head_dim
@@ -220,10 +223,13 @@ class FusedStep:
         embed_rows(self._all, self.rows, stream, 1.0, self.hidden, self._norms_at(start), stats, pdl=pdl)
         self.stats = stats
 
-    def run(self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None) -> Tensor:
-        """Run layers start..stop-1, after `embed` or `resume(start)`.
+    def run(
+        self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None, *, just_laid: bool = False
+    ) -> Tensor:
+        """Run layers start..stop-1, after `embed`, `resume(start)`, or where the last run stopped.
 
         Args:
+            just_laid: whether the kernel in front of this run writes `rows`, which the first one would read too early.
             taps: exit layers in start + 1..stop -> `[R, D]` fp32, overwritten with the residual stream there.
 
         Returns:
@@ -241,20 +247,21 @@ class FusedStep:
             # what each kernel asks for in passing, and what a list leaves of it is not known
             up, down = (layer.up.weight, layer.down[0]) if kept is None else (None, None)
             following = weights.layers[index + 1].qkv.weight if index + 1 < stop else None
+            early = pdl and not (just_laid and index == start)
             qkv(
                 self.x, stats, layer.qkv.weight, layer.qkv.bias, layer.qkv.shift, layer.qk_norm, cos, sin,
-                self._q, keys, values, rows, shape, pdl=pdl,
+                self._q, keys, values, rows, shape, pdl=early,
             )  # fmt: skip
             tree_attention(
                 self._q, keys, values, self._attended, self._scratch, rows, shape, config.windows[index],
-                share=self._share, later=None if up is None else tile.beginning(up), pdl=pdl,
+                share=self._share, settled=self._settled, later=None if up is None else tile.beginning(up), pdl=pdl,
             )  # fmt: skip
             if config.parallel_residual:
+                residual_linear(self._attended, *layer.o, hidden, self.hidden, rows, parts=self._parts, pdl=pdl)
                 up_linear(
                     self._x_mlp, stats, layer.up.weight, layer.up.bias, layer.up.shift, self._act, rows, shape,
                     kept=kept, later=down, pdl=pdl,
                 )  # fmt: skip
-                residual_linear(self._attended, *layer.o, hidden, self.hidden, rows, parts=self._parts, pdl=pdl)
                 stats = self._leave(
                     self._act, layer.down, None, self.hidden, after, norms, self._stats_mlp, following, kept
                 )
@@ -292,11 +299,12 @@ class FusedStep:
         back = partial(residual_linear, later=later) if kept is None else partial(kept_down, kept=kept)
         if post is None:
             back(
-                a, *projection, hidden, after, self.rows, next_norms=norms, stats=stats, parts=self._parts, pdl=self.pdl
-            )
+                a, *projection, hidden, after, self.rows, next_norms=norms, stats=stats,
+                means=self.weights.shape.layer_norm, parts=self._parts, pdl=self.pdl,
+            )  # fmt: skip
             return stats
         assert self._raw is not None and self._stats_post is not None
-        back(a, *projection, None, self._raw, self.rows, stats=stats, parts=self._parts, pdl=self.pdl)
+        back(a, *projection, None, self._raw, self.rows, stats=stats, means=False, parts=self._parts, pdl=self.pdl)
         post_norm(
             self._raw, stats, post, hidden, after, self.rows, self.weights.config.norm_eps,
             next_norm=norms[0], stats=self._stats_post, pdl=self.pdl,

@@ -378,7 +378,7 @@ class Rounds:
             step.stats = self.draft.stats
         else:
             step.embed()
-        step.run(reached, config.num_layers, taps)
+        step.run(reached, config.num_layers, taps, just_laid=reached > 0)
         head = weights.head
         project = partial(
             lm_head, step.x, step.stats, head.weight, head.bias, head.shift, step.rows,

@@ -125,7 +125,9 @@ class _Step:
         squares: Tensor | None,
     ) -> None:
         device = cache.device
-        self.step = FusedStep(weights, cache, size, reach=reach, pdl=has_dependent_launch(device), squares=squares)
+        self.step = FusedStep(
+            weights, cache, size, reach=reach, pdl=has_dependent_launch(device), settled=False, squares=squares
+        )
         self.taps = {layer: torch.zeros(size, weights.config.hidden_size, device=device) for layer in taps}
         self._at = torch.arange(size, dtype=torch.int32, device=device)
         self._tile = self._at // MAX_NODES * MAX_NODES

@@ -50,7 +50,7 @@ if triton is not None:
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
         ids, count_of,
         FF: tl.constexpr, D: tl.constexpr, ZEROS: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr,
-        RESIDUAL: tl.constexpr, STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
+        RESIDUAL: tl.constexpr, STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
@@ -70,12 +70,12 @@ if triton is not None:
             first_weight = tl.load(next_weight + cols, mask=inside, other=0.0)
         if NORMS > 1:
             second_weight = tl.load(second_norm + cols, mask=inside, other=0.0)
-        pdl_wait(PDL)
-
         live = tl.load(live_of + rows)
         if RESIDUAL:
             to_before = hidden + rows[:, None].to(tl.int64) * D + cols[None, :]
             before = tl.load(to_before, mask=inside[None, :], other=0.0)
+        pdl_wait(PDL)
+
         # Whole vectors, up to where `up_linear` leaves zeros: a ragged mask would load value by value.
         stop = tl.cdiv(end, ZEROS) * ZEROS if FF % ZEROS == 0 else end
         ids += tl.program_id(0) * FF
@@ -116,7 +116,7 @@ if triton is not None:
                 y += before
             _leave(
                 y, rows, cols, live != 0, tile, out, first_weight, x_next, second_weight, x_second, stats,
-                D, NUM_TILES, STATS, NORMS, X_SCALE,
+                D, NUM_TILES, STATS, NORMS, X_SCALE, MEANS,
             )  # fmt: skip
 
 
@@ -153,6 +153,7 @@ def kept_down(
     parts: Parts,
     next_norms: tuple[tuple[Tensor, Tensor], ...] = (),
     stats: Tensor | None = None,
+    means: bool = True,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
@@ -161,7 +162,7 @@ def kept_down(
     Args:
         a: `[R, FF]` in the model's dtype, compact.
         weight: `[FF, D]`, contiguous.
-        bias, hidden, out, rows, next_norms, pdl, settings: as in `residual_linear`.
+        bias, hidden, out, rows, next_norms, means, pdl, settings: as in `residual_linear`.
         kept: of each tile of rows.
         parts: scratch.
         stats: `[R, 2, kept_tiles(...)]` fp32, overwritten; needed with `next_norms`.
@@ -181,7 +182,7 @@ def kept_down(
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats, parts.sums, parts.arrived,
         rows.live, kept.ids, kept.count,
         FF=num_neurons, D=width, ZEROS=ZEROS, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
-        STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
-        PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        STATS=stats is not None, MEANS=means, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype),
+        PRECISION=precision(a.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

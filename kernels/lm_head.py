@@ -30,7 +30,7 @@ try:
     import triton.language as tl
 
     from .device_noise import gumbel_at, gumbel_run
-    from .tile import load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import normed_rows_product, pdl_next, pdl_wait, weights_ahead
 except ImportError:
     triton = None
 
@@ -99,21 +99,22 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
-        pdl_wait(PDL)
-
-        live = tl.load(live_of + rows)
-        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
+        live = tl.load(live_of + rows) != 0
         if STORE_BEST:
-            temperature = tl.load(options_of)
             sequence = tl.load(sequence_of + rows)
             position = tl.load(position_of + rows)
-        y = rows_product(x, weight, ahead, rows, cols, vocab_size, D, D, 0, BK, SPLIT, PRECISION)
+        pdl_wait(PDL)
+
+        if STORE_BEST:
+            temperature = tl.load(options_of)
+        y, scale, mean = normed_rows_product(
+            x, stats, weight, ahead, rows, cols, vocab_size, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
+            PRECISION,
+        )  # fmt: skip
         pdl_next(PDL)
-        live = live != 0
         if STORE_BEST:
             seed = tl.load(seeds + sequence, mask=live, other=0)[:, None]
             position = position[:, None] + 1
-        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         y = y * scale[:, None]
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean.to(tl.float32)[None, :]

@@ -23,7 +23,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, normed_rows_product, pdl_next, pdl_wait, weights_ahead
 except ImportError:
     triton = None
 
@@ -133,12 +133,12 @@ if triton is not None:
     def _qkv_kernel(  # type: ignore[no-untyped-def]
         x, stats, weight, bias, shift, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache,
         live_of, sequence_of, position_of, slot_of,
-        cache_sequence, cache_head, cache_slot, eps, later, later_bytes,
+        cache_sequence, cache_head, cache_slot, eps, later, later_bytes, later_share,
         D: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
         ROTARY_DIM: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
-        BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+        BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         HALF: tl.constexpr = HEAD_DIM // 2
         ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
@@ -165,21 +165,22 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
-        pdl_wait(PDL)
-
-        live = tl.load(live_of + rows)
+        live = tl.load(live_of + rows) != 0
         position = tl.load(position_of + rows)
         sequence = tl.load(sequence_of + rows)
         slot = tl.load(slot_of + rows)
-        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
-        y = rows_product(x, weight, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
-        pdl_next(PDL)
-        ask_later(later, later_bytes)
-
-        live = live != 0
         pair = first_pair + tl.arange(0, BLOCK_P)
         c, s = _angles(cos, sin, position, pair, live, ROTARY_DIM)
-        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        pdl_wait(PDL)
+
+        pdl_next(PDL and EARLY)
+        y, scale, mean = normed_rows_product(
+            x, stats, weight, ahead, rows, cols, num_cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
+            PRECISION,
+        )  # fmt: skip
+        pdl_next(PDL and not EARLY)
+        ask_later(later, later_bytes, later_share)
+
         y = y * scale[:, None]
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
@@ -225,21 +226,21 @@ if triton is not None:
 
 # Half types, by hidden size and rows of the weight; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 960): {"BLOCK_P": 8, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
-    (896, 1152): {"BLOCK_P": 4, "BK": 64, "SPLIT": 2, "num_warps": 2, "num_stages": 6},
-    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5},
+    (576, 960): {"BLOCK_P": 8, "BK": 128, "SPLIT": 8, "num_warps": 4, "num_stages": 1, "EARLY": 1},
+    (896, 1152): {"BLOCK_P": 4, "BK": 64, "SPLIT": 2, "num_warps": 2, "num_stages": 6, "EARLY": 1},
+    (1536, 2048): {"BLOCK_P": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5, "EARLY": 1},
 }
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
-    """Pairs a program, depth of a product, partial products, warps, stages."""
+    """Pairs a program, depth of a product, partial products, warps, stages, whether attention is let go at the wait."""
     size = shape.hidden_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     if dtype != torch.float32 and not shape.qk_norm and size in _TABLE:
         return _TABLE[size]
     pairs = triton.next_power_of_2(max(8, shape.head_dim // 2)) if shape.qk_norm else 8
     if dtype == torch.float32 or pairs > 32:
         return {"BLOCK_P": pairs, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_P": pairs, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_P": pairs, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 4, "EARLY": 1}
 
 
 def qkv(
@@ -287,10 +288,11 @@ def qkv(
     tiles = triton.cdiv(shape.head_dim // 2, chosen["BLOCK_P"])
     if shape.qk_norm and tiles > 1:
         raise ValueError(f"a norm over heads of {shape.head_dim} needs BLOCK_P >= {shape.head_dim // 2}")
-    _qkv_kernel[(len(rows) // bm, heads * tiles)](
+    grid = (len(rows) // bm, heads * tiles)
+    _qkv_kernel[grid](
         x, stats, weight, bias, shift, *(qk_norm or (None, None)), cos, sin, q_out, k_cache, v_cache,
         rows.live, rows.sequence, rows.position, rows.slot,
-        *k_cache.stride()[:3], shape.norm_eps, *asked(later, pdl),
+        *k_cache.stride()[:3], shape.norm_eps, *asked(later, pdl, grid),
         D=shape.hidden_size, NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, HEAD_DIM=shape.head_dim,
         ROTARY_DIM=shape.rotary_dim, NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm, QK_NORM=qk_norm is not None,

@@ -50,9 +50,10 @@ if triton is not None:
     def _leave(  # type: ignore[no-untyped-def]
         h, rows, cols, live, tile, out, first_weight, x_first, second_weight, x_second, stats,
         D: tl.constexpr, NUM_TILES: tl.constexpr, STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
+        MEANS: tl.constexpr,
     ):  # fmt: skip
-        """Store h [16, BN], its stats, and x of the NORMS that read it (their weights [BN] are given); columns beyond D
-        hold zeros."""
+        """Store h [16, BN], its stats (sums of h only with MEANS), and x of the NORMS that read it (their weights [BN]
+        are given); columns beyond D hold zeros."""
         inside = live[:, None] & (cols < D)[None, :]
         at = rows[:, None].to(tl.int64) * D + cols[None, :]
         tl.store(out + at, h, mask=inside)
@@ -65,16 +66,18 @@ if triton is not None:
         if STATS:
             to = stats + rows.to(tl.int64) * (2 * NUM_TILES) + tile
             tl.store(to, tl.sum(h * h, 1), mask=live)
-            tl.store(to + NUM_TILES, tl.sum(h, 1), mask=live)
+            if MEANS:
+                tl.store(to + NUM_TILES, tl.sum(h, 1), mask=live)
 
     @triton.jit
     def _residual_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
-        later, later_bytes,
+        later, later_bytes, later_share,
         K: tl.constexpr, D: tl.constexpr, NUM_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-        STATS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-        PDL: tl.constexpr,
+        STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
+        PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -90,15 +93,16 @@ if triton is not None:
             first_weight = tl.load(next_weight + cols, mask=cols < D, other=0.0)
         if NORMS > 1:
             second_weight = tl.load(second_norm + cols, mask=cols < D, other=0.0)
-        pdl_wait(PDL)
-
         live = tl.load(live_of + rows)
         if RESIDUAL:
             inside = (cols < D)[None, :]
             before = tl.load(hidden + rows[:, None].to(tl.int64) * D + cols[None, :], mask=inside, other=0.0)
+        pdl_wait(PDL)
+
+        pdl_next(PDL and EARLY)
         y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
-        pdl_next(PDL)
-        ask_later(later, later_bytes)
+        pdl_next(PDL and not EARLY)
+        ask_later(later, later_bytes, later_share)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile
@@ -120,7 +124,7 @@ if triton is not None:
                 y += before
             _leave(
                 y, rows, cols, live != 0, tile, out, first_weight, x_next, second_weight, x_second, stats,
-                D, NUM_TILES, STATS, NORMS, X_SCALE,
+                D, NUM_TILES, STATS, NORMS, X_SCALE, MEANS,
             )  # fmt: skip
 
     @triton.jit
@@ -129,23 +133,23 @@ if triton is not None:
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, NUM_TILES: tl.constexpr,
         X_SCALE: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
-        pdl_wait(PDL)
-        pdl_next(PDL)
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         cols = tl.program_id(1) * BN + tl.arange(0, BN)
         live = tl.load(live_of + rows) != 0
         inside = (cols < D)[None, :]
         at = rows[:, None].to(tl.int64) * D + cols[None, :]
-        squares, sums = load_stats(y_stats, rows, NUM_STATS, BLOCK_S, False)
         w = tl.load(weight + cols, mask=cols < D, other=0.0)
         following = tl.load(next_weight + cols, mask=cols < D, other=0.0)
-        h = tl.load(y + at, mask=inside, other=0.0)
         before = tl.load(hidden + at, mask=inside, other=0.0)
+        pdl_wait(PDL)
+        pdl_next(PDL)
+        squares, sums = load_stats(y_stats, rows, NUM_STATS, BLOCK_S, False)
+        h = tl.load(y + at, mask=inside, other=0.0)
         scale, _ = row_scale(squares, sums, D, eps, 1.0, False)
         h = before + h * scale[:, None] * w[None, :]
         _leave(
             h, rows, cols, live, tl.program_id(1), out, following, x_next, following, x_next, stats,
-            D, NUM_TILES, True, 1, X_SCALE,
+            D, NUM_TILES, True, 1, X_SCALE, False,
         )  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
     (576, 576): {"BN": 8, "BK": 128, "SPLIT": 8, "num_warps": 4, "num_stages": 1, "PARTS": 1},
-    (576, 1536): {"BN": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 6, "PARTS": 1},
+    (576, 1536): {"BN": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5, "PARTS": 1, "EARLY": 1},
     (896, 896): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 4, "PARTS": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
     (1536, 1536): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 6, "PARTS": 1},
@@ -181,7 +185,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Columns a program, depth of a product, partial products, programs a tile, warps, stages."""
+    """Columns a program, depth of a product, partial products, programs a tile, warps, stages, whether the next kernel
+    is let go at the wait."""
     if dtype != torch.float32 and (width, k) in _TABLE:
         return _TABLE[width, k]
     if dtype == torch.float32:
@@ -199,6 +204,7 @@ def residual_linear(
     *,
     next_norms: tuple[tuple[Tensor, Tensor], ...] = (),
     stats: Tensor | None = None,
+    means: bool = True,
     parts: Parts | None = None,
     later: Tensor | None = None,
     pdl: bool = False,
@@ -216,6 +222,7 @@ def residual_linear(
         next_norms: `(norm weight [D] fp32, x [R, D] to be overwritten)` of the one or two norms that read the stream
             next. None of them: only `out` is written.
         stats: `[R, 2, column_tiles(...)]` fp32, overwritten; needed with `next_norms`.
+        means: whether the next norms take a mean off; else the stats' second half is left as it is.
         parts: scratch, needed where the settings share a tile's k.
         later, pdl, settings: as in `qkv`.
     """
@@ -230,13 +237,14 @@ def residual_linear(
         raise ValueError(f"{len(next_norms)} next norms, stats {'not ' if stats is None else ''}given")
     first = next_norms[0] if next_norms else (out, out)
     second = next_norms[1] if len(next_norms) == 2 else first
-    _residual_kernel[(len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])](
+    grid = (len(rows) // BLOCK_ROWS, tiles, chosen["PARTS"])
+    _residual_kernel[grid](
         a, weight, bias, hidden, out, *first, *second, out if stats is None else stats,
         out if parts is None else parts.sums, rows.live if parts is None else parts.arrived, rows.live,
-        *asked(later, pdl),
+        *asked(later, pdl, grid),
         K=k, D=width, NUM_TILES=tiles, HAS_BIAS=bias is not None, RESIDUAL=hidden is not None,
-        STATS=stats is not None, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype), PRECISION=precision(a.dtype),
-        PDL=pdl, BM=BLOCK_ROWS, **chosen,
+        STATS=stats is not None, MEANS=means, NORMS=len(next_norms), X_SCALE=x_scale(a.dtype),
+        PRECISION=precision(a.dtype), PDL=pdl, BM=BLOCK_ROWS, **chosen,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

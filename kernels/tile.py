@@ -23,6 +23,8 @@ These are device functions: the operations that use them have launchers, referen
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,13 @@ def x_scale(dtype: torch.dtype) -> float:
 ASK_UP_TO = 5 << 20  # bytes
 
 
-def asked(later: Tensor | None, pdl: bool) -> tuple[Tensor | None, int]:
-    """The arguments of `ask_later` for weights that a later kernel reads: they and their bytes. Nothing where there is
-    no such instruction (`pdl` says that there is), and for larger ones: they keep the memory busy by themselves."""
+def asked(later: Tensor | None, pdl: bool, grid: tuple[int, ...]) -> tuple[Tensor | None, int, int]:
+    """The arguments of `ask_later` for weights that a later kernel reads: they, their bytes, and a program's share of
+    them. Nothing where there is no such instruction (`pdl` says that there is), and for larger ones: they keep the
+    memory busy by themselves."""
     if later is None or not pdl or later.nbytes > ASK_UP_TO:
-        return None, 0
-    return later, later.nbytes // 16 * 16
+        return None, 0, 0
+    return later, later.nbytes // 16 * 16, -(-later.nbytes // (16 * math.prod(grid))) * 16
 
 
 def beginning(weight: Tensor) -> Tensor:
@@ -72,20 +75,17 @@ if triton is not None:
 
     @triton.jit
     def pdl_next(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Let the next kernel start once all programs are here: it asks for its weights, and waits before it touches
-        anything of ours. Late, after the loads: next ones that start early take bandwidth and room from this one
-        (measured: at the top of a kernel a step got slower than without)."""
+        """Let the next kernel start once all programs are here. It waits before it touches anything that this one
+        stores; what kernels before this one stored is there, if this one has waited for them. So: after the wait."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def ask_later(later, later_bytes):  # type: ignore[no-untyped-def]
+    def ask_later(later, later_bytes, share):  # type: ignore[no-untyped-def]
         """Ask for this program's share of what a later kernel reads, to be brought into L2. A hint: nothing waits for
         it, and no number depends on it."""
         if later is not None:
-            num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
             program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-            share = tl.cdiv(tl.cdiv(later_bytes, num_programs), 16) * 16
             start = tl.minimum(program * share, later_bytes)
             tl.inline_asm_elementwise(  # one thread of the program asks
                 """
@@ -122,6 +122,14 @@ if triton is not None:
             return 0
 
     @triton.jit
+    def _all_of(x, rows, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x for `weights_ahead`, `[SPLIT, 16, BK]`."""
+        at = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+        real = (at < SHARE) & (first + at < K)
+        x_rows = x + first + rows.to(tl.int64) * K
+        return tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+
+    @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
         x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
         SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,9 +153,7 @@ if triton is not None:
         else:  # each warp has a part of k
             part = tl.arange(0, SPLIT)
             if SPLIT * BK >= SHARE:
-                at = part[:, None] * BK + k[None, :]
-                real = (at < SHARE) & (first + at < K)
-                a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+                a = _all_of(x, rows, K, SHARE, first, BK, SPLIT)
                 return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
             else:
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
@@ -183,4 +189,21 @@ if triton is not None:
         if LAYER_NORM:
             mean = tl.sum(sums, 1) / D
             square -= mean * mean
-        return 1.0 / (tl.sqrt(square + eps) * X_SCALE), mean
+        return tl.rsqrt(square + eps) * (1.0 / X_SCALE), mean
+
+    @triton.jit
+    def normed_rows_product(  # type: ignore[no-untyped-def]
+        x, stats, w, ahead, rows, cols, num_cols, eps,
+        D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
+        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """`rows_product` of all k and the `row_scale` that belongs to it: (y, r / X_SCALE, m)."""
+        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
+        if SPLIT > 1 and SPLIT * BK >= D:  # the sums are added up while x is on its way
+            a = _all_of(x, rows, D, D, 0, BK, SPLIT)
+            scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+            y = tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
+        else:
+            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+            scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        return y, scale, mean

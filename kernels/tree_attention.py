@@ -84,24 +84,49 @@ if triton is not None:
         return tl.where(short, SPLIT_BITS - 1, SPLIT_BITS)
 
     @triton.jit
-    def _block(  # type: ignore[no-untyped-def]
-        queries, keys_of, values_of, path, first, position, first_key, base, cache_slot, scale, softcap,
-        largest, total, acc,
-        HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Take in the keys of positions first .. first + BLOCK - 1 that the row sees: the running maximum, denominator
-        and sum after them."""
-        d = tl.arange(0, BLOCK_D)
-        p = first + tl.arange(0, BLOCK)
-        seen = (p <= position) & (p >= first_key)
-        drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
-        node = tl.load(path + (p - base), mask=drafted, other=0)
-        slot = tl.where(drafted, base + node, p).to(tl.int64) * cache_slot
-        keys = tl.load(keys_of + slot[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        values = tl.load(
-            values_of + slot[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+    def _ask_keys(keys, values, size):  # type: ignore[no-untyped-def]
+        """Ask for `size` bytes of both, a multiple of 16, to be brought into L2; a hint."""
+        tl.inline_asm_elementwise(  # one thread of the program asks
+            """
+            {
+                .reg .pred asks;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 asks, thread, 0;
+                setp.gt.and.s32 asks, $3, 0, asks;
+                @asks cp.async.bulk.prefetch.L2.global [$1], $3;
+                @asks cp.async.bulk.prefetch.L2.global [$2], $3;
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,l,r",
+            [keys.to(tl.int64), values.to(tl.int64), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
+
+    @triton.jit
+    def _slots(path, p, seen, base):  # type: ignore[no-untyped-def]
+        """Where the keys of the positions p stand that a row sees."""
+        drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
+        return tl.where(drafted, base + tl.load(path + (p - base), mask=drafted, other=0), p)
+
+    @triton.jit
+    def _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Keys [D, BLOCK] and values [BLOCK, D] of slots; zeros where they are not seen."""
+        d = tl.arange(0, BLOCK_D)
+        at = slot.to(tl.int64) * cache_slot
+        keys = tl.load(keys_of + at[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        values = tl.load(values_of + at[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        return keys, values
+
+    @triton.jit
+    def _take_in(  # type: ignore[no-untyped-def]
+        queries, keys, values, seen, scale, softcap, largest, total, acc,
+        HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """The running maximum, denominator and sum after these keys."""
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1)
@@ -111,10 +136,36 @@ if triton is not None:
         finite = tl.where(highest == float("-inf"), 0.0, highest)  # no key seen yet: windows begin inside a block
         shrink = tl.exp2(largest - finite)
         weights = tl.exp2(scores - finite[:, None]).to(values.dtype)
-        ones = tl.full([BLOCK, 16], 1.0, values.dtype)
+        ones = tl.full([values.shape[0], 16], 1.0, values.dtype)
         total = total * shrink[:, None] + tl.dot(weights, ones, input_precision=PRECISION)
         acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision=PRECISION)
         return highest, total, acc
+
+    @triton.jit
+    def _in_one_block(  # type: ignore[no-untyped-def]
+        q_at, q_mask, keys_of, values_of, path, first, position, first_key, base, closed, cache_slot, scale, softcap,
+        largest, total, acc,
+        HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        """A whole split. The keys of a closed one are on their way while the kernel in front still stores this step's;
+        the two cases are written out, for one block that is partly there takes twice the registers."""
+        p = first + tl.arange(0, BLOCK)
+        seen = (p <= position) & (p >= first_key)
+        if closed:
+            keys, values = _read(keys_of, values_of, p, seen, cache_slot, HEAD_DIM, BLOCK_D)
+            pdl_wait(PDL)
+            pdl_next(PDL and EARLY)
+            queries = tl.load(q_at, mask=q_mask, other=0.0)
+            a, b, c = _take_in(queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION)
+        else:
+            slot = _slots(path, p, seen, base)
+            pdl_wait(PDL)
+            pdl_next(PDL and EARLY)
+            queries = tl.load(q_at, mask=q_mask, other=0.0)
+            keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
+            a, b, c = _take_in(queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION)
+        return a, b, c
 
     @triton.jit
     def _part(part_acc, part_max, part_sum, first, num_parts, i, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -154,15 +205,15 @@ if triton is not None:
         q, k_cache, v_cache, out, part_acc, part_max, part_sum, arrived,
         live_of, sequence_of, position_of, base_of, path_of,
         cache_sequence, cache_head, cache_slot, scale, softcap, window, num_splits,
-        later, later_bytes,
+        later, later_bytes, later_share,
         NUM_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PATH: tl.constexpr,
         SPLIT_BITS: tl.constexpr, SHORT_UP_TO: tl.constexpr,
-        SHARE: tl.constexpr, AHEAD: tl.constexpr,
+        SHARE: tl.constexpr, SETTLED: tl.constexpr, AHEAD: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):  # fmt: skip
-        ask_later(later, later_bytes)  # idle programs too, and the memory is idle here
-        pdl_wait(PDL)
+        ask_later(later, later_bytes, later_share)  # idle programs too, and the memory is idle here
         # Rows come last: programs start in this order, and the first rows of a tile have the most to do.
         kv_head, row = tl.program_id(1), tl.program_id(2)
         live = tl.load(live_of + row)
@@ -175,7 +226,6 @@ if triton is not None:
         place = tl.arange(0, BLOCK_G)
         real = place < GROUP
         pair = row * (NUM_KV * GROUP) + kv_head * GROUP + place
-        queries = tl.load(q + pair[:, None] * HEAD_DIM + d[None, :], mask=real[:, None] & inside, other=0.0)
         first_key = tl.maximum(position - window + 1, 0)
         bits = _split_bits(position, SPLIT_BITS, SHORT_UP_TO)
         first_split = first_key >> bits
@@ -191,18 +241,14 @@ if triton is not None:
             mate &= _split_bits(tile_position, SPLIT_BITS, SHORT_UP_TO) == bits
             counted = tl.sum(tl.where(mate, tl.where(tile < row, 17, 16), 0), 0)
             num_mates, rank = counted // 16, counted % 16  # rank: of this row among its mates
-            closed = (end <= base) & (start >= base + PATH - window)
-            shared = closed & (num_mates > GROUP)
+            shared = (end <= base) & (start >= base + PATH - window) & (num_mates > GROUP)
             idle |= shared & (rank >= GROUP)
         if idle:
+            if row % 16 == 0:  # a kernel in which none waits would let those behind it run before those in front
+                pdl_wait(PDL)
             return
         if SHARE:
-            if shared:  # all mates with one query head
-                queries = tl.load(
-                    q + (tile[:, None] * (NUM_KV * GROUP) + kv_head * GROUP + rank) * HEAD_DIM + d[None, :],
-                    mask=mate[:, None] & inside, other=0.0,
-                )  # fmt: skip
-            # written as arithmetic, for which Triton needs no exchange between threads further down
+            # all mates with one query head; written as arithmetic, for which Triton needs no exchange between threads
             pair = tl.where(shared, tile, row) * (NUM_KV * GROUP) + kv_head * GROUP + tl.where(shared, rank, place)
             real = tl.where(shared, mate, real)
             pair_position = tl.where(shared, tile_position, pair_position)
@@ -210,24 +256,54 @@ if triton is not None:
         pair_parts = tl.where(real, (pair_position >> bits) - pair_first + 1, 0)
         keys_of = k_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
         values_of = v_cache + sequence.to(tl.int64) * cache_sequence + kv_head * cache_head
+        path = path_of + row * PATH
+        q_at, q_mask = q + pair[:, None] * HEAD_DIM + d[None, :], real[:, None] & inside
 
         stop = tl.minimum(end, position + 1)
         largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G, 16], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         HALF: tl.constexpr = BLOCK // 2 if BLOCK >= 32 else BLOCK
-        if stop - start <= HALF:  # a row's position tells, so its bits are the same in every tree
-            largest, total, acc = _block(
-                queries, keys_of, values_of, path_of + row * PATH, start, position, first_key, base, cache_slot, scale,
-                softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, HALF,
-            )  # fmt: skip
-        else:
-            for first in range(start, stop, BLOCK):
-                largest, total, acc = _block(
-                    queries, keys_of, values_of, path_of + row * PATH, first, position, first_key, base, cache_slot,
-                    scale, softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK,
+        AT_ONCE: tl.constexpr = BLOCK >= 1 << SPLIT_BITS
+        closed = SETTLED & AT_ONCE & (stop <= base)
+        if PDL and SETTLED:  # noqa: SIM102 (one is known when it is compiled)
+            if not closed:
+                at = start.to(tl.int64) * cache_slot
+                size = k_cache.dtype.element_ty.primitive_bitwidth // 8
+                _ask_keys(keys_of + at, values_of + at, (tl.minimum(stop, base) - start) * (cache_slot * size))
+        if AT_ONCE:
+            if stop - start <= HALF:  # a row's position tells, so its bits are the same in every tree
+                largest, total, acc = _in_one_block(
+                    q_at, q_mask, keys_of, values_of, path, start, position, first_key, base, closed, cache_slot, scale,
+                    softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, HALF, PDL, EARLY,
                 )  # fmt: skip
-        pdl_next(PDL)
+            else:
+                largest, total, acc = _in_one_block(
+                    q_at, q_mask, keys_of, values_of, path, start, position, first_key, base, closed, cache_slot, scale,
+                    softcap, largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK, PDL, EARLY,
+                )  # fmt: skip
+        else:
+            pdl_wait(PDL)
+            pdl_next(PDL and EARLY)
+            queries = tl.load(q_at, mask=q_mask, other=0.0)
+            if stop - start <= HALF:
+                p = start + tl.arange(0, HALF)
+                seen = (p <= position) & (p >= first_key)
+                slot = _slots(path, p, seen, base)
+                keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
+                largest, total, acc = _take_in(
+                    queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION
+                )
+            else:
+                for first in range(start, stop, BLOCK):
+                    p = first + tl.arange(0, BLOCK)
+                    seen = (p <= position) & (p >= first_key)
+                    slot = _slots(path, p, seen, base)
+                    keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
+                    largest, total, acc = _take_in(
+                        queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION
+                    )
+        pdl_next(PDL and not EARLY)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]
         if position >> bits == first_split:  # the only part
@@ -266,21 +342,21 @@ def _blocks(shape: LayerShape) -> tuple[int, int]:
     return padded(shape.group_size), padded(shape.head_dim)
 
 
-# Half types, by width of a head; tuned offline on an H100 over whole steps (docs/kernels.md).
+# Half types, by width of a head; tuned offline over whole steps (docs/kernels.md).
 _TABLE: dict[int, dict[str, int]] = {
-    64: {"BLOCK": 256, "num_warps": 8, "num_stages": 1},
-    128: {"BLOCK": 256, "num_warps": 8, "num_stages": 1},
+    64: {"BLOCK": 256, "num_warps": 8, "num_stages": 1, "EARLY": 1},
+    128: {"BLOCK": 256, "num_warps": 8, "num_stages": 1, "EARLY": 1},
 }
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
-    """Keys a product, warps, stages."""
+    """Keys a product, warps, stages, whether the next kernel is let go at the wait."""
     if dtype != torch.float32 and shape.head_dim in _TABLE:
         return _TABLE[shape.head_dim]
     if dtype == torch.float32:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
     if shape.head_dim <= 128:
-        return {"BLOCK": 256, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK": 256, "num_warps": 8, "num_stages": 1, "EARLY": 1}
     return {"BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -295,6 +371,7 @@ def tree_attention(
     window: int | None = None,
     *,
     share: bool = True,
+    settled: bool = True,
     later: Tensor | None = None,
     pdl: bool = False,
     settings: dict[str, int] | None = None,
@@ -310,6 +387,8 @@ def tree_attention(
         shape: of the layer.
         window: a row at p sees p - window + 1 .. p; None all.
         share: let rows of a sequence read what they all see together; the bits are the same, only times are not.
+        settled: whether keys below each row's base were stored by earlier steps, so that they may be read before the
+            kernel in front is done.
         later, pdl, settings: as in `qkv`.
     """
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
@@ -322,15 +401,16 @@ def tree_attention(
     if window is not None:  # of all rows that may stand on one root
         splits = min(splits, -(-(window + PATH - 2) // (SPLIT_LEN // 2)) + 1)
     # parts on their way take 64 registers a thread at most
-    ahead = max(1, min(8, 64 * 32 * chosen["num_warps"] // (block_g * block_d)))
-    _tree_attention_kernel[(splits, shape.num_kv_heads, len(rows))](
+    ahead = max(1, min(16, 64 * 32 * chosen["num_warps"] // (block_g * block_d)))
+    grid = (splits, shape.num_kv_heads, len(rows))
+    _tree_attention_kernel[grid](
         q, k_cache, v_cache, out, scratch.acc, scratch.largest, scratch.total, scratch.arrived,
         rows.live, rows.sequence, rows.position, rows.base, rows.path,
         *k_cache.stride()[:3], shape.attention_scale, shape.softcap or 1.0, window or NO_WINDOW,
-        scratch.num_splits, *asked(later, pdl),
+        scratch.num_splits, *asked(later, pdl, grid),
         NUM_KV=shape.num_kv_heads, GROUP=shape.group_size, HEAD_DIM=shape.head_dim,
         HAS_SOFTCAP=shape.softcap is not None, PRECISION=precision(q.dtype), PATH=PATH,
         SPLIT_BITS=SPLIT_LEN.bit_length() - 1, SHORT_UP_TO=SHORT_UP_TO,
-        SHARE=share, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
+        SHARE=share, SETTLED=settled, AHEAD=ahead, BLOCK_G=block_g, BLOCK_D=block_d, PDL=pdl,
         **chosen, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

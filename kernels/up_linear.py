@@ -30,7 +30,7 @@ try:
     import triton.language as tl
 
     from .kept_list import store_kept
-    from .tile import ask_later, load_stats, pdl_next, pdl_wait, row_scale, rows_product, weights_ahead
+    from .tile import ask_later, normed_rows_product, pdl_next, pdl_wait, weights_ahead
 except ImportError:
     triton = None
 
@@ -67,11 +67,11 @@ if triton is not None:
 
     @triton.jit
     def _up_kernel(  # type: ignore[no-untyped-def]
-        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes,
+        x, stats, weight, bias, shift, out, live_of, kept, count_of, eps, later, later_bytes, later_share,
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -89,14 +89,16 @@ if triton is not None:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         if LAYER_NORM:
             off_mean = tl.load(shift + cols, mask=inside, other=0.0)
+        live = tl.load(live_of + rows)
         pdl_wait(PDL)
 
-        live = tl.load(live_of + rows)
-        squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
-        y = rows_product(x, weight, ahead, rows, cols, WAYS * FF, D, D, 0, BK, SPLIT, PRECISION)
-        pdl_next(PDL)
-        ask_later(later, later_bytes)
-        scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
+        pdl_next(PDL and EARLY)
+        y, scale, mean = normed_rows_product(
+            x, stats, weight, ahead, rows, cols, WAYS * FF, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
+            PRECISION,
+        )  # fmt: skip
+        pdl_next(PDL and not EARLY)
+        ask_later(later, later_bytes, later_share)
         y = y * scale[:, None]
         if LAYER_NORM:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
@@ -141,14 +143,14 @@ if triton is not None:
 
 # Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5, "EARLY": 1},
     (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
     (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
-    """Neurons a program, depth of a product, partial products, warps, stages."""
+    """Neurons a program, depth of a product, partial products, warps, stages, whether `down` is let go at the wait."""
     size = shape.hidden_size, shape.intermediate_size
     if dtype != torch.float32 and size in _TABLE:
         return _TABLE[size]
@@ -184,9 +186,10 @@ def up_linear(
         rows, shape, later, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
-    _up_kernel[(len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))](
+    grid = (len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))
+    _up_kernel[grid](
         x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
-        None if kept is None else kept.count, shape.norm_eps, *asked(later, pdl),
+        None if kept is None else kept.count, shape.norm_eps, *asked(later, pdl, grid),
         D=shape.hidden_size, FF=shape.intermediate_size,
         NUM_STATS=stats.shape[2], BLOCK_S=triton.next_power_of_2(stats.shape[2]),
         GATED=shape.gated, ACTIVATION=shape.activation, HAS_BIAS=bias is not None, LAYER_NORM=shape.layer_norm,

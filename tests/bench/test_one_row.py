@@ -74,7 +74,7 @@ def test_whole_step():
     for name in one_row.FIRST:
         copy, original = getattr(kernels, name), getattr(one_row.KERNELS, name)
         assert copy is not original and original.BLOCK_ROWS == 16 and copy.BLOCK_ROWS == 1
-        names = [product for product in ("rows_product", "tile_product") if hasattr(copy, product)]
+        names = [product for product in ("rows_product", "normed_rows_product") if hasattr(copy, product)]
         assert names and all(getattr(copy, product) is getattr(one_row, product) for product in names)
 
 

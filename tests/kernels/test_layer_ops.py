@@ -298,9 +298,11 @@ def tree_rows(base: int, parents: list[int], width: int = 16) -> tuple[Rows, lis
 
 def test_what_may_be_asked_for() -> None:
     small, large = torch.zeros(8, 4, dtype=torch.float16), torch.empty(core.ASK_UP_TO + 2, 1, dtype=torch.uint8)
-    assert core.asked(small, True)[0] is small and core.asked(small, True)[1] == 64
-    assert core.asked(small, False) == core.asked(None, True) == core.asked(large, True) == (None, 0)
-    assert core.asked(core.beginning(large), True)[1] == core.ASK_UP_TO and len(core.beginning(small)) == 8
+    assert core.asked(small, True, (2, 3))[0] is small and core.asked(small, True, (2, 3))[1:] == (64, 16)
+    assert (
+        core.asked(small, False, (1,)) == core.asked(None, True, (1,)) == core.asked(large, True, (1,)) == (None, 0, 0)
+    )
+    assert core.asked(core.beginning(large), True, (7, 9))[1] == core.ASK_UP_TO and len(core.beginning(small)) == 8
 
 
 @pytest.mark.gpu
