@@ -1,7 +1,8 @@
 """What lossy arms (early exit, targets that skip weights) cost: their text as the full model judges it.
 
 The full model reads each text again, 16 tokens a pass, with the rows of decoding, so after the same prefix it says
-exactly what plain decoding would say there (design rules 2 and 3).
+exactly what plain decoding would say there (design rules 2 and 3). Where rounds run on the device a text is read like a
+prompt by the same kernels, up to the LM head, whose product may differ by rounding.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 from ..engine.cache import KVCache, plan_cache
 from ..engine.engine import Engine
 from ..engine.forward import Working, advance, node_logits, prefill
+from ..engine.prompt_reader import PromptReader
 from ..engine.sampling import Context, History, SamplingParams, TargetSampler
 from ..engine.statistics import Statistics
 from ..engine.tokenizer import Tokenizer
 from ..engine.tree import MAX_NODES, DraftTree
+from ..engine.workspace import reach_of
 from .arms import PLAIN_ARM, Arm, EngineArm
 from .measure import Measurements, Record, prompt_ids, question_seeds
 from .questions import Question, choose
@@ -42,14 +45,26 @@ class Judgement:
         return sum(self.nats) / len(self.nats) if self.nats else 0.0
 
 
-def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Tensor]:
-    """The full model's logits `[V]` in front of each of these tokens, in order."""
-    decoder, tiles = engine.decoder, engine.tiles
-    ids = [*prompt, *tokens][:-1]
-    plan = plan_cache(decoder.config, 1, len(ids), decoder.device, decoder.dtype)
-    cache, first = KVCache(plan, decoder.device), len(prompt) - 1
-    with torch.inference_mode():
-        prefill(decoder, cache, 0, ids[:first], flash=engine.flash)
+class FullModel:
+    """Reads texts of up to `context` tokens again, one at a time."""
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self._engine, decoder = engine, engine.decoder
+        self._cache = KVCache(plan_cache(decoder.config, 1, context, decoder.device, decoder.dtype), decoder.device)
+        self._reader = None if engine.fused is None else PromptReader(engine.fused, self._cache, reach_of)
+
+    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Its logits in front of each of these tokens, in order, some at a time: `[n, V]`."""
+        decoder, tiles, cache = self._engine.decoder, self._engine.tiles, self._cache
+        ids, first, last = [*prompt, *tokens][:-1], len(prompt) - 1, decoder.config.num_layers
+        cache.restart(0)
+        if self._reader is not None:
+            states: list[Tensor] = []
+            self._reader.read(0, ids, [last], lambda taken: states.append(taken[last]))
+            for rows in torch.cat(states)[first:].split(MAX_NODES) if tokens else ():
+                yield node_logits(decoder, rows, tiles)
+            return
+        prefill(decoder, cache, 0, ids[:first], flash=self._engine.flash)
         while first < len(ids):
             tree = DraftTree(ids[first])
             for token in ids[first + 1 : first + MAX_NODES]:
@@ -58,24 +73,38 @@ def full_model_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[in
             work.embed_new(decoder)
             cache.clear_open(0)
             advance(decoder, cache, [(work, range(len(tree)))], decoder.config.num_layers, tiles)
-            yield from node_logits(decoder, work.hidden[: len(tree)], tiles)
+            yield node_logits(decoder, work.hidden[: len(tree)], tiles)
             cache.commit(0, list(range(len(tree))))
             first += len(tree)
 
 
-def judge(engine: Engine, prompt: Sequence[int], tokens: Sequence[int], sampling: Mapping[str, Any]) -> Judgement:
+def judge(
+    engine: Engine,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    sampling: Mapping[str, Any],
+    model: FullModel | None = None,
+) -> Judgement:
     """What the full model says of a text.
 
     Args:
+        model: with room for the text; None makes one.
         sampling: fields of `SamplingParams`; above temperature 0 the full model's token is the one that it draws with
             the same seed at that position.
     """
     sampler = TargetSampler(SamplingParams(**sampling), engine.decoder.config.vocab_size, engine.decoder.device)
-    history, agrees, nats = History(prompt), [], []
-    for token, logits in zip(tokens, full_model_logits(engine, prompt, tokens), strict=True):
-        agrees.append(sampler.target(logits, Context(history)) == token)
-        nats.append(-float(logits.float().log_softmax(-1)[token]))
-        history.extend([token])
+    model = FullModel(engine, len(prompt) + len(tokens)) if model is None else model
+    agrees: list[bool] = []
+    nats: list[float] = []
+    history = History(prompt)
+    with torch.inference_mode():
+        for logits in model.logits(prompt, tokens):
+            own = tokens[len(nats) : len(nats) + len(logits)]
+            said = logits.float().log_softmax(-1)[range(len(own)), own]
+            for token, row in zip(own, logits, strict=True):
+                agrees.append(sampler.target(row, Context(history)) == token)
+                history.extend([token])
+            nats += (-said).tolist()
     return Judgement(agrees, nats)
 
 
@@ -96,13 +125,16 @@ def judged(
         if arm.name == PLAIN_ARM or (isinstance(arm, EngineArm) and not arm.lossless):
             own = [r for r in records if r.arm == arm.name]
             texts[arm.name] = _conversations(sorted(own, key=lambda r: r.turn), tokenizer)
+    if len(texts) < 2:
+        return {}
+    longest = max(len(ids) + len(r.outcome.token_ids) for own in texts.values() for ids, r in own.values())
+    model = FullModel(engine, longest)
     opinions = {
         name: {
-            key: judge(engine, prompt, record.outcome.token_ids, {**sampling, "seed": seeds[key[0]]})
+            key: judge(engine, prompt, record.outcome.token_ids, {**sampling, "seed": seeds[key[0]]}, model)
             for key, (prompt, record) in own.items()
         }
         for name, own in texts.items()
-        if len(texts) > 1
     }
     num_layers = engine.decoder.config.num_layers
 

@@ -127,7 +127,9 @@ class TealStep(FusedStep):
         drops = self.rows.position[: self.count] >= self.weights.dense_tokens
         torch.mul(self.weights.thresholds, drops.view(-1, 1, 1), out=self._limits)
 
-    def run(self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None) -> Tensor:
+    def run(
+        self, start: int, stop: int, taps: Mapping[int, Tensor] | None = None, *, just_laid: bool = False
+    ) -> Tensor:
         """Run layers start..stop-1, after `embed` or `resume(start)`; returns the residual stream after them.
 
         Raises:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from skipstone.bench.arms import parse_arms
-from skipstone.bench.early_exit import full_model_logits, judge
+from skipstone.bench.early_exit import FullModel, judge
 from skipstone.bench.questions import Question
 from skipstone.bench.run import Settings, run
 from skipstone.engine.engine import Engine
+from skipstone.engine.fused import FusedWeights
 from skipstone.engine.load import load
 
 QUESTIONS = [Question("first", "writing", ("a stone", "again")), Question("second", "qa", ("the rain falls",))]
@@ -39,12 +40,25 @@ def test_of_a_plain_text_the_full_model_is_sure(engine: Engine, sampling: dict[s
 
 def test_logits_are_those_of_a_fresh_pass_over_any_text(engine: Engine) -> None:
     prompt, tokens = [5], [(37 * i + 11) % 320 for i in range(35)]
-    logits = torch.stack(list(full_model_logits(engine, prompt, tokens)))
+    model = FullModel(engine, 40)
+    with torch.inference_mode():
+        logits = torch.cat(list(model.logits(prompt, tokens)))
     with torch.inference_mode():
         hidden = engine.decoder.encode(torch.tensor([[*prompt, *tokens][:-1]]), [4])[4][0]
         expected = engine.decoder.lm_head(engine.decoder.final_norm(hidden))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert list(full_model_logits(engine, prompt, [])) == []
+    assert list(model.logits(prompt, [])) == []
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("length", [1, 16, 40])
+def test_a_text_read_by_the_fused_kernels(engine: Engine, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, tokens = [5, 9, 11], [(37 * i + 11) % 320 for i in range(length)]
+    expected = judge(engine, prompt, tokens, {})
+    with torch.inference_mode():
+        monkeypatch.setattr(engine, "fused", FusedWeights(engine.decoder))
+    found = judge(engine, prompt, tokens, {}, FullModel(engine, 60))
+    assert found.agrees == expected.agrees and found.nats == pytest.approx(expected.nats, abs=1e-4)
 
 
 def test_a_benchmark_reports_what_early_exit_saved_and_cost(engine: Engine) -> None:
