@@ -13,7 +13,7 @@ The head's layers run through the same kernels as the decoder's, with drafted en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -215,23 +215,44 @@ class RecurrentDraft:
         """Whether these drafts were made for this memory."""
         return memory.cache is self._cache
 
-    def start(self, sequence: int, memory: HeadMemory) -> None:
+    def begin(self) -> None:
+        """Before `start`: no sequence has anything that waits."""
+        self.lengths.copy_(self.sequences.base + 1)
+
+    def start(
+        self, sequence: int, memory: HeadMemory, token_ids: Sequence[int], absorb: Callable[[], object] | None = None
+    ) -> None:
         """Take over a sequence whose prompt the head's memory was given; its pending token is the tree's root.
 
         Not to be captured.
+
+        Args:
+            token_ids: all of them, the pending one last.
+            absorb: what runs `absorb`, a captured one; None calls it.
 
         Raises:
             ValueError: not the memory that this was made for.
         """
         if not self.draws_on(memory):
             raise ValueError("this is another memory than the one that the drafts were made for: make them anew")
-        length = memory.length(sequence)
-        last = memory.hand_over(sequence)
-        # the pair of the pending token; before the first token states are zero, and so is the context made of them
-        for tap, layer in enumerate(self.taps):
-            self._ring[sequence, length % RING, tap] = last[layer]
-        self._waiting[sequence, length % RING] = self.trees.tokens[sequence, 0]
-        self.lengths[sequence] = length
+        entries, states = memory.hand_over(sequence)
+        # Pairs of a token and the states of the one before it; before the first token states are zero, and so is the
+        # context made of them. The pending token's pair is the last.
+        tokens = torch.tensor(token_ids[entries:], dtype=torch.int32, device=self.lengths.device)
+        which = [memory.layers.index(tap) for tap in self.taps]
+        some = slice(which[0], which[-1] + 1) if which == list(range(which[0], which[-1] + 1)) else which
+        self.lengths[sequence] = entries
+        for first in range(0, len(tokens), RING):
+            last = min(first + RING, len(tokens))
+            at = (entries + first) % RING  # of the ring's places, which these pairs go round once at most
+            for low, high, to in ((first, min(last, first + RING - at), at), (first + RING - at, last, 0)):
+                if low < high:
+                    self._ring[sequence, to : to + high - low] = states[low:high, some]
+                    self._waiting[sequence, to : to + high - low] = tokens[low:high]
+            left = 0 if last < len(tokens) else MAX_NODES  # so many may wait for the first drafting round
+            for _ in range(-(-(last - first - left) // MAX_NODES)):
+                (self.absorb if absorb is None else absorb)()
+        memory.taken_over(sequence)
 
     def absorb(self) -> None:
         """Take in each active sequence's oldest waiting pairs, 16 at most.

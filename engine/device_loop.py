@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -116,8 +117,10 @@ def decode_on_device(
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
         if isinstance(rounds.draft, RecurrentDraft):
+            rounds.draft.begin()
             for request in requests:
-                rounds.draft.start(request.sequence, on.memories[0])
+                absorb = partial(rounds.replay, "absorb")
+                rounds.draft.start(request.sequence, on.memories[0], request.history.token_ids, absorb)
     rounds.start_clock()
     queue = _Queue(rounds, deque())
     given: dict[int, _Given] = {}

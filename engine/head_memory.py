@@ -21,7 +21,7 @@ from .forward import Working, index_of
 from .gate import DraftPolicy
 from .tree import MAX_NODES
 
-WAITING = 128  # verified tokens that wait at most, before the head takes them in although nobody asked it
+WAITING = 256  # verified tokens that wait at most, before the head takes them in although nobody asked it
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class HeadMemory:
         self.plan, self.head, self.layers = plan, plan.head, plan.layers
         self.cache = self.head.new_state(plan.batch, plan.context + plan.scratch, device)
         width = self.head.hidden_size
-        # By layer, of each sequence: the state of the last token taken in, and of those that wait.
-        self._states = {layer: torch.zeros(plan.batch, 1 + WAITING, width, device=device) for layer in self.layers}
+        # Of each sequence: the states of the last token taken in, and of those that wait, after each layer.
+        self._all = torch.zeros(plan.batch, 1 + WAITING, len(self.layers), width, device=device)
+        self._states = {layer: self._all[:, :, i] for i, layer in enumerate(self.layers)}
         self._out = torch.zeros(plan.batch, plan.scratch, width, device=device)  # the round's entries, by place
         self._lengths, self._waiting, self._made = [0] * plan.batch, [0] * plan.batch, [0] * plan.batch
         self._rounds: list[_Round | None] = [None] * plan.batch
@@ -108,8 +109,7 @@ class HeadMemory:
         """Forget a sequence."""
         self._lengths[sequence] = self._waiting[sequence] = self._made[sequence] = 0
         self._rounds[sequence] = None
-        for states in self._states.values():
-            states[sequence, 0].zero_()
+        self._all[sequence, 0].zero_()
 
     def length(self, sequence: int) -> int:
         """Verified tokens that the head knows of, taken in or waiting."""
@@ -133,14 +133,23 @@ class HeadMemory:
             self._states[layer][sequence, at : at + count] = states[layer]
         self._waiting[sequence] += count
 
-    def hand_over(self, sequence: int) -> dict[int, Tensor]:
-        """Make the entries of all tokens that wait, for a caller that goes on by itself from there.
+    def hand_over(self, sequence: int) -> tuple[int, Tensor]:
+        """For a caller that makes the entries by itself from here on, and says `taken_over` once it has read this.
 
         Returns:
-            layer -> `[D]` fp32, the states of the last token; zeros before any.
+            How many tokens have entries, and `[1 + n, layers, D]` fp32: the states of the last of them (zeros before
+            any), then of those that wait, after each of `layers`.
         """
-        self._take_in(sequence)
-        return {layer: states[sequence, 0] for layer, states in self._states.items()}
+        return self._lengths[sequence], self._all[sequence, : 1 + self._waiting[sequence]]
+
+    def taken_over(self, sequence: int) -> None:
+        """The tokens that waited have entries."""
+        count = self._waiting[sequence]
+        if count:
+            self._all[sequence, 0] = self._all[sequence, count]
+        self._waiting[sequence] = 0
+        self._lengths[sequence] += count
+        self._made[sequence] = self._lengths[sequence]
 
     def open(self, works: Sequence[Working]) -> list[Paths]:
         """Make the entries of what waits and of each sequence's root, in one pass."""

@@ -19,13 +19,14 @@ from torch import Tensor
 from .cache import KVCache
 from .fused import FusedStep, FusedWeights
 from .graphs import captured, has_dependent_launch
+from .head_memory import WAITING
 from .tree import MAX_NODES
 
 SIZES = (64, 256)  # tokens of a step
 # On an H200 a token costs 14 us for each GB of the layers' weights, at least 10 us; a chunk of up to 512 tokens through
 # the decoder's own layers 9 to 12 ms, whatever the model (docs/kernels.md).
 GB_AT_ANY_LENGTH, TOKENS_OF_A_GB = 0.9, 700
-TAKEN_AT_ONCE = 1024  # tokens whose states heads take at once: each time costs launches
+TAKEN_AT_ONCE = 1024  # tokens of a longer prompt whose states heads take at once: each time costs launches
 
 
 def longest_for(weights: FusedWeights) -> int | None:
@@ -80,6 +81,7 @@ class PromptReader:
         """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`, tiles begin
         at `first`. To `squares`, fp32 `[L, FF]`, the tokens' squared inner activations are added."""
         taps = tuple(sorted(layer for layer in layers if layer))
+        at_once = len(ids) - first > WAITING
         kept: list[dict[int, Tensor]] = []
         held = 0
         if squares is not None:
@@ -95,6 +97,9 @@ class PromptReader:
             if take is not None:
                 if 0 in layers:  # the embeddings, which a step does not keep
                     states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device))
+                if not at_once:  # they are stored, no more
+                    take(states)
+                    continue
                 kept.append({layer: own.clone() for layer, own in states.items()})  # the next step overwrites them
                 if first == len(ids) or held >= TAKEN_AT_ONCE:
                     take({layer: torch.cat([own[layer] for own in kept]) for layer in states})
