@@ -316,8 +316,7 @@ def _begin(engine: Engine, rounds: Rounds, prompt: Sequence[int], num_tokens: in
     with torch.inference_mode():
         rounds.begin([Start(0, list(prompt), len(prompt), len(prompt) + num_tokens, SamplingParams())])
         if isinstance(rounds.draft, RecurrentDraft):
-            rounds.draft.begin()
-            rounds.draft.start(0, engine.workspace.memories[0], prompt)
+            rounds.draft.start(engine.workspace.memories[0], {0: prompt})
 
 
 def _replays(kind: Kind, num_tokens: int) -> int:

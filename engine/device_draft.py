@@ -215,19 +215,18 @@ class RecurrentDraft:
         """Whether these drafts were made for this memory."""
         return memory.cache is self._cache
 
-    def begin(self) -> None:
-        """Before `start`: no sequence has anything that waits."""
-        self.lengths.copy_(self.sequences.base + 1)
-
     def start(
-        self, sequence: int, memory: HeadMemory, token_ids: Sequence[int], absorb: Callable[[], object] | None = None
+        self,
+        memory: HeadMemory,
+        texts: Mapping[int, Sequence[int]],
+        absorb: Callable[[], object] | None = None,
     ) -> None:
-        """Take over a sequence whose prompt the head's memory was given; its pending token is the tree's root.
+        """Take over sequences whose prompts the head's memory was given; their pending tokens are the trees' roots.
 
         Not to be captured.
 
         Args:
-            token_ids: all of them, the pending one last.
+            texts: sequence -> all token ids, the pending one last; no other sequence drafts until the next `start`.
             absorb: what runs `absorb`, a captured one; None calls it.
 
         Raises:
@@ -235,24 +234,34 @@ class RecurrentDraft:
         """
         if not self.draws_on(memory):
             raise ValueError("this is another memory than the one that the drafts were made for: make them anew")
-        entries, states = memory.hand_over(sequence)
+        self.lengths.copy_(self.sequences.base + 1)  # nothing waits but for these
+        layers = [memory.layers.index(tap) for tap in self.taps]
+        some = slice(layers[0], layers[-1] + 1) if layers == list(range(layers[0], layers[-1] + 1)) else layers
         # Pairs of a token and the states of the one before it; before the first token states are zero, and so is the
         # context made of them. The pending token's pair is the last.
-        tokens = torch.tensor(token_ids[entries:], dtype=torch.int32, device=self.lengths.device)
-        which = [memory.layers.index(tap) for tap in self.taps]
-        some = slice(which[0], which[-1] + 1) if which == list(range(which[0], which[-1] + 1)) else which
-        self.lengths[sequence] = entries
-        for first in range(0, len(tokens), RING):
-            last = min(first + RING, len(tokens))
-            at = (entries + first) % RING  # of the ring's places, which these pairs go round once at most
-            for low, high, to in ((first, min(last, first + RING - at), at), (first + RING - at, last, 0)):
-                if low < high:
-                    self._ring[sequence, to : to + high - low] = states[low:high, some]
-                    self._waiting[sequence, to : to + high - low] = tokens[low:high]
-            left = 0 if last < len(tokens) else MAX_NODES  # so many may wait for the first drafting round
-            for _ in range(-(-(last - first - left) // MAX_NODES)):
+        pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
+        for sequence, ids in texts.items():
+            entries, states = memory.hand_over(sequence)
+            tokens = torch.tensor(ids[entries:], dtype=torch.int32, device=self.lengths.device)
+            pairs[sequence] = entries, states, tokens
+            self.lengths[sequence] = entries
+        longest = max(len(tokens) for _, _, tokens in pairs.values())
+        for first in range(0, longest, RING):
+            needed = 0
+            for sequence, (entries, states, tokens) in pairs.items():
+                last = min(first + RING, len(tokens))
+                at = (entries + first) % RING  # of the ring's places, which these pairs go round once at most
+                turn = first + RING - at
+                for low, high, to in ((first, min(last, turn), at), (turn, last, 0)):
+                    if low < high:
+                        self._ring[sequence, to : to + high - low] = states[low:high, some]
+                        self._waiting[sequence, to : to + high - low] = tokens[low:high]
+                left = 0 if last < len(tokens) else MAX_NODES  # so many may wait for the first drafting round
+                needed = max(needed, -(-(last - first - left) // MAX_NODES))
+            for _ in range(needed):
                 (self.absorb if absorb is None else absorb)()
-        memory.taken_over(sequence)
+        for sequence in texts:
+            memory.taken_over(sequence)
 
     def absorb(self) -> None:
         """Take in each active sequence's oldest waiting pairs, 16 at most.

@@ -117,10 +117,8 @@ def decode_on_device(
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
         if isinstance(rounds.draft, RecurrentDraft):
-            rounds.draft.begin()
-            for request in requests:
-                absorb = partial(rounds.replay, "absorb")
-                rounds.draft.start(request.sequence, on.memories[0], request.history.token_ids, absorb)
+            texts = {request.sequence: request.history.token_ids for request in requests}
+            rounds.draft.start(on.memories[0], texts, partial(rounds.replay, "absorb"))
     rounds.start_clock()
     queue = _Queue(rounds, deque())
     given: dict[int, _Given] = {}

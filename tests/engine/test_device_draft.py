@@ -93,9 +93,7 @@ class Both:
                 memory.restart(b)
                 if states:
                     memory.take(b, states)
-        self.device.begin()
-        for b, prompt in enumerate(prompts):
-            self.device.start(b, self.memories[1], prompt)
+        self.device.start(self.memories[1], dict(enumerate(prompts)))
 
     def capture(self):
         """From now on drafting replays graphs, made while no sequence is active."""
@@ -269,4 +267,4 @@ def test_what_does_not_fit_is_refused(tiny):
     with torch.inference_mode():
         both = Both(tiny, "llama2", [prompt_of(2)], shaped(beam=2, max_depth=2), Shape(2, 4, 2, 15), [50])
         with pytest.raises(ValueError, match="another memory"):
-            both.device.start(0, both.host, prompt_of(2))
+            both.device.start(both.host, {0: prompt_of(2)})
