@@ -3,12 +3,14 @@
     y[r, n] = sum_k x[r, k] w[n, k]
 
 A row's result depends on its own x and on nothing else: every launch multiplies tiles of exactly 16 rows with one
-instruction, in one order of k, whatever number of the rows is real (design rule 2). Rows that are not live are read as
-zeros. With SPLIT above 1 the k of a tile is dealt to SPLIT partial products in turn, BK at a time, which the warps of a
-program work on side by side; they are added at the end by a fixed tree.
+instruction, in one order of k, whatever number of the rows is real (design rule 2). Rows that are not live are
+multiplied like the others, and nobody stores what comes of it. With SPLIT above 1 the k of a tile is dealt to SPLIT
+partial products in turn, BK at a time, which the warps of a program work on side by side; they are added at the end by
+a fixed tree.
 
 A decode step is bound by latency: a chain of 36 dependent products (K = 576) takes half a microsecond, so dealing k
-out pays although the arithmetic is negligible.
+out pays although the arithmetic is negligible, and what a program can do before it waits for the kernel in front costs
+next to nothing (`pdl_wait`).
 
 Norms are deferred to the consumer. A producer of the residual stream h stores x = h * norm_weight, unnormalised, and
 per tile of columns the sum (and for LayerNorm the plain sum) of h, so that

@@ -124,9 +124,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return seen
 
 
-def bare_exits(engine: Any) -> None:
+def trunk_exits(engine: Any, kind: str, options: dict[str, Any]) -> None:
     decoder, config = engine.decoder, engine.decoder.config
-    specs = tuple(HeadSpec("adapter", e, {"width": 1}) for e in (1, 2))
+    specs = tuple(HeadSpec(kind, e, options) for e in (1, 2))
     heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
     with torch.inference_mode():
         engine.heads = heads.attach(
@@ -162,15 +162,20 @@ def test_plain_rounds_and_a_recurrent_head(
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [fixed_exit(1, 2), every((1, 2), Gate(3.2, 3.2), max_depth=2, branch=1)],
-    ids=["one exit", "two and a gate"],
+    ("policy", "head"),
+    [
+        (fixed_exit(1, 2), ("linear", {})),
+        (every((1, 2), Gate(3.2, 3.2), max_depth=2, branch=1), ("adapter", {"width": 24})),
+    ],
+    ids=["one linear exit", "two adapters and a gate"],
 )
-def test_rounds_with_exits_of_the_trunk(policy: Any, watch: Watch, engine_of: Callable) -> None:
+def test_rounds_with_exits_of_the_trunk(policy: Any, head: Any, watch: Watch, engine_of: Callable) -> None:
     engine = engine_of(num_layers=3, max_context=200)
-    bare_exits(engine)
+    trunk_exits(engine, *head)
     rounds(engine, policy)
-    assert "_grow_chain_kernel" in watch.launches
+    assert "_grow_chain_kernel" in watch.launches and ("_adapter_rows_kernel" in watch.launches) == (
+        head[0] == "adapter"
+    )
     assert not watch.wrong, sorted(set(watch.wrong))
 
 
