@@ -242,7 +242,7 @@ class RecurrentDraft:
         pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
         for sequence, ids in texts.items():
             entries, states = memory.hand_over(sequence)
-            tokens = torch.tensor(ids[entries:], dtype=torch.int32, device=self.lengths.device)
+            tokens = torch.tensor(ids[entries:], dtype=torch.int32).to(self.lengths.device, non_blocking=True)
             pairs[sequence] = entries, states, tokens
             self.lengths[sequence] = entries
         longest = max(len(tokens) for _, _, tokens in pairs.values())

@@ -26,7 +26,7 @@ from ..kernels.grow_chain import Chain
 from ..kernels.grow_tree import Shape
 from .device_draft import RecurrentDraft
 from .gate import PLAIN, DraftPolicy, Source
-from .graphs import AHEAD, Kind, Record, Rounds, Start, Ticket
+from .graphs import AHEAD, Kind, Moment, Record, Rounds, Start, Ticket, elapsed_ms
 from .loop import (
     Machinery,
     Origin,
@@ -36,7 +36,7 @@ from .loop import (
     grow,
     is_out_of_memory,
     keep_pace,
-    read_prompts,
+    read_prompt,
     read_text,
     sources_of,
 )
@@ -113,7 +113,11 @@ def decode_on_device(
     by_host = policy.drafts and rounds.draft is None
     if on.sparse is not None:
         on = replace(on, keep=rounds.keep)
-    read_prompts(on, requests)
+    read: list[tuple[Request, Moment, Moment]] = []
+    for request in requests:  # nobody waits until the first round's end
+        start = rounds.now()
+        read_prompt(on, request)
+        read.append((request, start, rounds.now()))
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
         if isinstance(rounds.draft, RecurrentDraft):
@@ -143,6 +147,9 @@ def decode_on_device(
                             request.statistics.record_fallback("out of memory")
                 ticket = queue.tickets.popleft()
                 records, elapsed = ticket.wait()
+                for request, start, end in read:
+                    request.statistics.prefill_ms += elapsed_ms(start, end)
+                read.clear()
                 released, num_tokens = [], 0
                 for request in active:
                     record = records[request.sequence]

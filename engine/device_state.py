@@ -29,4 +29,4 @@ def fill(state: Trees, trees: Mapping[int, DraftTree]) -> None:
         (state.tokens, tokens), (state.parents, parents), (state.depths, depths), (state.paths, paths),
         (state.count, count), (state.entropies, entropies),
     ):  # fmt: skip
-        target.copy_(values)
+        target.copy_(values, non_blocking=True)

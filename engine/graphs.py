@@ -39,6 +39,13 @@ from .trunk_draft import TrunkDraft
 Kind = Literal["plain", "draft", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
 AHEAD = 2  # rounds in flight at most
+
+
+def elapsed_ms(start: Moment, end: Moment) -> float:
+    """Between two moments that are past."""
+    return float(end - start if isinstance(end, float) else start.elapsed_time(end))
+
+
 NUM_STOPS = 16  # stop ids at most
 
 
@@ -106,11 +113,9 @@ class Ticket:
     def wait(self) -> tuple[list[Record | None], float]:
         """Records by sequence, and the milliseconds since the round before ended, or since `start_clock` if that was
         later."""
-        if isinstance(self.end, float):
-            elapsed = self.end - self._since
-        else:
+        if not isinstance(self.end, float):
             self.end.synchronize()
-            elapsed = self._since.elapsed_time(self.end)
+        elapsed = elapsed_ms(self._since, self.end)
         numbers, exits, refused = self._rounds.read(self._slot)
         counts = refused.tolist() if self.kind == "draft" else [0] * len(refused)
         entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
@@ -257,13 +262,13 @@ class Rounds:
             (self.min_end, min_end), (self.seeds, seeds), (self.trees.tokens[:, 0], pending),
             (self.trees.count, active), (self._next_slot, [self._slot]),
         ):  # fmt: skip
-            target.copy_(torch.tensor(values, dtype=target.dtype))
+            target.copy_(torch.tensor(values, dtype=target.dtype), non_blocking=True)  # the device may be busy yet
         for zeroed in (self.trees.depths, self.trees.paths, self.trees.parents[:, 1:]):
             zeroed.zero_()
         self.trees.parents[:, 0] = -1
         params = starts[0].params
         stops = list(params.stop_ids) + [-1] * (NUM_STOPS - len(params.stop_ids))
-        self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int32))
+        self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int32), non_blocking=True)
         self.options.copy_(
             torch.tensor(
                 [
@@ -276,7 +281,8 @@ class Rounds:
                     0.0,
                     0.0,
                 ]
-            )  # fmt: skip
+            ),
+            non_blocking=True,
         )
         self.top_k.fill_(min(params.top_k, self.weights.config.vocab_size))
         if self.penalties is not None:

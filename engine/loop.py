@@ -190,17 +190,26 @@ def read_prompts(on: Machinery, requests: Sequence[Request]) -> None:
     """
     for request in requests:
         start = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                read_text(on, request, partial(on.take, request.sequence))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            # another way through the prompt would give other keys, so there is none to fall back to
-            count = request.committed_len
-            raise MemoryError(f"out of memory over a prompt of {count} tokens; {on.cache.plan.arithmetic()}") from error
+        read_prompt(on, request)
         _synchronise(on.decoder)
         request.statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
+
+
+def read_prompt(on: Machinery, request: Request) -> None:
+    """Prefill a request; on a GPU it may still be running then.
+
+    Raises:
+        MemoryError: the prompt does not fit.
+    """
+    try:
+        with torch.inference_mode():
+            read_text(on, request, partial(on.take, request.sequence))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # another way through the prompt would give other keys, so there is none to fall back to
+        count = request.committed_len
+        raise MemoryError(f"out of memory over a prompt of {count} tokens; {on.cache.plan.arithmetic()}") from error
 
 
 def read_text(on: Machinery, request: Request, take: Callable[[Mapping[int, Tensor]], None] | None) -> None:

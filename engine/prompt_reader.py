@@ -96,7 +96,7 @@ class PromptReader:
             held += len(chunk)
             if take is not None:
                 if 0 in layers:  # the embeddings, which a step does not keep
-                    states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device))
+                    states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device, non_blocking=True))
                 if not at_once:  # they are stored, no more
                     take(states)
                     continue
@@ -142,8 +142,8 @@ class _Step:
 
     def run(self, sequence: int, first: int, ids: Tensor) -> dict[int, Tensor]:
         """Returns the residual streams `[n, D]` fp32 of the tapped layers; views, overwritten by the next step."""
-        self._place.copy_(torch.tensor([sequence, first, len(ids)], dtype=torch.int32))
-        self.step.ids[: len(ids)].copy_(ids)
+        self._place.copy_(torch.tensor([sequence, first, len(ids)], dtype=torch.int32), non_blocking=True)
+        self.step.ids[: len(ids)].copy_(ids, non_blocking=True)
         (self._body if self._graph is None else self._graph.replay)()
         return {layer: states[: len(ids)] for layer, states in self.taps.items()}
 

@@ -151,7 +151,8 @@ class _Source:
 
 
 class StatisticsRecorder:
-    """Counts one sequence's rounds; `prefill_ms`, `decode_ms` and `num_row_layers` are added to from outside."""
+    """Counts one sequence's rounds; `prefill_ms` (of rounds on the device the device's own time), `decode_ms` and
+    `num_row_layers` are added to from outside."""
 
     def __init__(self) -> None:
         self.prefill_ms = 0.0
