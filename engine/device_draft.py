@@ -30,6 +30,7 @@ from ..kernels.rows import Rows
 from ..kernels.top_candidates import top_candidates
 from ..kernels.tree_attention import AttentionScratch, tree_attention
 from ..kernels.up_linear import up_linear
+from .device_state import upload
 from .fused import NormedLinear
 from .head_memory import HeadMemory
 from .model import Decoder
@@ -242,7 +243,8 @@ class RecurrentDraft:
         pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
         for sequence, ids in texts.items():
             entries, states = memory.hand_over(sequence)
-            tokens = torch.tensor(ids[entries:], dtype=torch.int32).to(self.lengths.device, non_blocking=True)
+            tokens = torch.zeros(len(ids) - entries, dtype=torch.int32, device=self.lengths.device)
+            upload(tokens, torch.tensor(ids[entries:], dtype=torch.int32))
             pairs[sequence] = entries, states, tokens
             self.lengths[sequence] = entries
         longest = max(len(tokens) for _, _, tokens in pairs.values())

@@ -1,13 +1,19 @@
-"""Draft trees from the host into device memory."""
+"""From the host into device memory, without waiting for what the device is doing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..kernels.grow_tree import Trees
 from .tree import MAX_NODES, DraftTree
+
+
+def upload(target: Tensor, values: Tensor) -> None:
+    """Overwrite `target` in its stream's order. A copy from memory that is not pinned would wait for all before it."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
 def fill(state: Trees, trees: Mapping[int, DraftTree]) -> None:
@@ -29,4 +35,4 @@ def fill(state: Trees, trees: Mapping[int, DraftTree]) -> None:
         (state.tokens, tokens), (state.parents, parents), (state.depths, depths), (state.paths, paths),
         (state.count, count), (state.entropies, entropies),
     ):  # fmt: skip
-        target.copy_(values, non_blocking=True)
+        upload(target, values)

@@ -29,7 +29,7 @@ from ..kernels.lm_head import lm_head, num_tiles
 from ..kernels.publish import publish
 from .cache import KVCache
 from .device_draft import RecurrentDraft
-from .device_state import fill
+from .device_state import fill, upload
 from .fused import FusedStep, FusedWeights
 from .sampling import SamplingParams
 from .sparsity.teal_step import ChannelWeights, TealStep
@@ -262,14 +262,15 @@ class Rounds:
             (self.min_end, min_end), (self.seeds, seeds), (self.trees.tokens[:, 0], pending),
             (self.trees.count, active), (self._next_slot, [self._slot]),
         ):  # fmt: skip
-            target.copy_(torch.tensor(values, dtype=target.dtype), non_blocking=True)  # the device may be busy yet
+            upload(target, torch.tensor(values, dtype=target.dtype))
         for zeroed in (self.trees.depths, self.trees.paths, self.trees.parents[:, 1:]):
             zeroed.zero_()
         self.trees.parents[:, 0] = -1
         params = starts[0].params
         stops = list(params.stop_ids) + [-1] * (NUM_STOPS - len(params.stop_ids))
-        self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int32), non_blocking=True)
-        self.options.copy_(
+        upload(self.stop_ids, torch.tensor(stops, dtype=torch.int32))
+        upload(
+            self.options,
             torch.tensor(
                 [
                     params.temperature,
@@ -282,7 +283,6 @@ class Rounds:
                     0.0,
                 ]
             ),
-            non_blocking=True,
         )
         self.top_k.fill_(min(params.top_k, self.weights.config.vocab_size))
         if self.penalties is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .device_state import upload
 from .fused import FusedStep, FusedWeights
 from .graphs import captured, has_dependent_launch
 from .head_memory import WAITING
@@ -91,12 +92,15 @@ class PromptReader:
             left = len(ids) - first
             size = next((s for s in reversed(self.sizes[1:]) if left > s // 2), self.sizes[0])
             chunk = torch.tensor(ids[first : first + size], dtype=torch.int32)
-            states = self.step(size, len(ids), taps).run(sequence, first, chunk)
+            step = self.step(size, len(ids), taps)
+            states = step.run(sequence, first, chunk)
             first += len(chunk)
             held += len(chunk)
             if take is not None:
                 if 0 in layers:  # the embeddings, which a step does not keep
-                    states[0] = self.weights.decoder.embed(chunk.long().to(self.cache.device, non_blocking=True))
+                    states[0] = self.weights.decoder.embed(
+                        self.step(size, len(ids), taps).step.ids[: len(chunk)].long()
+                    )
                 if not at_once:  # they are stored, no more
                     take(states)
                     continue
@@ -142,8 +146,8 @@ class _Step:
 
     def run(self, sequence: int, first: int, ids: Tensor) -> dict[int, Tensor]:
         """Returns the residual streams `[n, D]` fp32 of the tapped layers; views, overwritten by the next step."""
-        self._place.copy_(torch.tensor([sequence, first, len(ids)], dtype=torch.int32), non_blocking=True)
-        self.step.ids[: len(ids)].copy_(ids, non_blocking=True)
+        upload(self._place, torch.tensor([sequence, first, len(ids)], dtype=torch.int32))
+        upload(self.step.ids[: len(ids)], ids)
         (self._body if self._graph is None else self._graph.replay)()
         return {layer: states[: len(ids)] for layer, states in self.taps.items()}
 
