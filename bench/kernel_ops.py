@@ -44,12 +44,15 @@ class Kernels:
     num_rows: int = NUM_ROWS
 
     def table(self, config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
-        """What an operation's own table says."""
+        """What an operation's own table says, but for the moment at which it lets the next kernel go: one operation
+        alone cannot tell."""
         if name in ("o", "down"):
-            return dict(self.residual._settings(*weight_shape(config, name), dtype))
-        if name == "lm_head":
-            return dict(self.lm_head._settings(config.vocab_size, dtype))
-        return dict(getattr(self, name)._settings(layer_shape(config), dtype))
+            own = self.residual._settings(*weight_shape(config, name), dtype)
+        elif name == "lm_head":
+            own = self.lm_head._settings(config.vocab_size, dtype)
+        else:
+            own = getattr(self, name)._settings(layer_shape(config), dtype)
+        return {key: value for key, value in own.items() if key != "EARLY"}
 
 
 @dataclass(frozen=True)
