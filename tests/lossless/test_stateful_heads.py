@@ -22,6 +22,7 @@ from skipstone.heads import Entries
 
 PROMPTS = [[4, 9, 2], list(range(5, 64)), [7]]
 LONG = [i * 7 % 199 for i in range(WAITING + 20)]
+ROOM = len(LONG) + 60
 NEW = 40
 SAMPLED = {"temperature": 0.8, "top_p": 0.97}
 TREE = Gate(0.3, 99.0)
@@ -142,7 +143,7 @@ def decode(engine, policy, prompts=PROMPTS, **options):
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_entries_after_many_rounds_are_those_of_one_pass(sampling, drafting, engine_of, stateful):
     kinds, policy = drafting
-    engine = engine_of()
+    engine = engine_of(max_context=ROOM)
     stateful(engine, *kinds, prompts=PROMPTS)
     outs = decode(engine, policy, [*PROMPTS, LONG], **sampling)
     assert sum(out.stats.num_accepted for out in outs) > 0
@@ -152,7 +153,7 @@ def test_entries_after_many_rounds_are_those_of_one_pass(sampling, drafting, eng
 @pytest.mark.hazard(6, 15)
 @pytest.mark.parametrize("bug", ["first rows", "never taken in", "context late", "drafts stay", "prefill forgotten"])
 def test_planted_bugs_in_the_memory_are_caught(bug, engine_of, stateful, monkeypatch):
-    engine = engine_of()
+    engine = engine_of(max_context=ROOM)
     stateful(engine, "recurrent", prompts=PROMPTS)
     policy = best_first(4, 3, 5)
     prompts = [*PROMPTS, LONG]
