@@ -60,7 +60,7 @@ class FullModel:
         cache.restart(0)
         if self._reader is not None:
             states: list[Tensor] = []
-            self._reader.read(0, ids, [last], lambda taken: states.append(taken[last]))
+            self._reader.read(0, ids, [last], lambda taken: states.append(taken[last].clone()))
             for rows in torch.cat(states)[first:].split(MAX_NODES) if tokens else ():
                 yield node_logits(decoder, rows, tiles)
             return

@@ -89,7 +89,7 @@ if triton is not None:
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """`tile.normed_rows_product` of one row."""
+        """`tile.normed_rows_product` of one row: its own branch for all of k is a product of tiles."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)

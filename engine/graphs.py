@@ -39,14 +39,12 @@ from .trunk_draft import TrunkDraft
 Kind = Literal["plain", "draft", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
 AHEAD = 2  # rounds in flight at most
+NUM_STOPS = 16  # stop ids at most
 
 
 def elapsed_ms(start: Moment, end: Moment) -> float:
     """Between two moments that are past."""
     return float(end - start if isinstance(end, float) else start.elapsed_time(end))
-
-
-NUM_STOPS = 16  # stop ids at most
 
 
 def samples_on_device(params: SamplingParams) -> bool:

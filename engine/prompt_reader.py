@@ -79,8 +79,9 @@ class PromptReader:
         first: int = 0,
         squares: Tensor | None = None,
     ) -> None:
-        """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`, tiles begin
-        at `first`. To `squares`, fp32 `[L, FF]`, the tokens' squared inner activations are added."""
+        """As `forward.prefill`: `ids` is the prompt without its last token, `take` gets states of `layers`, which the
+        next step may overwrite, tiles begin at `first`. To `squares`, fp32 `[L, FF]`, the tokens' squared inner
+        activations are added."""
         taps = tuple(sorted(layer for layer in layers if layer))
         at_once = len(ids) - first > WAITING
         kept: list[dict[int, Tensor]] = []

@@ -83,30 +83,35 @@ if triton is not None:
             tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
+    def bring_near(at, size):  # type: ignore[no-untyped-def]
+        """Ask for `size` bytes from address `at` on, both multiples of 16, to be brought into L2. A hint: nothing waits
+        for it, and no number depends on it."""
+        tl.inline_asm_elementwise(  # one thread of the program asks
+            """
+            {
+                .reg .pred asks;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 asks, thread, 0;
+                setp.gt.and.s32 asks, $2, 0, asks;
+                @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r",
+            [at, size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def ask_later(later, later_bytes, share):  # type: ignore[no-untyped-def]
-        """Ask for this program's share of what a later kernel reads, to be brought into L2. A hint: nothing waits for
-        it, and no number depends on it."""
+        """Ask for this program's share of what a later kernel reads."""
         if later is not None:
             program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
             start = tl.minimum(program * share, later_bytes)
-            tl.inline_asm_elementwise(  # one thread of the program asks
-                """
-                {
-                    .reg .pred asks;
-                    .reg .u32 thread;
-                    mov.u32 thread, %tid.x;
-                    setp.eq.u32 asks, thread, 0;
-                    setp.gt.and.s32 asks, $2, 0, asks;
-                    @asks cp.async.bulk.prefetch.L2.global [$1], $2;
-                    mov.u32 $0, 0;
-                }
-                """,
-                "=r,l,r",
-                [later.to(tl.int64) + start, tl.minimum(share, later_bytes - start)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            bring_near(later.to(tl.int64) + start, tl.minimum(share, later_bytes - start))
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]

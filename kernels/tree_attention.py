@@ -34,7 +34,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .tile import ask_later, pdl_next, pdl_wait
+    from .tile import ask_later, bring_near, pdl_next, pdl_wait
 except ImportError:
     triton = None
 
@@ -84,29 +84,6 @@ if triton is not None:
         return tl.where(short, SPLIT_BITS - 1, SPLIT_BITS)
 
     @triton.jit
-    def _ask_keys(keys, values, size):  # type: ignore[no-untyped-def]
-        """Ask for `size` bytes of both, a multiple of 16, to be brought into L2; a hint."""
-        tl.inline_asm_elementwise(  # one thread of the program asks
-            """
-            {
-                .reg .pred asks;
-                .reg .u32 thread;
-                mov.u32 thread, %tid.x;
-                setp.eq.u32 asks, thread, 0;
-                setp.gt.and.s32 asks, $3, 0, asks;
-                @asks cp.async.bulk.prefetch.L2.global [$1], $3;
-                @asks cp.async.bulk.prefetch.L2.global [$2], $3;
-                mov.u32 $0, 0;
-            }
-            """,
-            "=r,l,l,r",
-            [keys.to(tl.int64), values.to(tl.int64), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
     def _slots(path, p, seen, base):  # type: ignore[no-untyped-def]
         """Where the keys of the positions p stand that a row sees."""
         drafted = seen & (p > base)  # the root stands at base itself; so a plain row waits for no load here
@@ -140,6 +117,20 @@ if triton is not None:
         total = total * shrink[:, None] + tl.dot(weights, ones, input_precision=PRECISION)
         acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision=PRECISION)
         return highest, total, acc
+
+    @triton.jit
+    def _block(  # type: ignore[no-untyped-def]
+        queries, keys_of, values_of, path, first, position, first_key, base, cache_slot, scale, softcap,
+        largest, total, acc,
+        HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Positions first .. first + BLOCK - 1, one block of a split's several."""
+        p = first + tl.arange(0, BLOCK)
+        seen = (p <= position) & (p >= first_key)
+        slot = _slots(path, p, seen, base)
+        keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
+        return _take_in(queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION)
 
     @triton.jit
     def _in_one_block(  # type: ignore[no-untyped-def]
@@ -269,8 +260,10 @@ if triton is not None:
         if PDL and SETTLED:  # noqa: SIM102 (one is known when it is compiled)
             if not closed:
                 at = start.to(tl.int64) * cache_slot
-                size = k_cache.dtype.element_ty.primitive_bitwidth // 8
-                _ask_keys(keys_of + at, values_of + at, (tl.minimum(stop, base) - start) * (cache_slot * size))
+                each = cache_slot * (k_cache.dtype.element_ty.primitive_bitwidth // 8)
+                size = (tl.minimum(stop, base) - start) * each
+                bring_near((keys_of + at).to(tl.int64), size)
+                bring_near((values_of + at).to(tl.int64), size)
         if AT_ONCE:
             if stop - start <= HALF:  # a row's position tells, so its bits are the same in every tree
                 largest, total, acc = _in_one_block(
@@ -287,22 +280,16 @@ if triton is not None:
             pdl_next(PDL and EARLY)
             queries = tl.load(q_at, mask=q_mask, other=0.0)
             if stop - start <= HALF:
-                p = start + tl.arange(0, HALF)
-                seen = (p <= position) & (p >= first_key)
-                slot = _slots(path, p, seen, base)
-                keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
-                largest, total, acc = _take_in(
-                    queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION
-                )
+                largest, total, acc = _block(
+                    queries, keys_of, values_of, path, start, position, first_key, base, cache_slot, scale, softcap,
+                    largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, HALF,
+                )  # fmt: skip
             else:
                 for first in range(start, stop, BLOCK):
-                    p = first + tl.arange(0, BLOCK)
-                    seen = (p <= position) & (p >= first_key)
-                    slot = _slots(path, p, seen, base)
-                    keys, values = _read(keys_of, values_of, slot, seen, cache_slot, HEAD_DIM, BLOCK_D)
-                    largest, total, acc = _take_in(
-                        queries, keys, values, seen, scale, softcap, largest, total, acc, HAS_SOFTCAP, PRECISION
-                    )
+                    largest, total, acc = _block(
+                        queries, keys_of, values_of, path, first, position, first_key, base, cache_slot, scale, softcap,
+                        largest, total, acc, HEAD_DIM, HAS_SOFTCAP, PRECISION, BLOCK_D, BLOCK,
+                    )  # fmt: skip
         pdl_next(PDL and not EARLY)
         denominator = tl.max(total, 1)  # sixteen equal columns
         out_at = pair[:, None] * HEAD_DIM + d[None, :]

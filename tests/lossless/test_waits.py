@@ -28,7 +28,6 @@ from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
-from skipstone.kernels import tile
 from skipstone.kernels.linear import PackedLinear
 
 pytestmark = pytest.mark.interpreter
@@ -116,11 +115,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         if name.startswith("skipstone."):
             for hook, stand_in in (
                 ("pdl_wait", lambda PDL: seen.wait()), ("pdl_next", lambda PDL: None),
-                ("_ask_keys", lambda *args: None), ("has_dependent_launch", lambda device: True),
+                ("bring_near", lambda at, size: None), ("has_dependent_launch", lambda device: True),
             ):  # fmt: skip
                 if hasattr(module, hook):
                     monkeypatch.setattr(module, hook, stand_in)
-    monkeypatch.setattr(tile, "ASK_UP_TO", 0)
     return seen
 
 
