@@ -77,14 +77,16 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
         SHARE: tl.constexpr = K if PARTS == 1 else ((K + PARTS - 1) // PARTS + 63) // 64 * 64
-        first = tl.program_id(2) * SHARE
-        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT)
+        first = 0
+        if PARTS > 1:
+            first = tl.program_id(2) * SHARE
+        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -100,7 +102,7 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION)
+        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
         finish = True

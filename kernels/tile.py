@@ -114,32 +114,70 @@ if triton is not None:
             bring_near(later.to(tl.int64) + start, tl.minimum(share, later_bytes - start))
 
     @triton.jit
-    def weights_ahead(  # type: ignore[no-untyped-def]
-        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr
-    ):
-        """The weights of a product that deals all k out at once (SPLIT * BK >= SHARE, SPLIT > 1), `[SPLIT, BK, BN]`:
-        nothing that another kernel writes, so they are asked for before the wait. 0 for other products."""
-        if SPLIT > 1 and SPLIT * BK >= SHARE:
-            at = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
-            real = (at < SHARE) & (first + at < K)
-            w_rows = w + first + cols.to(tl.int64) * K
-            mask = (cols < num_cols)[None, None, :] & real[:, :, None]
-            return tl.load(w_rows[None, None, :] + at[:, :, None], mask=mask, other=0.0)
-        else:
-            return 0
+    def _dealt(K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Places in a share, from FROM on, of BK k for each of SPLIT parts, and which there are: `[SPLIT, BK]`."""
+        at = FROM + tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+        return at, (at < SHARE) & (first + at < K)
 
     @triton.jit
-    def _all_of(x, rows, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """x for `weights_ahead`, `[SPLIT, 16, BK]`."""
-        at = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
-        real = (at < SHARE) & (first + at < K)
+    def _weights(  # type: ignore[no-untyped-def]
+        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr,
+        SPLIT: tl.constexpr,
+    ):  # fmt: skip
+        at, real = _dealt(K, SHARE, first, FROM, BK, SPLIT)
+        w_rows = w + first + cols.to(tl.int64) * K
+        mask = (cols < num_cols)[None, None, :] & real[:, :, None]
+        return tl.load(w_rows[None, None, :] + at[:, :, None], mask=mask, other=0.0)
+
+    @triton.jit
+    def _inputs(  # type: ignore[no-untyped-def]
+        x, rows, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr
+    ):
+        at, real = _dealt(K, SHARE, first, FROM, BK, SPLIT)
         x_rows = x + first + rows.to(tl.int64) * K
         return tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
 
     @triton.jit
+    def weights_ahead(  # type: ignore[no-untyped-def]
+        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        TAIL: tl.constexpr = 0,
+    ):  # fmt: skip
+        """The weights of a product that deals all k out at once (SPLIT * (BK + TAIL) >= SHARE, SPLIT > 1): nothing that
+        another kernel writes, so they are asked for before the wait. In two pieces, `[SPLIT, BK, BN]` and
+        `[SPLIT, TAIL, BN]`, for blocks are powers of two and 576 is 4 * (128 + 16); with TAIL = 0 the first one twice.
+        0 for other products."""
+        if SPLIT > 1 and SPLIT * (BK + TAIL) >= SHARE:
+            piece = _weights(w, cols, num_cols, K, SHARE, first, 0, BK, SPLIT)
+            if TAIL > 0:
+                return piece, _weights(w, cols, num_cols, K, SHARE, first, SPLIT * BK, TAIL, SPLIT)
+            else:
+                return piece, piece
+        else:
+            return 0
+
+    @triton.jit
+    def _inputs_of(  # type: ignore[no-untyped-def]
+        x, rows, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr
+    ):
+        """x for `weights_ahead`, `[SPLIT, 16, BK]` and `[SPLIT, 16, TAIL]`."""
+        piece = _inputs(x, rows, K, SHARE, first, 0, BK, SPLIT)
+        if TAIL > 0:
+            return piece, _inputs(x, rows, K, SHARE, first, SPLIT * BK, TAIL, SPLIT)
+        else:
+            return piece, piece
+
+    @triton.jit
+    def _product_of(inputs, ahead, TAIL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+        """fp32 [16, BN] of `_inputs_of` and `weights_ahead`."""
+        parts = tl.dot(inputs[0], ahead[0], input_precision=PRECISION)
+        if TAIL > 0:
+            parts = tl.dot(inputs[1], ahead[1], parts, input_precision=PRECISION)
+        return tl.sum(parts, 0)
+
+    @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
         x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
     ):  # fmt: skip
         """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
         with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. Columns from num_cols on give
@@ -159,9 +197,8 @@ if triton is not None:
             return total
         else:  # each warp has a part of k
             part = tl.arange(0, SPLIT)
-            if SPLIT * BK >= SHARE:
-                a = _all_of(x, rows, K, SHARE, first, BK, SPLIT)
-                return tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
+            if SPLIT * (BK + TAIL) >= SHARE:
+                return _product_of(_inputs_of(x, rows, K, SHARE, first, BK, SPLIT, TAIL), ahead, TAIL, PRECISION)
             else:
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
                 for start in range(0, SHARE, SPLIT * BK):
@@ -202,15 +239,15 @@ if triton is not None:
     def normed_rows_product(  # type: ignore[no-untyped-def]
         x, stats, w, ahead, rows, cols, num_cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
-        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
     ):  # fmt: skip
         """`rows_product` of all k and the `row_scale` that belongs to it: (y, r / X_SCALE, m)."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
-        if SPLIT > 1 and SPLIT * BK >= D:  # the sums are added up while x is on its way
-            a = _all_of(x, rows, D, D, 0, BK, SPLIT)
+        if SPLIT > 1 and SPLIT * (BK + TAIL) >= D:  # the sums are added up while x is on its way
+            inputs = _inputs_of(x, rows, D, D, 0, BK, SPLIT, TAIL)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
-            y = tl.sum(tl.dot(a, ahead, input_precision=PRECISION), 0)
+            y = _product_of(inputs, ahead, TAIL, PRECISION)
         else:
-            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION, TAIL)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         return y, scale, mean

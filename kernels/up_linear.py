@@ -71,7 +71,8 @@ if triton is not None:
         D: tl.constexpr, FF: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr,
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr = 0,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -83,7 +84,7 @@ if triton is not None:
                 return
             neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=FF)
         cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
-        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT)
+        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT, TAIL)
         inside = cols < WAYS * FF
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
@@ -95,7 +96,7 @@ if triton is not None:
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
             x, stats, weight, ahead, rows, cols, WAYS * FF, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION,
+            PRECISION, TAIL,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)

@@ -12,6 +12,8 @@ wrong half, path read without the base, a window one too long, parts added twice
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from skipstone.kernels import tile as core
@@ -148,6 +150,23 @@ def test_residual(dtype: torch.dtype, parts: int, num_norms: int) -> None:
             assert int(x.isfinite().all(1).sum()) == len(live)
         assert int(out.isfinite().all(1).sum()) == len(live)
     assert not scratch.arrived.any()
+
+
+@pytest.mark.parametrize(("k", "deal"), [(160, (2, 64, 16)), (200, (2, 64, 64)), (576, (4, 128, 16))])
+def test_a_product_dealt_out_at_once_in_two_pieces(k: int, deal: tuple[int, int, int]) -> None:
+    """By a residual product and one behind a norm; a table's settings for K that is no power of two."""
+    split, block, tail = deal
+    live, width, dtype = [0, 7, 16, 31], 40, torch.float16
+    settings = {"BN": 16, "BK": block, "SPLIT": split, "TAIL": tail, "num_warps": 2, "num_stages": 1}
+    a, weight = drawn(32, k, seed=1).to(dtype), drawn(width, k, seed=2, scale=0.1).to(dtype)
+    hidden, out = drawn(32, width, seed=4), torch.full((32, width), float("nan"), device=DEVICE)
+    residual_linear(a, weight, None, hidden, out, some_rows(live), settings={**settings, "PARTS": 1})
+    near(out[live], (a.float() @ weight.float().T + hidden)[live], dtype)
+    shape = replace(LLAMA, hidden_size=k, intermediate_size=width // 2)
+    _, _, x, stats = deferred(shape, dtype)
+    act = torch.full((32, width // 2), float("nan"), dtype=dtype, device=DEVICE)
+    up_linear(x, stats, weight, None, None, act, some_rows(live), shape, settings=settings)
+    near(act[live], up_linear_reference(x, stats, weight, None, None, shape)[live], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
