@@ -44,15 +44,16 @@ class Kernels:
     num_rows: int = NUM_ROWS
 
     def table(self, config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
-        """What an operation's own table says, but for the moment at which it lets the next kernel go: one operation
-        alone cannot tell."""
+        """What an operation's own table says, a product's tail too if it has none, but for the moment at which it lets
+        the next kernel go: one operation alone cannot tell."""
         if name in ("o", "down"):
             own = self.residual._settings(*weight_shape(config, name), dtype)
         elif name == "lm_head":
             own = self.lm_head._settings(config.vocab_size, dtype)
         else:
             own = getattr(self, name)._settings(layer_shape(config), dtype)
-        return {key: value for key, value in own.items() if key != "EARLY"}
+        tail = {"TAIL": 0} if "BK" in own else {}
+        return tail | {key: value for key, value in own.items() if key != "EARLY"}
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,10 @@ if triton is not None:
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
-        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr
+        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        TAIL: tl.constexpr = 0,
     ):  # fmt: skip
-        """`tile.weights_ahead`, `[BN, SPLIT * BK]`."""
+        """`tile.weights_ahead`, `[BN, SPLIT * BK]`; none has a tail here."""
         if SPLIT * BK >= SHARE:
             at = tl.arange(0, SPLIT * BK)
             real = (at < SHARE) & (first + at < K)
@@ -63,7 +64,7 @@ if triton is not None:
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
         x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.rows_product` of one row, `[1, BN]`."""
         k = tl.arange(0, SPLIT * BK)
@@ -87,7 +88,7 @@ if triton is not None:
     def normed_rows_product(  # type: ignore[no-untyped-def]
         x, stats, w, ahead, rows, cols, num_cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
-        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.normed_rows_product` of one row: its own branch for all of k is a product of tiles."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
@@ -195,10 +196,10 @@ def _named(name: str, settings: Settings) -> Settings:
     """Columns a program under the names of the operation's launcher."""
     columns, rest = settings["BN"], {key: value for key, value in settings.items() if key != "BN"}
     if name == "qkv":
-        return {"BLOCK_P": columns // 2, "SPLIT": 1, **rest}
+        return {"BLOCK_P": columns // 2, "SPLIT": 1, "TAIL": 0, **rest}
     if name == "up":
-        return {"BN": columns // 2, "SPLIT": 1, **rest}
-    return {"BN": columns, "SPLIT": 1, **({"PARTS": 1} if name in ("o", "down") else {}), **rest}
+        return {"BN": columns // 2, "SPLIT": 1, "TAIL": 0, **rest}
+    return {"BN": columns, "SPLIT": 1, "TAIL": 0, **({"PARTS": 1} if name in ("o", "down") else {}), **rest}
 
 
 def measure(model: str, best: Mapping[str, Settings], context: int) -> dict[str, Any]:

@@ -81,17 +81,19 @@ def product_grid(
 ) -> list[Settings]:
     """Settings of a tile product `[16, k] x [k, width]` that can make sense.
 
-    Left out: tiles that do not fit shared memory, splits of k shorter than a block, more stages than steps, warps with
-    nothing to do, and wide tiles where they would leave most multiprocessors idle.
+    Left out: tiles that do not fit shared memory, splits of k shorter than a block, tails that do not deal out all of
+    k, more stages than steps, warps with nothing to do, and wide tiles where they would leave most processors idle.
     """
     choices = {
-        "BN": blocks, "BK": (32, 64, 128, 256), "SPLIT": (1, 2, 4, 8, 16), **more, "num_warps": (2, 4, 8, 16),
-        "num_stages": (1, 2, 3, 4, 6),
+        "BN": blocks, "BK": (32, 64, 128, 256, 512), "TAIL": (0, 16, 32, 64, 128, 256), "SPLIT": (1, 2, 4, 8, 16),
+        **more, "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 6),
     }  # fmt: skip
     found = []
     for s in combinations(choices):
-        parts = s.get("PARTS", 1)
-        depth = s["SPLIT"] * s["BK"]
+        parts, tail = s.get("PARTS", 1), s["TAIL"]
+        depth = s["SPLIT"] * (s["BK"] + tail)
+        if tail and not (s["SPLIT"] > 1 and tail < s["BK"] and depth * parts == k):
+            continue
         fits = s["num_stages"] * depth * (NUM_ROWS + s["BN"]) * 2 <= SHARED_BYTES and depth < 2 * k // parts
         steps = -(-k // (parts * depth))
         staged = min(2, steps) <= s["num_stages"] <= steps

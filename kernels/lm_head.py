@@ -84,13 +84,13 @@ if triton is not None:
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
         STORE_LOGITS: tl.constexpr, STORE_BEST: tl.constexpr, STORE_STATS: tl.constexpr,
         X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
         inside = cols < vocab_size
-        ahead = weights_ahead(weight, cols, vocab_size, D, D, 0, BK, SPLIT)
+        ahead = weights_ahead(weight, cols, vocab_size, D, D, 0, BK, SPLIT, TAIL)
         # nothing of these is written by another kernel
         ids = cols
         if HAS_IDS:
@@ -109,7 +109,7 @@ if triton is not None:
             temperature = tl.load(options_of)
         y, scale, mean = normed_rows_product(
             x, stats, weight, ahead, rows, cols, vocab_size, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION,
+            PRECISION, TAIL,
         )  # fmt: skip
         pdl_next(PDL)
         if STORE_BEST:
