@@ -234,7 +234,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
-    """Pairs a program, depth of a product, partial products, warps, stages, whether attention is let go at the wait."""
+    """Pairs a program, depth of a product (and its tail), partial products, warps, stages, whether
+    attention is let go at the wait."""
     size = shape.hidden_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     if dtype != torch.float32 and not shape.qk_norm and size in _TABLE:
         return _TABLE[size]

@@ -187,8 +187,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Columns a program, depth of a product, partial products, programs a tile, warps, stages, whether the next kernel
-    is let go at the wait."""
+    """Columns a program, depth of a product (and its tail), partial products, programs a tile, warps, stages,
+    whether the next kernel is let go at the wait."""
     if dtype != torch.float32 and (width, k) in _TABLE:
         return _TABLE[width, k]
     if dtype == torch.float32:

@@ -6,7 +6,7 @@ A row's result depends on its own x and on nothing else: every launch multiplies
 instruction, in one order of k, whatever number of the rows is real (design rule 2). Rows that are not live are
 multiplied like the others, and nobody stores what comes of it. With SPLIT above 1 the k of a tile is dealt to SPLIT
 partial products in turn, BK at a time, which the warps of a program work on side by side; they are added at the end by
-a fixed tree.
+a fixed tree. Where all of k is dealt out at once, a part may have two pieces, of BK and of TAIL.
 
 A decode step is bound by latency: a chain of 36 dependent products (K = 576) takes half a microsecond, so dealing k
 out pays although the arithmetic is negligible, and what a program can do before it waits for the kernel in front costs
