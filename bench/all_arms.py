@@ -34,11 +34,11 @@ def all_arms(engine: Engine, others: Mapping[str, HeadSet], thresholds: Collecti
     whole = engine.verify == engine.draft == "dense"
     for target in [kind for kind in ("tda", "teal") if whole and kind in thresholds]:
         found.append(f"{PLAIN_ARM}%{target}")
-        if target == "teal" and engine.decoder.device.type != "cpu":
-            continue  # TEAL drafts nothing there
-        found += [f"always%{target}"] if drafts else []
         if target == "teal":
             found += [f"{form}%teal-draft" for form in found if form.startswith("fixed:") and form[6] != "0"]
+            if engine.decoder.device.type != "cpu":
+                continue  # a target that drops inputs decodes plainly there
+        found += [f"always%{target}"] if drafts else []
     return ",".join(found)
 
 

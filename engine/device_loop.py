@@ -49,8 +49,9 @@ MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 
 
-def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead]) -> Shape | Chain | None:
-    """How a policy's trees grow on the device; None where the host has to grow them.
+def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Chain | None:
+    """How a policy's trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
+    are not verification's own while they draft.
 
     A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; heads
     behind layers of the trunk that keep nothing draft such chains, by either measure of their gates.
@@ -63,7 +64,8 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead]) -> Shape | Chai
         return None
     try:
         if all(speaks_on_device(heads.get(e)) for e in policy.exits):
-            return Chain(policy.exits, tuple(gate.high for gate in gates), length, policy.confidence == "path")
+            by_path = policy.confidence == "path"
+            return Chain(policy.exits, tuple(gate.high for gate in gates), length, by_path, apart)
         if policy.exits != (0,) or not isinstance(heads.get(0), RecurrentHead) or policy.confidence != "entropy":
             return None
         size = 1, 1, length, length
@@ -212,6 +214,8 @@ def _launch(
         return {}
     queue.rounds.give({work.sequence: work.tree for work in works})
     queue.launch("given")
+    for request, work in zip(active, works, strict=True):  # the round runs all layers of all nodes again
+        request.statistics.num_row_layers += sum(work.reached)
     return {work.sequence: _Given(work.tree, count) for work, count in zip(works, refused, strict=True)}
 
 

@@ -37,6 +37,7 @@ from .sparsity.selection import Selection, sum_of_squares
 from .sparsity.target import SparseTarget
 from .sparsity.teal import TealLevel
 from .sparsity.teal_step import ChannelWeights
+from .sparsity.thresholded import TealDecoder
 from .stopping import Emission
 from .tokenizer import Tokenizer
 from .tree import MAX_NODES
@@ -76,7 +77,7 @@ class Engine:
         sparsity: the target model of plain and speculative decoding: one that skips neurons of each sequence by its
             prompt, or one whose every row drops small inputs (TEAL). None: the whole model.
         draft: the layers before an exit drop small inputs while drafting; verification runs all of them again, so the
-            output does not change. None: drafts run the target's own layers, and verification goes on from there. CPU.
+            output does not change. None: drafts run the target's own layers, and verification goes on from there.
 
     Raises:
         ValueError: flash-attn, sparsity or draft was asked for and does not take this model, or these heads, here; the
@@ -117,7 +118,8 @@ class Engine:
         self.model_id, self.deterministic = model_id, deterministic
         self._disagreement: str | None = None
         self.observer: Observer | None = None
-        self._channels: ChannelWeights | None = None  # of rows that drop inputs in rounds on the device
+        # of rows that drop inputs in rounds on the device: all (`teal`), or those that draft (`teal_draft`)
+        self._channels: ChannelWeights | None = None
         with torch.inference_mode(), self.here():
             wanted = can_fuse(decoder) and deterministic if fused is None else fused
             skips = sparsity is not None and not isinstance(sparsity, TealLevel)
@@ -175,6 +177,21 @@ class Engine:
         return weights if params and all(map(samples_on_device, params)) else None
 
     @property
+    def _one_by_one(self) -> bool:
+        """Whether rows of the target drop inputs in rounds on the device."""
+        return self.teal is not None and self._channels is not None
+
+    @property
+    def thinned(self) -> ChannelWeights | None:
+        """What the layers before an exit draft with in rounds on the device, if not with the target's own weights."""
+        return None if self.teal_draft is None else self._channels
+
+    @property
+    def by_channel(self) -> ChannelWeights | TealDecoder | None:
+        """What holds weights a second time, by input channel, for rows that drop inputs."""
+        return self._channels or self._teal_target or self._teal_drafter
+
+    @property
     def policy(self) -> DraftPolicy:
         return self.policy_for(1)
 
@@ -184,13 +201,13 @@ class Engine:
 
     def policy_for(self, batch: int) -> DraftPolicy:
         """How so many sequences at once draft where they are not told: a policy that was set holds for all of them."""
-        if self._channels is not None:
+        if self._one_by_one:
             return PLAIN
         return self._policy if batch < CHAINS_FROM else self._policy_of_many
 
     @property
     def warning(self) -> str | None:
-        return self._disagreement if self._channels is None else ONE_BY_ONE
+        return ONE_BY_ONE if self._one_by_one else self._disagreement
 
     @property
     def prefill(self) -> str:
@@ -223,8 +240,8 @@ class Engine:
         """Set which rows drop small inputs from now on: all (`verify`), those that draft (`draft`), or none.
 
         Raises:
-            ValueError: both, drafts on a GPU or one without fused kernels, thresholds of another model, or heads whose
-                drafts run no layers.
+            ValueError: both, a GPU without fused kernels, a target that skips neurons there, thresholds of another
+                model, or heads whose drafts run no layers.
             NotDeterministic: a row's sums over its kept channels depend on other rows on this machine.
             RuntimeError: a stream of this engine is open in this thread.
         """
@@ -234,16 +251,17 @@ class Engine:
     def _thin_out(self, verify: TealLevel | None, draft: TealLevel | None) -> None:
         decoder = self.decoder
         on_cpu = decoder.device.type == "cpu"
-        if draft is not None and not on_cpu:
+        level, option = (draft, "draft") if verify is None else (verify, "verify")
+        if level is not None and not on_cpu and self.fused is None:
             raise ValueError(
-                f"draft='teal' thins drafts out on the CPU only, and the model is on {decoder.device}: rows that drop "
-                "inputs share no reads there, and verification runs the layers that drafted again, so a drafted token "
-                "costs nearly a step. Load with draft='dense', or with device='cpu'"
+                f"{option}='teal' needs the fused kernels where the model is on {decoder.device}: Triton, "
+                f"deterministic=True and rows that agree. Load with device='cpu', or with {option}='dense'"
             )
-        if verify is not None and not on_cpu and self.fused is None:
+        if draft is not None and self.sparse is not None and self.fused is not None:
             raise ValueError(
-                f"verify='teal' needs the fused kernels where the model is on {decoder.device}: Triton, "
-                "deterministic=True and rows that agree. Load with device='cpu', or with verify='dense'"
+                f"draft='teal' drops inputs of the whole model in rounds on the device, and the target there skips "
+                f"neurons ({self.sparse.selection.name!r}): load with draft='dense', with verify='dense', or with "
+                "device='cpu'"
             )
         if verify is not None and self.sparse is not None:
             raise ValueError(f"the target model is {self.verify!r} already: load with verify='teal' instead")
@@ -259,13 +277,15 @@ class Engine:
         target = None if verify is None else verify.decoder(decoder, skip=on_cpu)
         if target is not None and on_cpu and self.deterministic:
             target.check_rows()
-        drafter = None if draft is None else draft.decoder(decoder, num_layers=deepest, skip=True)
-        if verify is None or self.fused is None:
+        drafter = None if draft is None else draft.decoder(decoder, num_layers=deepest, skip=on_cpu)
+        count = deepest if verify is None else decoder.config.num_layers
+        if level is None or self.fused is None:
             self._channels = None
-        elif self._channels is None:
-            self._channels = ChannelWeights(decoder, verify.thresholds, verify.dense_tokens)
+        elif self._channels is None or len(self._channels.channels) != count:
+            self._channels = None  # its memory is free again before the next ones are made
+            self._channels = ChannelWeights(decoder, level.thresholds, level.dense_tokens, count)
         else:
-            self._channels.drop(verify.thresholds, verify.dense_tokens)
+            self._channels.drop(level.thresholds, level.dense_tokens)
         self.teal, self.teal_draft, self._teal_target, self._teal_drafter = verify, draft, target, drafter
 
     def generate(
@@ -437,8 +457,7 @@ class Engine:
         cache = plan_cache(config, batch, wanted, self.decoder.device, self.decoder.dtype, check_free=False)
         memories = self.memory_plans(self.policy_for(batch), batch, wanted)
         parts = [cache.arithmetic(), *(f"memory of the head at {e}: {p.arithmetic()}" for e, p in memories.items())]
-        thinned = self._channels or self._teal_target or self._teal_drafter
-        parts += [] if thinned is None else [thinned.arithmetic()]
+        parts += [] if self.by_channel is None else [self.by_channel.arithmetic()]
         lists = self.fused is not None
         return "; ".join(parts if self.sparse is None else [*parts, self.sparse.arithmetic(batch, lists)])
 
@@ -478,7 +497,7 @@ class Engine:
         chosen = PLAIN if speculation is False else (policy or self.policy_for(len(requests)))
         if lookup is not None:
             chosen = dataclasses.replace(chosen, lookup=(chosen.lookup or Lookup()) if lookup else None)
-        if chosen.drafts and self._channels is not None:
+        if chosen.drafts and self._one_by_one:
             raise ValueError(ONE_BY_ONE)
         if chosen.drafts and self.warning is not None:
             raise NotDeterministic(self.warning)
@@ -490,7 +509,8 @@ class Engine:
         unfinished = [request for request in requests if not request.checker.finished]
         params = [request.sampler.params for request in unfinished]
         drafter = self._teal_drafter if any(chosen.exits) else None
-        fused = None if self.observer is not None or drafter is not None else self._on_device(params)
+        waits = self.observer is not None or (drafter is not None and self.thinned is None)
+        fused = None if waits else self._on_device(params)
         processed = any(map(needs_processing, params))
         pace = None
         if speculation is True and policy is None:
@@ -591,7 +611,7 @@ class Engine:
     def _rounds_for(
         self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int
     ) -> Rounds:
-        return self.workspace.rounds_for(weights, cache, self.heads, policy, batch, processed, context)
+        return self.workspace.rounds_for(weights, cache, self.heads, policy, batch, processed, context, self.thinned)
 
     def _fused_reads(self) -> bool:
         """Whether fused kernels read prompts: those of the target, which may need what they know of neurons."""

@@ -97,6 +97,9 @@ def memory_items(engine: Engine, batch: int, context: int) -> list[MemoryItem]:
     if decoder.output.packed:
         what = "LM head in the layout its kernel reads"
         items.append(MemoryItem(what, decoder.head_weight.numel() * size, table, second_copy=True))
+    if (copied := engine.by_channel) is not None and copied.num_bytes:
+        what = "weights by input channel, for rows that drop inputs"
+        items.append(MemoryItem(what, copied.num_bytes, copied.arithmetic(), second_copy=True))
     plan = plan_cache(config, batch, context, decoder.device, decoder.dtype, check_free=False)
     items.append(MemoryItem(f"KV cache of {batch} x {context} tokens", plan.num_bytes, plan.arithmetic()))
     for exit_layer, memory in engine.memory_plans(engine.policy_for(batch), batch, context).items():
@@ -111,7 +114,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     if engine.fused is None:
         return []
     batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
-    shape, width, taps = round_shape(engine.policy_for(batch), engine.heads)
+    shape, width, taps = round_shape(engine.policy_for(batch), engine.heads, engine.thinned is not None)
     cache = KVCache(plan, torch.device("meta"))
     widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
     counts = sorted({_tiled(batch * rows_each) for rows_each in widths})

@@ -52,7 +52,7 @@ def load(
         sparsity: of "tda": a folder that `skipstone calibrate --sparsity tda` wrote, or thresholds; None: the shipped
             ones of this model.
         draft: what runs the layers before an exit while drafting: "dense" is the target model, and verification goes on
-            from there; "teal" drops small inputs, and verification runs these layers again, so the output stays (CPU).
+            from there; "teal" drops small inputs, and verification runs these layers again, so the output stays.
         teal: of verify="teal" and draft="teal": a folder of `skipstone calibrate --sparsity teal`, or thresholds.
         teal_level: share of the weights that are not read, one of the thresholds' levels; None: their default.
         prefill: what reads prompts: "sdpa" (torch's attention), "flash" (flash-attn 2, 3 or 4, where it is installed,

@@ -8,6 +8,10 @@ the host waits for it to know whether another one is needed: that takes some 20 
 With one exit the last node of a chain runs there, too, and verification goes on from the exit: the rows are its own and
 ran its own kernels, so they stand where it needs them, bit for bit (design rule 5). With several exits nodes stand at
 different layers, and verification starts over.
+
+Layers that drop small inputs while they draft (`sparsity/teal_step.py`) run apart from verification (`Chain.apart`):
+rows that drop inputs gain nothing from tiles, so a sequence has one, its newest node's, which runs to every exit. What
+it leaves is no key of the model's, so verification starts over with one exit, too.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from ..kernels.lm_head import lm_head, num_tiles
 from ..kernels.publish import publish
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
 from ..kernels.up_linear import up_linear
-from .fused import FusedStep, NormedLinear, plain
+from .fused import FusedStep, FusedWeights, NormedLinear, plain
 from .model import Decoder
 
 
@@ -100,8 +104,8 @@ class TrunkDraft:
         decoder: the model's.
         draft_ids: token ids of the heads' outputs, long `[Vd]`, rising; None for all.
         chain: how chains grow.
-        step: runs the passes: that of the verification which follows.
-        width: rows a sequence has in it.
+        step: runs the passes: that of the verification which follows, or one of its own for chains drafted apart.
+        width: rows a sequence has in it, 1 apart.
         trees: where the drafts go.
         sequences: of the batch.
         seeds: int64 `[B]`.
@@ -137,8 +141,8 @@ class TrunkDraft:
         self._asked = Asked.empty(num_refused, exits)
         num_rows, shape = len(self._asked.rows), step.weights.shape
         self._voices = [_Voice(head, decoder, shape, num_rows) for head in self._heads]
-        # the residual stream of all nodes at each exit but the last, for the pass to the next one
-        self._taps = [torch.zeros_like(step.hidden) for _ in chain.exits[1:]]
+        # the residual stream of all nodes at each exit but the last, for the pass to the next one; apart, it runs on
+        self._taps = [] if chain.apart else [torch.zeros_like(step.hidden) for _ in chain.exits[1:]]
         head_weight = self._voices[0].speaker.weight
         self._x = torch.zeros(num_rows, size, dtype=head_weight.dtype, device=device)
         self._stats, self._hidden = (
@@ -152,9 +156,10 @@ class TrunkDraft:
         self._seen = torch.zeros(1, len(exits), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._slot = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def asks(self, heads: Mapping[int, ExitHead]) -> bool:
-        """Whether these drafts were made for these heads."""
-        return all(heads.get(e) is head for e, head in zip(self.chain.exits, self._heads, strict=True))
+    def asks(self, heads: Mapping[int, ExitHead], weights: FusedWeights) -> bool:
+        """Whether these drafts were made for these heads and run these weights."""
+        same = all(heads.get(e) is head for e, head in zip(self.chain.exits, self._heads, strict=True))
+        return same and self._step.weights is weights
 
     def draft(self) -> None:
         """Grow each active sequence's chain."""
@@ -171,7 +176,7 @@ class TrunkDraft:
         for k, exit_layer in enumerate(chain.exits):
             if k == 0:
                 step.embed()
-            else:
+            elif taps:
                 step.resume(start, taps[k - 1])
             hidden = step.run(start, exit_layer, {exit_layer: taps[k]} if k < len(taps) else None)
             if depth < chain.length:

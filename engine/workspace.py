@@ -26,6 +26,7 @@ from .head_memory import HeadMemory, MemoryPlan
 from .loop import is_out_of_memory
 from .model import Decoder
 from .prompt_reader import PromptReader
+from .sparsity.teal_step import ChannelWeights, TealStep
 from .tree import MAX_NODES
 from .trunk_draft import TrunkDraft
 
@@ -122,11 +123,13 @@ class Workspace:
         batch: int,
         processed: bool,
         context: int,
+        thinned: ChannelWeights | None = None,
     ) -> Rounds:
-        """Rounds of this shape on this cache for sequences of up to `context` tokens, made and captured once."""
+        """Rounds of this shape on this cache for sequences of up to `context` tokens, made and captured once; `thinned`
+        are what the layers before an exit of the trunk draft with, None: the rounds' own weights."""
         heads = {} if head_set is None else head_set.heads
         head = heads.get(0)
-        shape, width, taps = round_shape(policy, head_set)
+        shape, width, taps = round_shape(policy, head_set, thinned is not None)
         reach = min(reach_of(context), cache.plan.context)
         key = batch, processed, shape, width, taps, reach
         memory = self.memories.get(0)
@@ -135,7 +138,7 @@ class Workspace:
             if isinstance(own.draft, RecurrentDraft):
                 drafts = memory is not None and own.draft.draws_on(memory)
             else:
-                drafts = own.draft is None or own.draft.asks(heads)
+                drafts = own.draft is None or own.draft.asks(heads, thinned or weights)
             return own.cache is cache and own.weights is weights and drafts
 
         self.rounds = {k: own for k, own in self.rounds.items() if current(own)}
@@ -148,7 +151,10 @@ class Workspace:
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Chain):
-                    heard = heads, self._decoder, draft_ids, shape, own.steps[own.width], own.width
+                    step, each = own.steps[own.width], own.width
+                    if thinned is not None:
+                        step, each = TealStep(thinned, cache, batch, reach=reach, pdl=own.pdl), 1
+                    heard = heads, self._decoder, draft_ids, shape, step, each
                     return TrunkDraft(*heard, *state, own.num_refused, own.exits)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self._decoder, draft_ids, shape, batch
@@ -166,10 +172,13 @@ class Workspace:
         return found
 
 
-def round_shape(policy: DraftPolicy, head_set: HeadSet | None) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
-    """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
+def round_shape(
+    policy: DraftPolicy, head_set: HeadSet | None, apart: bool = False
+) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
+    """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads; `apart`
+    as in `shape_of`."""
     heads = {} if head_set is None else head_set.heads
-    shape = shape_of(policy, heads)
+    shape = shape_of(policy, heads, apart)
     taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
     width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
     width = width if shape is None else 1 << shape.max_nodes.bit_length()

@@ -12,8 +12,10 @@ Otherwise exit k + 1 is asked; refused by all, the chain ends. NaN and +inf are 
 Rows are those of verification, `width` a sequence and row i node i; which are live says what the next pass runs. To the
 first exit that is the newest node alone. An exit behind it runs all nodes of the chain from the exit before on: an
 ancestor may have stopped there, and its keys are needed now. With one exit the last node of a chain runs there, too,
-though nothing is asked about it: then all nodes have been there, and verification goes on from it. One program a
-sequence; state that a program reads is written behind a barrier, because its warps are not in step.
+though nothing is asked about it: then all nodes have been there, and verification goes on from it. Where drafts run
+apart from verification, a pass has one row a sequence, its newest node, which runs on to every exit whoever was sure:
+so its keys are there for the nodes behind it. One program a sequence; state that a program reads is written behind a
+barrier, because its warps are not in step.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ class Chain:
         stops: nats from which on each refuses; inf for no gate.
         length: most tokens.
         by_path: gates compare the whole path's measure, not the token's entropy.
+        apart: passes run in rows of their own, one a sequence, and verification never goes on from what they leave.
     """
 
     exits: tuple[int, ...]
     stops: tuple[float, ...]
     length: int
     by_path: bool = False
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
@@ -74,19 +78,22 @@ class Chain:
 
     @property
     def reached(self) -> int:
-        """Layers that all nodes have run when a chain is complete."""
-        return self.exits[0] if len(self.exits) == 1 else 0
+        """Layers that verification need not run: all nodes have run them, its own way, when a chain is complete."""
+        return self.exits[0] if len(self.exits) == 1 and not self.apart else 0
 
     @property
     def num_steps(self) -> int:
-        """Steps of a draft at most; with one exit the last one is the last node's way to it."""
-        return self.length + (len(self.exits) == 1)
+        """Steps of a draft at most; where verification goes on from an exit, one is the last node's way to it."""
+        return self.length + (self.reached > 0)
 
     def row_layers(self, spoke: Sequence[int], num_refused: int) -> int:
         """Layers of rows that a draft ran and verification runs again, from the exit that each of its tokens is from
-        and whether another one was refused; every exit behind the first runs the chain so far once more."""
+        and whether another one was refused; every exit behind the first runs the chain so far once more, or apart from
+        verification the newest node in any case."""
         if self.reached:
             return 0
+        if self.apart:
+            return (len(spoke) + num_refused) * self.exits[-1]
         total = 0
         for node, last in enumerate([*spoke, *[self.exits[-1]] * num_refused]):
             total += self.exits[0] + (node + 1) * (last - self.exits[0])
@@ -174,9 +181,11 @@ def _lay_reference(
     asks = runs and newest < _deepest(chain, sequences, b)
     runs = runs if chain.reached else asks
     asked.rows.live[b], asked.rows.sequence[b], asked.rows.position[b] = int(asks), b, base + newest
-    asked.source[b], asked.runs[b] = b * width + newest, int(runs)
-    for node in range(width):
-        r = b * width + node
+    if chain.apart and not first:  # the row that is there runs on
+        return
+    asked.source[b], asked.runs[b] = b * width + (0 if chain.apart else newest), int(runs)
+    for node in (newest,) if chain.apart else range(width):
+        r = b * width + (0 if chain.apart else node)
         rows.live[r] = int(runs and (node == newest if first else node <= newest))
         if rows.live[r]:
             rows.sequence[r], rows.base[r], rows.position[r], rows.slot[r] = b, base, base + node, base + node
@@ -192,8 +201,8 @@ if triton is not None:
         tree_tokens, tree_parents, tree_depths, tree_paths, tree_count, tree_entropies,
         live_of, sequence_of, position_of, slot_of, base_row, path_of, ids,
         asked_live, asked_sequence, asked_position, runs_of, source,
-        WIDTH: tl.constexpr, BEGIN: tl.constexpr, LAST: tl.constexpr, ALONE: tl.constexpr, BY_PATH: tl.constexpr,
-        PATH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+        WIDTH: tl.constexpr, BEGIN: tl.constexpr, LAST: tl.constexpr, ALONE: tl.constexpr, APART: tl.constexpr,
+        BY_PATH: tl.constexpr, PATH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
         pdl_next(PDL)
@@ -248,12 +257,15 @@ if triton is not None:
         asks = runs & (newest < deepest)
         if not ALONE:
             runs = asks
-        live = runs & (i <= newest)
+        node = i
+        if APART:
+            node = i + newest
+        live = runs & (node <= newest)
         if BEGIN or LAST:
-            live = live & (i == newest)
-        known = tl.load(tree_tokens + at_node + i, mask=live, other=0)
+            live = live & (node == newest)
+        known = tl.load(tree_tokens + at_node + node, mask=live, other=0)
         if not BEGIN:
-            known = tl.where(added & (i == depth + 1), token, known)
+            known = tl.where(added & (node == depth + 1), token, known)
             tl.debug_barrier()  # every warp has read the state
             tl.store(tree_tokens + at_node + depth + 1, token, mask=added)
             tl.store(tree_entropies + at_node + depth + 1, entropy, mask=added)
@@ -262,19 +274,21 @@ if triton is not None:
             tl.store(nats_of + b, measure, mask=added)
             if LAST:
                 tl.store(refused + b, num_refused + (asked & ~added).to(tl.int32))
-        row = b * WIDTH + i
-        tl.store(live_of + row, live.to(tl.int32))
-        tl.store(sequence_of + row, b + i * 0)
-        tl.store(position_of + row, base + i)
-        tl.store(slot_of + row, base + i)
-        tl.store(base_row + row, base + i * 0)
-        tl.store(path_of + row[:, None] * PATH + n[None, :], tl.where(n[None, :] <= i[:, None], n[None, :], 0))
-        tl.store(ids + row, known)
         tl.store(asked_live + b, asks.to(tl.int32))
         tl.store(asked_sequence + b, b)
         tl.store(asked_position + b, base + newest)
-        tl.store(runs_of + b, runs.to(tl.int32))
-        tl.store(source + b, b * WIDTH + newest)
+        if BEGIN or LAST or not APART:  # apart, the row that is there runs on to the next exit
+            row = b * WIDTH + i
+            tl.store(live_of + row, live.to(tl.int32))
+            tl.store(sequence_of + row, b + i * 0)
+            tl.store(position_of + row, base + node)
+            tl.store(slot_of + row, base + node)
+            tl.store(base_row + row, base + i * 0)
+            own_path = tl.where(n[None, :] <= node[:, None], n[None, :], 0)
+            tl.store(path_of + row[:, None] * PATH + n[None, :], own_path)
+            tl.store(ids + row, known)
+            tl.store(runs_of + b, runs.to(tl.int32))
+            tl.store(source + b, b * WIDTH + (0 if APART else newest))
 
 
 def begin_chain(
@@ -295,17 +309,18 @@ def begin_chain(
         asked: overwritten.
         sequences: of the batch.
         trees: overwritten but for the roots' tokens.
-        rows, ids: of the passes, overwritten; row b * width + i is node i of sequence b.
-        width: 2, 4, 8 or 16, more than the chain is long.
+        rows, ids: of the passes, overwritten; row b * width + i is node i of sequence b, or apart row b its newest one.
+        width: 2, 4, 8 or 16, more than the chain is long; 1 for chains that are drafted apart.
         pdl: programmatic dependent launch.
 
     Raises:
         ValueError: sizes that do not fit.
     """
-    if width not in (2, 4, 8, 16) or width <= chain.length or len(rows) < len(sequences.base) * width:
+    fits = width == 1 if chain.apart else width in (2, 4, 8, 16) and width > chain.length
+    if not fits or len(rows) < len(sequences.base) * width:
         raise ValueError(
-            f"width {width} for {len(sequences.base)} sequences and chains of {chain.length} tokens does not go into "
-            f"{len(rows)} rows"
+            f"width {width} for {len(sequences.base)} sequences and chains of {chain.length} tokens (apart: "
+            f"{chain.apart}) does not go into {len(rows)} rows"
         )
     _launch(0, 0, None, chain, asked, sequences, trees, rows, ids, width, pdl)
 
@@ -365,6 +380,6 @@ def _launch(
         rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path, ids,
         asked.rows.live, asked.rows.sequence, asked.rows.position, asked.runs, asked.source,
         WIDTH=width, BEGIN=answer is None, LAST=exit_index == len(chain.exits) - 1,
-        ALONE=len(chain.exits) == 1, BY_PATH=chain.by_path, PATH=PATH,
-        BLOCK=block, PDL=pdl, num_warps=4 if block <= 1024 else 8, **({"launch_pdl": True} if pdl else {}),
+        ALONE=chain.reached > 0, APART=chain.apart, BY_PATH=chain.by_path, PATH=PATH, BLOCK=block,
+        PDL=pdl, num_warps=4 if block <= 1024 else 8, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

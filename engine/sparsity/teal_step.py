@@ -73,13 +73,16 @@ class ChannelWeights(FusedWeights):
     Args:
         thresholds: of |x|, fp32 `[L, P]`, by layer and `thresholded.projections`.
         dense_tokens: rows at positions below drop nothing.
+        num_layers: the first layers, which are stored so; None: all.
     """
 
-    def __init__(self, decoder: Decoder, thresholds: Tensor, dense_tokens: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, thresholds: Tensor, dense_tokens: int = 0, num_layers: int | None = None
+    ) -> None:
         super().__init__(decoder)
         self.channels = [
             {name: Channels.of(getattr(layer, name), decoder.config, name) for name in INPUTS}
-            for layer in decoder.layers
+            for layer in decoder.layers[:num_layers]
         ]
         self.thresholds = torch.empty(thresholds.shape, device=decoder.device)
         self.dense_tokens = torch.empty(1, dtype=torch.int32, device=decoder.device)
@@ -90,9 +93,14 @@ class ChannelWeights(FusedWeights):
         self.thresholds.copy_(thresholds)
         self.dense_tokens.fill_(dense_tokens)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the second copy."""
+        return sum(own.weight.nbytes for layer in self.channels for own in layer.values())
+
     def arithmetic(self) -> str:
         """What the second copy takes, in words."""
-        return second_copy(sum(own.weight.nbytes for layer in self.channels for own in layer.values()))
+        return second_copy(self.num_bytes)
 
 
 class TealStep(FusedStep):
@@ -133,7 +141,7 @@ class TealStep(FusedStep):
         """Run layers start..stop-1, after `embed` or `resume(start)`; returns the residual stream after them.
 
         Raises:
-            ValueError: states for heads are asked for; nothing drafts beside these steps.
+            ValueError: states on the way are asked for; these steps keep none.
         """
         if taps:
             raise ValueError(f"states after layers {sorted(taps)} were asked for, a step that drops inputs keeps none")

@@ -117,10 +117,15 @@ class TealDecoder(RewiredDecoder):
 
         super().__init__(decoder, make, begin, num_layers)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the second copy of the weights."""
+        own = [getattr(layer, name) for layer in self.layers for name in INPUTS]
+        return sum(projection.num_bytes for projection in own if isinstance(projection, Thresholded))
+
     def arithmetic(self) -> str:
         """What the second copy of the weights takes, in words."""
-        own = [getattr(layer, name) for layer in self.layers for name in INPUTS]
-        return second_copy(sum(projection.num_bytes for projection in own if isinstance(projection, Thresholded)))
+        return second_copy(self.num_bytes)
 
     def check_rows(self) -> None:
         """Check that a row alone has the bits that it has among others, in any place, on this machine.

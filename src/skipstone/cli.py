@@ -69,7 +69,7 @@ Sparsity = Annotated[
 ]
 Draft = Annotated[
     str,
-    typer.Option(help="What runs the layers before an exit: dense, or teal: they drop small inputs (lossless, CPU)."),
+    typer.Option(help="What runs the layers before an exit: dense, or teal: they drop small inputs (lossless)."),
 ]
 TealFolder = Annotated[
     Path | None, typer.Option("--teal", help="Of --draft teal, --verify teal: a folder of calibrate --sparsity teal.")

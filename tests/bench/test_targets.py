@@ -173,7 +173,9 @@ def test_slow_arms_answer_some_questions_and_are_paired_on_those(engine: Engine,
     assert any(line.startswith("hf: 1 of 3 questions") for line in notes(document))
 
 
-def test_all_arms_are_those_that_the_heads_allow(engine: Engine, stateful: Any) -> None:
+def test_all_arms_are_those_that_the_heads_allow(
+    engine: Engine, stateful: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recurrent = Engine(engine.decoder, engine.tokenizer)
     stateful(recurrent, "recurrent")
     assert recurrent.heads is not None
@@ -185,6 +187,11 @@ def test_all_arms_are_those_that_the_heads_allow(engine: Engine, stateful: Any) 
     ):  # fmt: skip
         assert name in names
     assert "fixed:0:3@recurrent%teal-draft" not in names, "a head at exit 0 drafts without the layers"
+    assert "always%teal" in names
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "device", torch.device("cuda"))
+        on_gpu = all_arms(engine, {"recurrent": recurrent.heads}, ["tda", "teal"]).split(",")
+    assert set(names) - set(on_gpu) == {"always%teal"}, "a target that drops inputs decodes plainly there"
     document = run(engine, QUESTIONS[1:2], Settings("tiny", arms="plain"), progress=False)
     assert list(document["arms"]) == ["plain"]
 

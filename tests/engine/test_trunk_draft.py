@@ -4,10 +4,12 @@ Without a GPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), wh
 
 Regimes: adapters, a head with its own projection, bare exits; one exit and three; gates by entropy and by path, and
 none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms, factor and
-soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN. Planted bugs that
+soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN; layers that drop
+inputs, apart from verification, against the CPU's decoder that does (`thresholded.py`). Planted bugs that
 these tests were seen to catch: the final norm in place of the adapter's, its gain left out, the tap of another exit or
 none, outputs taken for token ids, no soft-cap, another node's residual stream, noise of the node's own position, a row
-that does not see itself, ancestors' keys missing at a deeper exit.
+that does not see itself, ancestors' keys missing at a deeper exit; thinned out: nothing dropped, dense positions that
+drop, another layer's thresholds, a node that stops at the exit that was sure.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import DraftPolicy, Gate
 from skipstone.engine.model import Decoder
 from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
+from skipstone.engine.sparsity.teal_step import ChannelWeights, TealStep
+from skipstone.engine.sparsity.thresholded import TealDecoder, projections
 from skipstone.engine.tree import DraftTree
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
@@ -37,6 +41,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = pytest.mark.triton
 INF = math.inf
 CONTEXT = 96
+DENSE_TOKENS = 5
 BARE, LINEAR, ADAPTER = ("adapter", {"width": 1}), ("linear", {}), ("adapter", {"width": 24})
 
 
@@ -73,6 +78,7 @@ class Both:
         width: int = 4,
         dtype: torch.dtype = torch.float32,
         pdl: bool = False,
+        thinned: bool = False,
     ) -> None:
         config, weights = model
         self.decoder = Decoder(config, weights, dtype, DEVICE)
@@ -97,7 +103,15 @@ class Both:
         self.sequences = Sequences(
             whole(*[end > 0 for end in ends]), whole(*[len(p) - 1 for p in prompts]), whole(*ends)
         )
-        step = FusedStep(FusedWeights(self.decoder), self.caches[1], -(-batch * width // 16) * 16, pdl=pdl)
+        self.drafter: Decoder = self.decoder
+        if thinned:
+            own, last, width = len(projections(config)), chain.exits[-1], 1
+            thresholds = 0.1 + 0.03 * torch.arange(config.num_layers * own).view(-1, own).flip(0)
+            self.drafter = TealDecoder(self.decoder, thresholds, DENSE_TOKENS, last, skip=not ON_GPU)
+            channels = ChannelWeights(self.decoder, thresholds, DENSE_TOKENS, last)
+            step: FusedStep = TealStep(channels, self.caches[1], batch, pdl=pdl)
+        else:
+            step = FusedStep(FusedWeights(self.decoder), self.caches[1], -(-batch * width // 16) * 16, pdl=pdl)
         for stale in (step.hidden, step._stats_embed):
             stale.fill_(math.nan)
         self.num_refused, self.exits = whole(*[-5] * batch), torch.zeros(batch, 16, dtype=torch.int32, device=DEVICE)
@@ -129,7 +143,7 @@ class Both:
         )  # fmt: skip
         tiles = RowTiles(gathered=ON_GPU)
         stops = iter(
-            draft(self.decoder, self.caches[0], rows, self.heads.heads, policy, tiles, draft_ids=self.heads.draft_ids)
+            draft(self.drafter, self.caches[0], rows, self.heads.heads, policy, tiles, draft_ids=self.heads.draft_ids)
         )
         return [w.tree if end else None for w, end in zip(works, self.ends, strict=True)], [
             next(stops) if end else 0 for end in self.ends
@@ -162,16 +176,26 @@ RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Chain, dict[st
     "three": ("llama2", {1: ADAPTER, 2: LINEAR, 3: BARE}, Chain((1, 2, 3), (1.8, 1.5, 2.1), 5), {"width": 8}),
     "by path, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, Chain((1, 2), (3.0, 7.0), 4, True), {"width": 8}),
     "layer norm": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, Chain((1, 3), (2.5, 5.0), 3), {"width": 4}),
-}
+    "thinned out": ("llama2", {2: ADAPTER}, Chain((2,), (INF,), 3, apart=True), {"thinned": True}),
+    "thinned out, three": (
+        "qwen3", {1: ADAPTER, 2: LINEAR, 3: BARE}, Chain((1, 2, 3), (1.8, 1.5, 2.1), 5, apart=True), {"thinned": True},
+    ),
+    "thinned out, by path, sampled": (
+        "gemma2", {1: ADAPTER, 2: BARE}, Chain((1, 2), (3.0, 7.0), 4, True, True), {"thinned": True},
+    ),
+    "thinned out, layer norm": (
+        "gpt_neox", {1: ADAPTER, 3: LINEAR}, Chain((1, 3), (2.5, 5.0), 3, apart=True), {"thinned": True},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_chains_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> None:
     """The first sequence has a prompt of one token, the last one room for one draft; one is not active."""
     family, kinds, chain, options = RUNS[name]
-    if name == "by path, sampled":
+    if name.endswith("by path, sampled"):
         options = options | {"params": SamplingParams(temperature=0.8, seed=7)}
-    if name in ("three", "by path, sampled"):
+    if name.endswith(("three", "by path, sampled")):
         options = options | {"draft_ids": torch.arange(1, 199, 2)}
     prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
     with torch.inference_mode():
@@ -183,7 +207,7 @@ def test_chains_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("name", ["one adapter", "three"])
+@pytest.mark.parametrize("name", ["one adapter", "three", "thinned out", "thinned out, three"])
 def test_captured_drafts_are_the_same(name: str, pdl: bool, tiny: Callable[[str], Any]) -> None:
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU with programmatic dependent launch")

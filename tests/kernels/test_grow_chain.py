@@ -1,16 +1,19 @@
 """Chains in device memory against the reference and `engine/draft.py`, with made-up heads that are functions of the
 chain.
 
-Regimes: one exit and three; no gate, gates by entropy and by path that stop some chains at once and some late; NaN;
-greedy ties over tiles; sequences at their ends, inactive ones and such in between; a second round in the first one's
-memory. Planted bugs that these tests were seen to catch: an ancestor not live at a deeper exit, a path's measure taken
-from an exit that refused, a refused node counted at every exit, a chain that goes on after it was refused, a token more
-than the budget, a tie to the higher id.
+Regimes: one exit and three; in verification's rows, and apart in one row a sequence; no gate, gates by entropy and by
+path that stop some chains at once and some late; NaN; greedy ties over tiles; sequences at their ends, inactive ones
+and such in between; a second round in the first one's memory. Planted bugs that these tests were seen to catch: an
+ancestor not live at a deeper exit, a path's measure taken from an exit that refused, a refused node counted at every
+exit, a chain that goes on after it was refused, a token more than the budget, a tie to the higher id; apart: a sure
+node that does not run on to the next exit, an ancestor's row, the last node's own pass, an answer read from a node's
+place.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +44,9 @@ CHAINS = [
     Chain((1, 2, 4), (1.3, 1.5, 1.7), 7),
     Chain((1, 3), (4.0, 6.0), 6, by_path=True),
     Chain((3,), (-1.0,), 4),
+    Chain((2,), (INF,), 3, apart=True),
+    Chain((1,), (4.0,), 5, by_path=True, apart=True),
+    Chain((1, 2, 4), (1.3, 1.5, 1.7), 7, apart=True),
 ]
 RUNS = [
     (begin_chain_reference, grow_chain_reference),
@@ -123,11 +129,12 @@ def grow(run, chain, salts, sequences, asked, trees, rows, ids, width, nan_at=No
             for b, salt in enumerate(salts):
                 live = [i for i in range(width) if rows.live[b * width + i]]
                 assert asked.runs[b] == bool(live) and (live or not asked.rows.live[b])
-                assert chain.reached or asked.runs[b] == asked.rows.live[b]
+                assert chain.reached or asked.runs[b] == asked.rows.live[b] or (chain.apart and k and live)
                 base = int(sequences.base[b])
-                assert live in ([], [depth] if k == 0 else list(range(depth + 1)))
-                for node in live:
-                    r = b * width + node
+                newest = [0] if chain.apart else [depth]
+                assert live in ([], newest if k == 0 or chain.apart else list(range(depth + 1)))
+                for place in live:
+                    r, node = b * width + place, depth if chain.apart else place
                     assert k == 0 or reached[b][node] >= chain.exits[k - 1]
                     reached[b][node] = exit_layer
                     assert [int(t[r]) for t in (rows.sequence, rows.base)] == [b, base]
@@ -136,28 +143,33 @@ def grow(run, chain, salts, sequences, asked, trees, rows, ids, width, nan_at=No
                     assert ids[r] == trees.tokens[b, node]
                 if not asked.rows.live[b]:
                     continue
-                assert depth < chain.length and asked.source[b] == b * width + depth
+                assert depth < chain.length and asked.source[b] == b * width + newest[0]
                 assert asked.rows.position[b] == base + depth and asked.rows.sequence[b] == b
                 tokens = trees.tokens[b, 1 : depth + 1].tolist()
                 value, own, own_stats = answer(logits_of(tuple(tokens), exit_layer, salt, nan_at))
                 best_value[b], best_id[b], stats[b] = value, own, own_stats
             if depth < chain.length:
                 add(depth, k, best_value, best_id, stats, chain, asked, sequences, trees, rows, ids, width)
-    if len(chain.exits) == 1:  # verification goes on from there
-        for b, layers in enumerate(reached):
-            n = int(trees.count[b])
+    for b, layers in enumerate(reached):
+        n = int(trees.count[b])
+        if chain.reached:  # verification goes on from there
             assert layers == [chain.reached] * n + [0] * (16 - n)
+        elif chain.apart:  # nodes that were asked about have been everywhere, so keys of each are there for the next
+            asked_about = max(0, n - 1) + int(asked.num_refused[b])
+            assert layers == [chain.exits[-1]] * asked_about + [0] * (16 - asked_about)
+            spoke = asked.exits[b, 1:n].tolist()
+            assert chain.row_layers(spoke, int(asked.num_refused[b])) == sum(layers)
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: f"{len(c.exits)} exits, {c.length}, {c.stops[-1]}")
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: f"{len(c.exits)} exits, {c.length}, {c.stops[-1]}, {c.apart}")
 @pytest.mark.hazard(14)
 def test_chains_are_those_of_the_engine(run, chain, monkeypatch):  # type: ignore[no-untyped-def]
     """Sequences 1 and 4 are not active; 2 has room for two drafts, 3 for none."""
     salts, depths = [5, 6, 7, 8, 9, 10, 11, 12], [100, 100, 2, 0, 100, 100, 100, 100]
     base = whole(0, 9, 30, 2, 4, 1000, 3, 17)
     sequences = Sequences(whole(1, 0, 1, 1, 0, 1, 1, 1), base, base + 2 + whole(*depths))
-    for width in (8, 16):
+    for width in (1,) if chain.apart else (8, 16):
         rows, trees = Rows.empty(len(salts) * 16, DEVICE), Trees.empty(len(salts), DEVICE)
         asked = Asked.empty(
             whole(*[-9] * len(salts)), torch.full((len(salts), 16), -9, dtype=torch.int32, device=DEVICE)
@@ -191,6 +203,8 @@ def test_what_a_draft_runs_is_counted() -> None:
     assert Chain((4,), (1.0,), 7).row_layers([4, 4], 1) == 0
     assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2, 5, 2], 0) == 2 + (2 + 2 * 3) + 2
     assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2], 1) == 2 + (2 + 2 * 3)
+    assert Chain((4,), (1.0,), 7, apart=True).row_layers([4, 4], 1) == 3 * 4
+    assert Chain((2, 5), (1.0, 2.0), 7, apart=True).row_layers([2, 5, 2], 0) == 3 * 5
     assert not Chain((2,), (INF,), 3).gated and Chain((2, 3), (INF, 1.0), 3).gated
 
 
@@ -206,6 +220,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for width in (1, 4, 3, 32):
         with pytest.raises(ValueError, match=f"width {width}"):
             begin_chain(chain, asked, sequences, trees, rows, rows.live, width)
+    with pytest.raises(ValueError, match="width 8 for 1 sequences"):
+        begin_chain(replace(chain, apart=True), asked, sequences, trees, rows, rows.live, 8)
     tiles = torch.zeros(16, 3, device=DEVICE)
     with pytest.raises(ValueError, match="depth 4"):
         grow_chain(4, 0, tiles, tiles, tiles, chain, asked, sequences, trees, rows, rows.live, 8)

@@ -6,9 +6,10 @@ has no such race; here it tells which addresses each launch reads and stores bef
 is stored before the wait, nothing is read before it that the launch in front stored, and in every launch some program
 waits, or those behind it would not wait for those in front.
 
-Regimes: plain rounds, drafts by a recurrent head, by exits of the trunk and by the host, grammar of layers (parallel,
-norms behind), neurons skipped, prompts of several tiles. Planted bugs seen to fail here: tiles of one prompt taken for
-settled, the residual of a parallel layer read behind the kernel that writes it, rows laid right in front of `qkv`.
+Regimes: plain rounds, drafts by a recurrent head, by exits of the trunk (also of layers that drop inputs) and by the
+host, grammar of layers (parallel, norms behind), neurons skipped, prompts of several tiles. Planted bugs seen to fail
+here: tiles of one prompt taken for settled, the residual of a parallel layer read behind the kernel that writes it,
+rows laid right in front of `qkv`, a list of what is kept read before the product's wait.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from skipstone.engine.gate import Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader
+from skipstone.engine.sparsity.teal import TealLevel
+from skipstone.engine.sparsity.thresholded import projections
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
 from skipstone.kernels.linear import PackedLinear
 
@@ -174,6 +177,25 @@ def test_rounds_with_exits_of_the_trunk(policy: Any, head: Any, watch: Watch, en
     assert "_grow_chain_kernel" in watch.launches and ("_adapter_rows_kernel" in watch.launches) == (
         head[0] == "adapter"
     )
+    assert not watch.wrong, sorted(set(watch.wrong))
+
+
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("llama2", fixed_exit(1, 2)), ("gpt_neox", every((1, 2), Gate(3.2, 3.2), max_depth=2, branch=1))],
+    ids=["one exit", "parallel layers, two exits and a gate"],
+)
+def test_drafts_that_drop_inputs(family: str, policy: Any, watch: Watch, engine_of: Callable) -> None:
+    """Their steps in front of a verification that lays its own rows, and the next round's behind it."""
+    engine = engine_of(family, num_layers=3, max_context=200)
+    trunk_exits(engine, "adapter", {"width": 24})
+    with torch.inference_mode():
+        engine.fused = FusedWeights(engine.decoder)
+    at = torch.full((3, len(projections(engine.decoder.config))), 0.3)
+    engine.drop_inputs(draft=TealLevel(0.3, at, dense_tokens=4))
+    engine.workspace.cache = None
+    out = engine.generate(PROMPTS[1], policy=policy, speculation="always", max_new_tokens=4)
+    assert out.stats.num_drafted > 0 and {"_grow_chain_kernel", "_sparse_kernel", "_qkv_kernel"} <= set(watch.launches)
     assert not watch.wrong, sorted(set(watch.wrong))
 
 
