@@ -14,7 +14,7 @@ import torch
 
 from ..heads.head_set import HeadSet
 from ..heads.stateful import RecurrentHead, StatefulHead
-from ..kernels.grow_chain import Chain
+from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .cache import CachePlan, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
@@ -147,9 +147,9 @@ class Workspace:
 
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
-                if isinstance(shape, Chain):
+                if isinstance(shape, Levels):
                     heard = heads, self._decoder, draft_ids, shape, own.steps[own.width], own.width
-                    return TrunkDraft(*heard, *state, own.num_refused, own.exits)
+                    return TrunkDraft(*heard, *state, own.num_refused, own.exits, own.row_layers)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self._decoder, draft_ids, shape, batch
                 return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
@@ -166,7 +166,7 @@ class Workspace:
         return found
 
 
-def round_shape(policy: DraftPolicy, head_set: HeadSet | None) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
+def round_shape(policy: DraftPolicy, head_set: HeadSet | None) -> tuple[Shape | Levels | None, int, tuple[int, ...]]:
     """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads."""
     heads = {} if head_set is None else head_set.heads
     shape = shape_of(policy, heads)

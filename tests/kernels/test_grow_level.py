@@ -1,16 +1,20 @@
-"""Chains in device memory against the reference and `engine/draft.py`, with made-up heads that are functions of the
-chain.
+"""Chains and trees in device memory against the reference and `engine/draft.py`, with made-up heads that are functions
+of a node's path.
 
-Regimes: one exit and three; no gate, gates by entropy and by path that stop some chains at once and some late; NaN;
-greedy ties over tiles; sequences at their ends, inactive ones and such in between; a second round in the first one's
-memory. Planted bugs that these tests were seen to catch: an ancestor not live at a deeper exit, a path's measure taken
-from an exit that refused, a refused node counted at every exit, a chain that goes on after it was refused, a token more
-than the budget, a tie to the higher id.
+Regimes: one exit and three; chains, and trees of two to four children that fill up in the middle of a level, at its end
+or never; no gate, gates by entropy and by path that stop some at once and some late; NaN; heads with fewer tokens than
+a node may have children; sequences at their ends, inactive ones and such in between; a second round in the first one's
+memory. Planted bugs that these tests were seen to catch: an ancestor not live at a deeper exit, a path's measure
+without what is above, a refused node counted at every exit, a tree that is full and still asks, one node too few,
+places of children that count too much, a node not on its own path, lanes taken for nodes, a certain node that branches,
+a token more than the budget, tokens that are none, lanes of the level before, rows that are not counted, a last level
+that does not run, positions by node.
 """
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -20,49 +24,78 @@ from skipstone.engine.forward import RowTiles, Working
 from skipstone.engine.gate import DraftPolicy, Gate
 from skipstone.engine.tree import DraftTree
 from skipstone.kernels.adapter_rows import adapter_rows, adapter_rows_reference
-from skipstone.kernels.grow_chain import (
+from skipstone.kernels.grow_level import (
     Asked,
-    Chain,
-    begin_chain,
-    begin_chain_reference,
-    grow_chain,
-    grow_chain_reference,
+    Levels,
+    begin_levels,
+    begin_levels_reference,
+    grow_level,
+    grow_level_reference,
 )
 from skipstone.kernels.grow_tree import Sequences, Trees
 from skipstone.kernels.rows import Rows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-VOCAB, TILE = 11, 4
-INF = math.inf
-CHAINS = [
-    Chain((2,), (INF,), 3),
-    Chain((1,), (1.9,), 5),
-    Chain((1, 2, 4), (1.3, 1.5, 1.7), 7),
-    Chain((1, 3), (4.0, 6.0), 6, by_path=True),
-    Chain((3,), (-1.0,), 4),
-]
+VOCAB = 11
+INF, ONE = math.inf, (1.0, 1.0)
+
+
+def chain(exits: tuple[int, ...], stops: tuple[float, ...], length: int, by_path: bool = False) -> Levels:
+    return Levels(exits, tuple((stop, stop) for stop in stops), 1, length, length, by_path)
+
+
+SHAPES = {
+    "one exit, no gate": chain((2,), (INF,), 3),
+    "one exit": chain((1,), (1.9,), 5),
+    "three exits": chain((1, 2, 4), (1.3, 1.5, 1.7), 7),
+    "two exits by path": chain((1, 3), (4.0, 6.0), 6, by_path=True),
+    "refused at once": chain((3,), (-1.0,), 4),
+    "tree": Levels((2,), ((1.2, 2.0),), 2, 5, 15),
+    "tree of all": Levels((1,), ((-INF, INF),), 2, 4, 15),
+    "wide tree, full in a level": Levels((3,), ((1.3, 2.1),), 4, 6, 13),
+    "small tree": Levels((1,), ((1.0, 2.2),), 3, 3, 5),
+    "tree of three exits": Levels((1, 2, 4), ((0.9, 1.4), (1.1, 1.6), (1.2, 1.9)), 3, 6, 15),
+    "tree of two exits by path": Levels((1, 3), ((1.5, 4.0), (2.0, 6.0)), 3, 6, 14, True),
+    "one level": Levels((1, 2), ((1.0, 1.6), (1.0, 1.9)), 3, 1, 3),
+}
+
+
+def any_levels(seed: int) -> Levels:
+    draw = random.Random(seed)
+    exits = tuple(sorted(draw.sample(range(1, 9), draw.choice([1, 1, 2, 3]))))
+    by_path, gates = draw.random() < 0.4, []
+    for _ in exits:
+        low = draw.choice([-INF, draw.uniform(0.5, 2.0) * (2.5 if by_path else 1.0)])
+        high = draw.choice([INF, draw.uniform(1.0, 2.5), max(low, 0.0) + draw.uniform(0.0, 1.5)])
+        gates.append((low, max(low, high)))
+    max_nodes = draw.randint(1, 15)
+    return Levels(exits, tuple(gates), draw.randint(1, 8), draw.randint(1, max_nodes), max_nodes, by_path)
+
+
 RUNS = [
-    (begin_chain_reference, grow_chain_reference),
-    pytest.param((begin_chain, grow_chain), marks=pytest.mark.triton),
+    (begin_levels_reference, grow_level_reference),
+    pytest.param((begin_levels, grow_level), marks=pytest.mark.triton),
 ]
 
 
 def logits_of(path: tuple[int, ...], exit_layer: int, salt: int, nan_at: int | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(hash((salt, exit_layer, *path)) % 2**31)
     logits = torch.randn(VOCAB, generator=generator) * 2.0
-    if len(path) % 3 == 1:
-        logits[[2, 9]] = logits.max()  # two likeliest tokens, in different tiles
+    if len(path) % 3 == 2 and sum(path) % 2:
+        logits[logits < logits.topk(2).values[-1]] = -INF  # two tokens left
     if len(path) == nan_at:
         logits[4] = math.nan
     return logits
 
 
-def chain_of_the_engine(
-    chain: Chain, salt: int, depth: int, nan_at: int | None, monkeypatch: pytest.MonkeyPatch
-) -> tuple[DraftTree, int]:
-    """By `draft.draft`: hidden states are the nodes' own numbers, and layers do nothing."""
+def tree_of_the_engine(
+    levels: Levels, salt: int, depth: int, nan_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[DraftTree, int, list[tuple[int, set[int]]]]:
+    """By `draft.draft`, with the nodes of every pass: hidden states are the nodes' own numbers, and layers do
+    nothing."""
     work = Working(0, 7, DraftTree(3), torch.zeros(16, 1))
+    passes: list[tuple[int, set[int]]] = []
 
     class Made:
         device = torch.device("cpu")
@@ -78,139 +111,173 @@ def chain_of_the_engine(
         return speak
 
     def rank(guesses: eager.Guesses, at: int, path: tuple[int, ...], count: int) -> list[tuple[int, float]]:
-        return [(int(guesses.logits[at].argmax()), 0.0)]
+        return [(token, own) for token, own in guesses.best[at][:count] if own > -INF]
+
+    def advance(decoder, cache, needed, stop, tiles) -> None:  # type: ignore[no-untyped-def]
+        passes.append((stop, set(needed[0][1])))
 
     work.embed_new(Made())  # type: ignore[arg-type]
-    gates = {e: Gate(stop, stop) for e, stop in zip(chain.exits, chain.stops, strict=True)}
-    confidence = "path" if chain.by_path else "entropy"
-    policy = DraftPolicy(chain.exits, gates, max_depth=chain.length, branch=1, confidence=confidence)
-    monkeypatch.setattr(eager, "advance", lambda *_: None)
-    heads = {e: head(e) for e in chain.exits}
+    gates = {e: Gate(*gate) for e, gate in zip(levels.exits, levels.gates, strict=True)}
+    policy = DraftPolicy(
+        levels.exits, gates, max_depth=levels.max_depth, max_nodes=levels.max_nodes, branch=levels.branch,
+        confidence="path" if levels.by_path else "entropy",
+    )  # fmt: skip
+    monkeypatch.setattr(eager, "advance", advance)
+    heads = {e: head(e) for e in levels.exits}
     rows = [DraftRow(work, depth, rank)]
     refused = eager.draft(Made(), None, rows, heads, policy, RowTiles())  # type: ignore[arg-type]
-    return work.tree, refused[0]
+    return work.tree, refused[0], passes
 
 
 def whole(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def answer(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As `lm_head` leaves it, greedily: best values and ids, and stats, of tiles of 4 columns. NaN shows in the best
-    value alone."""
-    parts = torch.nn.functional.pad(logits, (0, -VOCAB % TILE), value=-INF).view(-1, TILE)
-    wrong = parts.isnan().any(1)
-    parts = parts.nan_to_num(nan=-INF, neginf=-INF)
-    top = parts.amax(1)
-    weights = (parts - top.unsqueeze(1)).exp()
-    value = torch.where(wrong, torch.tensor(INF), top)
-    ids = torch.where(wrong, -1, parts.argmax(1) + TILE * torch.arange(len(parts)))
-    stats = torch.stack([top, weights.sum(1), (weights * parts.clamp_min(-1e30)).sum(1)])
-    return value, ids.int(), stats
+def answer(logits: torch.Tensor, branch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `top_candidates` leaves it, greedily. With NaN, tokens mean nothing."""
+    if logits.isnan().any():
+        return torch.full((branch,), 5), torch.tensor(math.nan), torch.tensor(math.nan)
+    log_probs = logits.log_softmax(-1)
+    best = log_probs.sort(descending=True, stable=True)
+    tokens = torch.where(best.values > -INF, best.indices, -1)[:branch]
+    return tokens, eager.entropy(logits.unsqueeze(0))[0], -best.values[0]
 
 
-def grow(run, chain, salts, sequences, asked, trees, rows, ids, width, nan_at=None):  # type: ignore[no-untyped-def]
-    """Drive a round; the rows of every pass are checked on the way."""
+def grow(run, levels, salts, sequences, asked, trees, rows, ids, width, nan_at=None):  # type: ignore[no-untyped-def]
+    """Drive a round; the rows of every pass are checked on the way. Returns of each sequence the passes that ask (exit
+    layer, nodes asked about and those on their paths), as the engine has them, and the layers of rows that ran."""
     begin, add = run
-    begin(chain, asked, sequences, trees, rows, ids, width)
+    begin(levels, asked, sequences, trees, rows, ids, width)
     reached = [[0] * 16 for _ in salts]
-    tiles = -(-VOCAB // TILE)
-    for depth in range(chain.num_steps):
-        for k, exit_layer in enumerate(chain.exits):
-            best_value = torch.full((len(asked.rows), tiles), math.nan, device=DEVICE)
-            best_id = torch.full(best_value.shape, -7, dtype=torch.int32, device=DEVICE)
-            stats = torch.full((len(asked.rows), 3, tiles), math.nan, device=DEVICE)
+    passes: list[list[tuple[int, set[int]]]] = [[] for _ in salts]
+    ran = [0] * len(salts)
+    size = len(asked.rows)
+    for depth in range(levels.num_steps):
+        for k, exit_layer in enumerate(levels.exits):
+            tokens = torch.full((size, levels.branch), -7, dtype=torch.int32, device=DEVICE)
+            entropies, surprisals = torch.full((2, size), math.nan, device=DEVICE).unbind()
             for b, salt in enumerate(salts):
                 live = [i for i in range(width) if rows.live[b * width + i]]
-                assert asked.runs[b] == bool(live) and (live or not asked.rows.live[b])
-                assert chain.reached or asked.runs[b] == asked.rows.live[b]
+                lanes = [r for r in range(b * levels.lanes, (b + 1) * levels.lanes) if asked.rows.live[r]]
+                asks = [int(asked.source[r]) - b * width for r in lanes]
+                assert asked.runs[b] == bool(live) and (live or not asks)
+                assert levels.reached or bool(live) == bool(asks)
                 base = int(sequences.base[b])
-                assert live in ([], [depth] if k == 0 else list(range(depth + 1)))
+                on_paths = {node for ask in asks for node in trees.paths[b, ask, : depth + 1].tolist()}
+                level = [i for i in range(int(trees.count[b])) if trees.depths[b, i] == depth]
+                assert live == (sorted(on_paths) if k else level if asks or levels.reached else [])
+                if asks:
+                    passes[b].append((exit_layer, on_paths))
+                ran[b] += len(live) * (exit_layer - (levels.exits[k - 1] if k else 0))
                 for node in live:
                     r = b * width + node
-                    assert k == 0 or reached[b][node] >= chain.exits[k - 1]
+                    assert k == 0 or reached[b][node] >= levels.exits[k - 1]
                     reached[b][node] = exit_layer
                     assert [int(t[r]) for t in (rows.sequence, rows.base)] == [b, base]
-                    assert rows.position[r] == rows.slot[r] == base + node
-                    assert rows.path[r].tolist() == [n if n <= node else 0 for n in range(16)]
+                    assert rows.position[r] == base + trees.depths[b, node] and rows.slot[r] == base + node
+                    assert rows.path[r].tolist() == trees.paths[b, node].tolist()
                     assert ids[r] == trees.tokens[b, node]
-                if not asked.rows.live[b]:
-                    continue
-                assert depth < chain.length and asked.source[b] == b * width + depth
-                assert asked.rows.position[b] == base + depth and asked.rows.sequence[b] == b
-                tokens = trees.tokens[b, 1 : depth + 1].tolist()
-                value, own, own_stats = answer(logits_of(tuple(tokens), exit_layer, salt, nan_at))
-                best_value[b], best_id[b], stats[b] = value, own, own_stats
-            if depth < chain.length:
-                add(depth, k, best_value, best_id, stats, chain, asked, sequences, trees, rows, ids, width)
-    if len(chain.exits) == 1:  # verification goes on from there
+                for r, node in zip(lanes, asks, strict=True):
+                    assert depth < levels.max_depth and node in level
+                    assert asked.rows.position[r] == base + depth and asked.rows.sequence[r] == b
+                    path = [int(trees.tokens[b, i]) for i in trees.paths[b, node, 1 : depth + 1]]
+                    answers = answer(logits_of(tuple(path), exit_layer, salt, nan_at), levels.branch)
+                    tokens[r], entropies[r], surprisals[r] = answers
+            if depth < levels.max_depth:
+                place = levels, asked, sequences, trees, rows, ids, width
+                add(depth, k, tokens, entropies, surprisals, *place)
+    if len(levels.exits) == 1:  # verification goes on from there
         for b, layers in enumerate(reached):
             n = int(trees.count[b])
-            assert layers == [chain.reached] * n + [0] * (16 - n)
+            assert layers == [levels.reached] * n + [0] * (16 - n)
+    return passes, ran
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: f"{len(c.exits)} exits, {c.length}, {c.stops[-1]}")
-@pytest.mark.hazard(14)
-def test_chains_are_those_of_the_engine(run, chain, monkeypatch):  # type: ignore[no-untyped-def]
-    """Sequences 1 and 4 are not active; 2 has room for two drafts, 3 for none."""
+def check(run, levels: Levels, monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:  # type: ignore[no-untyped-def]
+    """Two rounds of eight sequences, and the parents of all trees that were seen. Sequences 1 and 4 are not active; 2
+    has room for two drafts, 3 for none."""
     salts, depths = [5, 6, 7, 8, 9, 10, 11, 12], [100, 100, 2, 0, 100, 100, 100, 100]
     base = whole(0, 9, 30, 2, 4, 1000, 3, 17)
     sequences = Sequences(whole(1, 0, 1, 1, 0, 1, 1, 1), base, base + 2 + whole(*depths))
-    for width in (8, 16):
+    shapes = set()
+    for width in (8, 16) if levels.max_nodes < 8 else (16,):
         rows, trees = Rows.empty(len(salts) * 16, DEVICE), Trees.empty(len(salts), DEVICE)
-        asked = Asked.empty(
-            whole(*[-9] * len(salts)), torch.full((len(salts), 16), -9, dtype=torch.int32, device=DEVICE)
-        )
+        stale = torch.full((len(salts), 16), -9, dtype=torch.int32, device=DEVICE)
+        asked = Asked.empty(levels.lanes, whole(*[-9] * len(salts)), stale, whole(*[-9] * len(salts)))
         for t in (trees.entropies, asked.nats):
             t.fill_(math.nan)
         for t in (trees.parents, trees.depths, trees.paths, trees.count, asked.rows.live, rows.path):
             t.fill_(-(10**6))
         trees.tokens.fill_(3)
-        ids, lengths = torch.full_like(rows.live, -5), set()
+        ids = torch.full_like(rows.live, -5)
         for round_salt, nan_at in ((0, None), (100, 2)):
             place = asked, trees, rows, ids, width, nan_at
-            grow(run, chain, [round_salt + salt for salt in salts], sequences, *place)
+            passes, ran = grow(run, levels, [round_salt + salt for salt in salts], sequences, *place)
             for b, salt in enumerate(salts):
                 if not sequences.active[b]:
                     assert trees.count[b] == 0 and asked.num_refused[b] == 0
                     continue
-                tree, refused = chain_of_the_engine(chain, round_salt + salt, depths[b], nan_at, monkeypatch)
+                tree, refused, expected = tree_of_the_engine(levels, round_salt + salt, depths[b], nan_at, monkeypatch)
                 n = len(tree)
-                lengths.add(n - 1)
+                shapes.add(tuple(tree.parents))
                 assert trees.count[b] == n and asked.num_refused[b] == refused
                 assert trees.tokens[b, :n].tolist() == tree.tokens
                 assert trees.parents[b, :n].tolist() == tree.parents and trees.depths[b, :n].tolist() == tree.depths
                 assert trees.entropies[b, 1:n].tolist() == pytest.approx(tree.entropies[1:], rel=1e-4)
                 assert asked.exits[b, 1:n].tolist() == tree.exit_layers[1:]
-                assert trees.paths[b, :n].tolist() == [[i if i <= node else 0 for i in range(16)] for node in range(n)]
-        assert len(lengths) > 1 or chain.stops == (-1.0,)
+                paths = [[*tree.path(node), *[0] * (15 - tree.depths[node])] for node in range(n)]
+                assert trees.paths[b, :n].tolist() == paths
+                assert passes[b] == expected
+                assert asked.row_layers[b] == ran[b]
+    return shapes
 
 
-def test_what_a_draft_runs_is_counted() -> None:
-    assert Chain((4,), (1.0,), 7).row_layers([4, 4], 1) == 0
-    assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2, 5, 2], 0) == 2 + (2 + 2 * 3) + 2
-    assert Chain((2, 5), (1.0, 2.0), 7).row_layers([2], 1) == 2 + (2 + 2 * 3)
-    assert not Chain((2,), (INF,), 3).gated and Chain((2, 3), (INF, 1.0), 3).gated
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.hazard(14)
+def test_trees_are_those_of_the_engine(run, name, monkeypatch):  # type: ignore[no-untyped-def]
+    shapes = check(run, SHAPES[name], monkeypatch)
+    assert len(shapes) > (1 if SHAPES[name].branch == 1 else 2) or name == "refused at once"
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("seed", range(6))
+def test_trees_of_any_shape_are_those_of_the_engine(run, seed, monkeypatch):  # type: ignore[no-untyped-def]
+    check(run, any_levels(seed), monkeypatch)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     for wrong, match in (
-        (((), (), 2), "exits are"), (((3, 1), (1, 1), 2), "rising"), (((0,), (1,), 2), "from 1"),
-        (((1, 2), (1,), 2), "1 stops"), (((1,), (1,), 16), "length 16"),
+        (((), (), 1, 2, 2), "exits are"), (((3, 1), (ONE, ONE), 1, 2, 2), "rising"),
+        (((0,), (ONE,), 1, 2, 2), "from 1"), (((1, 2), (ONE,), 1, 2, 2), "2 exits"),
+        (((1,), ((2.0, 1.0),), 1, 2, 2), "gates are"),
+        (((1,), (ONE,), 9, 2, 9), "branch is 9"), (((1,), (ONE,), 2, 3, 2), "max_depth 3"),
+        (((1,), (ONE,), 1, 16, 16), "max_nodes 16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            Chain(*wrong)
-    rows, trees, chain = Rows.empty(16, DEVICE), Trees.empty(1, DEVICE), Chain((1, 2), (INF, INF), 4)
-    asked, sequences = Asked.empty(whole(0), trees.parents), Sequences(whole(1), whole(4), whole(90))
+            Levels(*wrong)
+    rows, trees, levels = Rows.empty(16, DEVICE), Trees.empty(1, DEVICE), chain((1, 2), (INF, INF), 4)
+    asked, sequences = Asked.empty(1, whole(0), trees.parents, whole(0)), Sequences(whole(1), whole(4), whole(90))
     for width in (1, 4, 3, 32):
         with pytest.raises(ValueError, match=f"width {width}"):
-            begin_chain(chain, asked, sequences, trees, rows, rows.live, width)
-    tiles = torch.zeros(16, 3, device=DEVICE)
+            begin_levels(levels, asked, sequences, trees, rows, rows.live, width)
+    nats, tokens = torch.zeros(16, device=DEVICE), torch.zeros(16, 1, dtype=torch.int32, device=DEVICE)
+    place = levels, asked, sequences, trees, rows, rows.live, 8
     with pytest.raises(ValueError, match="depth 4"):
-        grow_chain(4, 0, tiles, tiles, tiles, chain, asked, sequences, trees, rows, rows.live, 8)
-    with pytest.raises(ValueError, match="same rows"):
-        grow_chain(0, 0, tiles, tiles, tiles, chain, asked, sequences, trees, rows, rows.live, 8)
+        grow_level(4, 0, tokens, nats, nats, *place)
+    with pytest.raises(ValueError, match="16 rows of 1 tokens"):
+        grow_level(0, 0, tokens.view(8, 2), nats, nats, *place)
+    many = Sequences(*whole(*[1] * 17).expand(3, 17).unbind())
+    with pytest.raises(ValueError, match="rows are asked"):
+        begin_levels(levels, asked, many, trees, Rows.empty(144, DEVICE), rows.live, 8)
+
+
+def test_what_depends_on_the_shape() -> None:
+    assert not chain((2,), (INF,), 3).gated and chain((2, 3), (INF, 1.0), 3).gated
+    assert Levels((2,), ((1.0, INF),), 2, 3, 13).gated, "it may be full early"
+    assert not Levels((2,), ((1.0, INF),), 2, 3, 14).gated
+    for branch, depth, nodes, lanes in ((1, 7, 7, 1), (2, 3, 15, 4), (3, 3, 15, 16), (3, 3, 5, 8), (4, 1, 4, 1)):
+        assert Levels((2,), (ONE,), branch, depth, nodes).lanes == lanes
 
 
 @pytest.mark.triton
