@@ -23,17 +23,16 @@ from ..heads.stateful import RecurrentHead
 from ..kernels.grow_tree import Pool, Sequences, Shape, Trees, grow_tree
 from ..kernels.head_rows import EPS, RING, absorb_rows, context_rows, enter_rows, keep_states, leave_rows
 from ..kernels.layer_shape import LayerShape
-from ..kernels.lm_head import lm_head, num_tiles
 from ..kernels.qkv import qkv
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
 from ..kernels.rows import Rows
-from ..kernels.top_candidates import top_candidates
 from ..kernels.tree_attention import AttentionScratch, tree_attention
 from ..kernels.up_linear import up_linear
 from .device_state import upload
 from .fused import NormedLinear
 from .head_memory import HeadMemory
 from .model import Decoder
+from .speech import Speech
 from .tree import MAX_NODES
 
 
@@ -107,25 +106,6 @@ class _Pass:
         self.scratch = AttentionScratch(num_rows, capacity, shape, device)
         sizes = (2 * width, wide, ff, weights.fuse.shape[1])
         self.parts = Parts(num_rows, width, max(most_parts(width, k, dtype) for k in sizes), device)
-
-
-class _Speech:
-    """Buffers of what the head says after R rows: the LM head's inputs and outputs, and the candidates."""
-
-    def __init__(self, num_rows: int, branch: int, head_weight: Tensor) -> None:
-        vocab_size, width = head_weight.shape
-        device, tiles = head_weight.device, num_tiles(vocab_size, head_weight.dtype)
-
-        def real(*size: int) -> Tensor:
-            return torch.zeros(num_rows, *size, device=device)
-
-        def whole(*size: int) -> Tensor:
-            return torch.zeros(num_rows, *size, dtype=torch.int32, device=device)
-
-        self.x = torch.zeros(num_rows, width, dtype=head_weight.dtype, device=device)
-        self.stats, self.logits, self.best_value, self.best_id = real(2, 1), real(vocab_size), real(tiles), whole(tiles)
-        self.tile_stats, self.entropies = real(3, tiles), real()
-        self.ids, self.log_probs = whole(branch), real(branch)
 
 
 class RecurrentDraft:
@@ -207,10 +187,10 @@ class RecurrentDraft:
 
         self._root = Rows.empty(-(-batch // 16) * 16, device)
         head_weight = self._projection.head_weight
-        self._root_speech = _Speech(len(self._root), shape.branch, head_weight)
+        self._root_speech = Speech(len(self._root), shape.branch, head_weight)
         self.pool = Pool.empty(batch, shape, device)
         self._growing = _Pass(self.weights, len(self.pool.rows), capacity, device)
-        self._speech = _Speech(len(self.pool.rows), shape.branch, head_weight)
+        self._speech = Speech(len(self.pool.rows), shape.branch, head_weight)
 
     def draws_on(self, memory: HeadMemory) -> bool:
         """Whether these drafts were made for this memory."""
@@ -347,18 +327,13 @@ class RecurrentDraft:
             )  # fmt: skip
             stats = mlp_stats
 
-    def _speak(self, on: _Speech, rows: Rows) -> None:
+    def _speak(self, on: Speech, rows: Rows) -> None:
         """Candidates after the rows."""
-        speaker, config = self._speaker, self._decoder.config
-        lm_head(
-            on.x, on.stats, speaker.weight, speaker.bias, speaker.shift, rows, eps=config.norm_eps,
-            softcap=config.logit_softcap, ids=self._draft_ids, options=self._options, seeds=self._seeds,
-            logits=on.logits, best_value=on.best_value, best_id=on.best_id, tile_stats=on.tile_stats, pdl=self.pdl,
-        )  # fmt: skip
-        top_candidates(
-            on.logits, on.tile_stats, on.best_value, self._options, self._seeds, rows, on.ids, on.log_probs,
-            on.entropies, self._draft_ids, pdl=self.pdl,
+        config = self._decoder.config
+        on.speak(
+            self._speaker, rows, self._draft_ids, self._options, self._seeds, eps=config.norm_eps,
+            softcap=config.logit_softcap, pdl=self.pdl,
         )  # fmt: skip
 
-    def _grow(self, step: int, on: _Speech) -> None:
+    def _grow(self, step: int, on: Speech) -> None:
         grow_tree(step, on.ids, on.log_probs, on.entropies, self.pool, self.sequences, self.trees, pdl=self.pdl)

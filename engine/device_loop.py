@@ -22,7 +22,7 @@ import torch
 
 from ..heads.base import ExitHead
 from ..heads.stateful import RecurrentHead
-from ..kernels.grow_chain import Chain
+from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .device_draft import RecurrentDraft
 from .gate import PLAIN, DraftPolicy, Source
@@ -49,23 +49,25 @@ MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 
 
-def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Chain | None:
+def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Levels | None:
     """How a policy's trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
     are not verification's own while they draft.
 
     A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; heads
-    behind layers of the trunk that keep nothing draft such chains, by either measure of their gates.
+    behind layers of the trunk that keep nothing draft chains and trees, by either measure of their gates.
     """
     if policy.lookup is not None or not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
     gates = [policy.gates[e] for e in policy.exits]
     length = min(policy.max_depth, policy.max_nodes)
-    if not policy.beam and policy.branch > 1 and any(gate.low < gate.high for gate in gates):
-        return None
+    branch = policy.branch if any(gate.low < gate.high for gate in gates) else 1
     try:
         if all(speaks_on_device(heads.get(e)) for e in policy.exits):
-            by_path = policy.confidence == "path"
-            return Chain(policy.exits, tuple(gate.high for gate in gates), length, by_path, apart)
+            most = min(policy.max_nodes, sum(branch**depth for depth in range(1, length + 1)))
+            limits = tuple((gate.low, gate.high) for gate in gates)
+            return Levels(policy.exits, limits, branch, length, most, policy.confidence == "path", apart)
+        if branch > 1 and not policy.beam:
+            return None
         if policy.exits != (0,) or not isinstance(heads.get(0), RecurrentHead) or policy.confidence != "entropy":
             return None
         size = 1, 1, length, length
@@ -164,8 +166,8 @@ def decode_on_device(
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
                     if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):
-                        spoke = [e for e in record.tree.exit_layers if e is not None]
-                        request.statistics.num_row_layers += rounds.draft.chain.row_layers(spoke, record.num_refused)
+                        again = record.row_layers - rounds.draft.levels.reached * len(record.tree)
+                        request.statistics.num_row_layers += again  # what verification did not go on from
                     released.append((request, _commit(on, request, record)))
                     num_tokens += len(record.tokens)
                     if request.checker.finished and record.status == 0:

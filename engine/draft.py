@@ -85,6 +85,8 @@ def draft(
         if not any(asked):
             break
         for exit_layer in policy.exits:
+            # what has no room for an answer is not asked
+            asked = [n if len(row.work.tree) <= policy.max_nodes else [] for row, n in zip(rows, asked, strict=True)]
             if not any(asked):
                 break
             todo = [(row.work, nodes) for row, nodes in zip(rows, asked, strict=True) if nodes]

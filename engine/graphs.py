@@ -3,7 +3,7 @@
 All state of a batch lies at fixed addresses: trees, lengths, seeds, options. A round ends by writing a record of what
 it did; the host reads records from pinned memory a round or two behind (`engine/device_loop.py`). Plain decoding is
 the round whose trees are only their roots, through the same kernels at width 1, so both have the same bits. Only where
-a gate may end the chains of trunk exits are a round's drafts graphs of their own, a step each (`trunk_draft.py`).
+a gate may end the trees of trunk exits are a round's drafts graphs of their own, a step each (`trunk_draft.py`).
 
 On the CPU (Triton's interpreter, in tests) the same calls run one after the other without a graph.
 """
@@ -86,10 +86,16 @@ class Record:
     nodes: tuple[int, ...]  # accepted nodes below the root
     tree: DraftTree
     num_refused: int = 0  # nodes that the gate refused
+    row_layers: int = 0  # layers of rows that drafting ran, of exits of the trunk
 
     @classmethod
     def read(
-        cls, values: Sequence[int], entropies: Sequence[float], exit_layers: Sequence[int], num_refused: int = 0
+        cls,
+        values: Sequence[int],
+        entropies: Sequence[float],
+        exit_layers: Sequence[int],
+        num_refused: int = 0,
+        row_layers: int = 0,
     ) -> Record | None:
         """From a row of `kernels/accept.py` and the exit layer of each node; None for a sequence that took no part."""
         accepted = values[0]
@@ -98,7 +104,8 @@ class Record:
         tree = DraftTree(values[36])
         for node in range(1, values[2]):
             tree.add(values[52 + node], values[36 + node], exit_layer=exit_layers[node], entropy=entropies[node])
-        return cls(values[1], tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted]), tree, num_refused)
+        tokens, nodes = tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted])
+        return cls(values[1], tokens, nodes, tree, num_refused, row_layers)
 
 
 class Ticket:
@@ -114,10 +121,10 @@ class Ticket:
         if not isinstance(self.end, float):
             self.end.synchronize()
         elapsed = elapsed_ms(self._since, self.end)
-        numbers, exits, refused = self._rounds.read(self._slot)
-        counts = refused.tolist() if self.kind == "draft" else [0] * len(refused)
+        numbers, exits, *counts = self._rounds.read(self._slot)
+        refused, row_layers = (own.tolist() if self.kind == "draft" else [0] * len(own) for own in counts)
         entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
-        rows = zip(numbers.tolist(), entropies, exits.tolist(), counts, strict=True)
+        rows = zip(numbers.tolist(), entropies, exits.tolist(), refused, row_layers, strict=True)
         return [Record.read(*row) for row in rows], elapsed
 
 
@@ -181,8 +188,8 @@ class Rounds:
         self.stop_ids, self.options = whole(NUM_STOPS).fill_(-1), torch.zeros(8, device=device)
         self.top_k = whole(1)
         # all that the host reads, side by side
-        self._report = whole(batch * (RECORD + 1 + MAX_NODES))
-        self.record, self.exits, self.num_refused = self._parts_of(self._report)
+        self._report = whole(batch * (RECORD + MAX_NODES + 2))
+        self.record, self.exits, self.num_refused, self.row_layers = self._parts_of(self._report)
         self.path_nodes, self.num_path = whole(batch, MAX_NODES), whole(batch)
         vocab = config.vocab_size
         self.penalties = Penalties.empty(batch, vocab, device) if processed else None
@@ -232,8 +239,8 @@ class Rounds:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
-        if "draft" in missing and isinstance(self.draft, TrunkDraft) and self.draft.chain.gated:
-            for depth in range(self.draft.chain.num_steps):
+        if "draft" in missing and isinstance(self.draft, TrunkDraft) and self.draft.levels.gated:
+            for depth in range(self.draft.levels.num_steps):
                 self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
             self._graphs[kind] = self._capture(kind)
@@ -308,14 +315,15 @@ class Rounds:
         self._since = ticket.end
         return ticket
 
-    def read(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Records `[B, 96]`, exit layers of nodes `[B, 16]` and counts of refused nodes `[B]` of a round that has
-        ended."""
+    def read(self, slot: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Records `[B, 96]`, exit layers of nodes `[B, 16]`, refused nodes `[B]` and layers of rows that drafting ran
+        `[B]` of a round that has ended."""
         return self._parts_of(self._ring[slot])
 
-    def _parts_of(self, report: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        records, exits, refused = report.split([self.batch * RECORD, self.batch * MAX_NODES, self.batch])
-        return records.view(self.batch, RECORD), exits.view(self.batch, MAX_NODES), refused
+    def _parts_of(self, report: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch = self.batch
+        records, exits, refused, row_layers = report.split([batch * RECORD, batch * MAX_NODES, batch, batch])
+        return records.view(batch, RECORD), exits.view(batch, MAX_NODES), refused, row_layers
 
     def replay(self, kind: Kind) -> None:
         """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
@@ -359,7 +367,7 @@ class Rounds:
         if kind == "draft" and isinstance(self.draft, TrunkDraft):
             if not self._steps:
                 self.draft.draft()
-            self._verify(self.width, self.draft.chain.reached)
+            self._verify(self.width, self.draft.levels.reached)
             return
         if kind in ("absorb", "draft"):
             assert isinstance(self.draft, RecurrentDraft)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..heads.base import ExitHead
 from ..heads.stateful import RecurrentHead
-from ..kernels.grow_tree import Shape
+from ..kernels.grow_level import Levels
 from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
@@ -124,9 +124,15 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
     items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
     head = None if engine.heads is None else engine.heads.heads.get(0)
-    if not isinstance(shape, Shape) or not isinstance(head, RecurrentHead) or engine.heads is None:
+    if shape is None or engine.heads is None:
         return items
-    num_rows, outputs = _tiled(batch) + _tiled(batch * shape.width), engine.heads.config.num_outputs
+    outputs = engine.heads.config.num_outputs
+    if isinstance(shape, Levels):
+        num_rows = _tiled(batch * shape.lanes)
+        drafts = f"logits {num_rows} rows x {outputs:,} x 4 bytes"
+        return [*items, MemoryItem("drafts of device rounds", 4 * num_rows * outputs, drafts)]
+    assert isinstance(head, RecurrentHead)
+    num_rows = _tiled(batch) + _tiled(batch * shape.width)
     waiting = batch * RING * len(head.taps) * config.hidden_size
     drafts = (
         f"logits {num_rows} rows x {outputs:,} x 4 bytes + states that wait {batch} x {RING} x {len(head.taps)} x "

@@ -1,17 +1,18 @@
-"""Drafting with exits of the trunk on the device: what `draft.draft` does for chains, without the host.
+"""Drafting with exits of the trunk on the device: what `draft.draft` does for chains and trees, without the host.
 
-A step is a pass for each exit: the newest node of every chain that still asks runs to the exit, its head speaks, and
-`grow_chain` answers for the gate. All of it is a fixed sequence of launches on tensors that never move, so it can be
-captured in a CUDA graph, chains of fixed length as a whole. Where a gate ends them, each step is a graph of its own and
-the host waits for it to know whether another one is needed: that takes some 20 us, a step for nothing several hundred.
+A step is a pass for each exit: the newest level of every tree that still asks runs to the exit, its head speaks, and
+`grow_level` answers for the gate. All of it is a fixed sequence of launches on tensors that never move, so it can be
+captured in a CUDA graph, chains of fixed length as a whole. Where a gate ends them, or a tree may be full, each step is
+a graph of its own and the host waits for it to know whether another one is needed: that takes some 20 us, a step for
+nothing several hundred.
 
-With one exit the last node of a chain runs there, too, and verification goes on from the exit: the rows are its own and
+With one exit the last level of a tree runs there, too, and verification goes on from the exit: the rows are its own and
 ran its own kernels, so they stand where it needs them, bit for bit (design rule 5). With several exits nodes stand at
 different layers, and verification starts over.
 
-Layers that drop small inputs while they draft (`sparsity/teal_step.py`) run apart from verification (`Chain.apart`):
-rows that drop inputs gain nothing from tiles, so a sequence has one, its newest node's, which runs to every exit. What
-it leaves is no key of the model's, so verification starts over with one exit, too.
+Layers that drop small inputs while they draft (`sparsity/teal_step.py`) run apart from verification (`Levels.apart`):
+rows that drop inputs gain nothing from tiles, so a pass has those of the newest level alone, and they run to every
+exit. What they leave are no keys of the model's, so verification starts over with one exit, too.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from ..heads.base import ExitHead
 from ..heads.linear import LinearHead
 from ..kernels.adapter_rows import EPS, adapter_rows
 from ..kernels.embed_rows import embed_rows
-from ..kernels.grow_chain import Asked, Chain, begin_chain, grow_chain
+from ..kernels.grow_level import Asked, Levels, begin_levels, grow_level
 from ..kernels.grow_tree import Sequences, Trees
 from ..kernels.layer_shape import LayerShape
 from ..kernels.linear import PackedLinear
-from ..kernels.lm_head import lm_head, num_tiles
 from ..kernels.publish import publish
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
 from ..kernels.up_linear import up_linear
 from .fused import FusedStep, FusedWeights, NormedLinear, plain
 from .model import Decoder
+from .speech import Speech
 
 
 def speaks_on_device(head: object) -> bool:
@@ -100,18 +101,19 @@ class TrunkDraft:
     """Drafts of B sequences by stateless heads behind layers of the trunk.
 
     Args:
-        heads: by exit layer, those of the chain at least; attached.
+        heads: by exit layer, those of the levels at least; attached.
         decoder: the model's.
         draft_ids: token ids of the heads' outputs, long `[Vd]`, rising; None for all.
-        chain: how chains grow.
-        step: runs the passes: that of the verification which follows, or one of its own for chains drafted apart.
-        width: rows a sequence has in it, 1 apart.
+        levels: how trees grow.
+        step: runs the passes: that of the verification which follows, or one of its own for drafts apart from it.
+        width: rows a sequence has in it; apart `levels.lanes`.
         trees: where the drafts go.
         sequences: of the batch.
         seeds: int64 `[B]`.
         options: fp32, the temperature first.
-        num_refused: int32 `[B]`, overwritten: whether all exits refused a node.
+        num_refused: int32 `[B]`, overwritten: nodes that all exits refused.
         exits: int32 `[B, 16]`, overwritten: the exit layer that each node is from.
+        row_layers: int32 `[B]`, overwritten: layers of rows that the passes ran.
 
     Attributes:
         stats: of the deferred norm behind the last pass, for a verification that goes on from there.
@@ -122,7 +124,7 @@ class TrunkDraft:
         heads: Mapping[int, ExitHead],
         decoder: Decoder,
         draft_ids: Tensor | None,
-        chain: Chain,
+        levels: Levels,
         step: FusedStep,
         width: int,
         trees: Trees,
@@ -131,84 +133,76 @@ class TrunkDraft:
         options: Tensor,
         num_refused: Tensor,
         exits: Tensor,
+        row_layers: Tensor,
     ) -> None:
-        self.chain, self.stats = chain, step.stats
-        self._heads = [heads[e] for e in chain.exits]
+        self.levels, self.stats = levels, step.stats
+        self._heads = [heads[e] for e in levels.exits]
         self._step, self._width, self._pdl = step, width, step.pdl
         self._trees, self._sequences, self._seeds, self._options = trees, sequences, seeds, options
-        device, size = decoder.device, decoder.config.hidden_size
+        device = decoder.device
         self._draft_ids = None if draft_ids is None else draft_ids.to(device, torch.int32)
-        self._asked = Asked.empty(num_refused, exits)
+        self._asked = Asked.empty(levels.lanes, num_refused, exits, row_layers)
         num_rows, shape = len(self._asked.rows), step.weights.shape
         self._voices = [_Voice(head, decoder, shape, num_rows) for head in self._heads]
         # the residual stream of all nodes at each exit but the last, for the pass to the next one; apart, it runs on
-        self._taps = [] if chain.apart else [torch.zeros_like(step.hidden) for _ in chain.exits[1:]]
-        head_weight = self._voices[0].speaker.weight
-        self._x = torch.zeros(num_rows, size, dtype=head_weight.dtype, device=device)
-        self._stats, self._hidden = (
-            torch.zeros(num_rows, 2, 1, device=device),
-            torch.zeros(num_rows, size, device=device),
-        )
-        tiles = num_tiles(len(head_weight), head_weight.dtype)
-        self._best_value = torch.zeros(num_rows, tiles, device=device)
-        self._best_id = torch.zeros(num_rows, tiles, dtype=torch.int32, device=device)
-        self._tile_stats = torch.zeros(num_rows, 3, tiles, device=device)
+        self._taps = [] if levels.apart else [torch.zeros_like(step.hidden) for _ in levels.exits[1:]]
+        self._speech = Speech(num_rows, levels.branch, self._voices[0].speaker.weight)
+        self._hidden = torch.zeros(num_rows, decoder.config.hidden_size, device=device)
         self._seen = torch.zeros(1, len(exits), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._slot = torch.zeros(1, dtype=torch.int32, device=device)
 
     def asks(self, heads: Mapping[int, ExitHead], weights: FusedWeights) -> bool:
         """Whether these drafts were made for these heads and run these weights."""
-        same = all(heads.get(e) is head for e, head in zip(self.chain.exits, self._heads, strict=True))
+        same = all(heads.get(e) is head for e, head in zip(self.levels.exits, self._heads, strict=True))
         return same and self._step.weights is weights
 
     def draft(self) -> None:
-        """Grow each active sequence's chain."""
-        for depth in range(self.chain.num_steps):
+        """Grow each active sequence's tree."""
+        for depth in range(self.levels.num_steps):
             self.step(depth)
 
     def step(self, depth: int) -> None:
         """Ask about the nodes at one depth, the roots' first."""
-        chain, step, taps, pdl = self.chain, self._step, self._taps, self._pdl
-        place = chain, self._asked, self._sequences, self._trees, step.rows, step.ids, self._width
+        levels, step, taps, speech, pdl = self.levels, self._step, self._taps, self._speech, self._pdl
+        place = levels, self._asked, self._sequences, self._trees, step.rows, step.ids, self._width
         if depth == 0:
-            begin_chain(*place, pdl=pdl)
+            begin_levels(*place, pdl=pdl)
         start = 0
-        for k, exit_layer in enumerate(chain.exits):
+        for k, exit_layer in enumerate(levels.exits):
             if k == 0:
                 step.embed()
             elif taps:
                 step.resume(start, taps[k - 1])
             hidden = step.run(start, exit_layer, {exit_layer: taps[k]} if k < len(taps) else None)
-            if depth < chain.length:
+            if depth < levels.max_depth:
                 self._speak(self._voices[k], hidden)
-                grow_chain(depth, k, self._best_value, self._best_id, self._tile_stats, *place, pdl=pdl)
+                grow_level(depth, k, speech.ids, speech.entropies, speech.surprisals, *place, pdl=pdl)
             start = exit_layer
         self.stats = step.stats
-        if chain.gated:
+        if levels.gated:
             publish(self._asked.runs, self._seen, self._slot, pdl=pdl)
 
     def goes_on(self) -> bool:
-        """Whether a chain needs another step; waits for the one that was launched last."""
+        """Whether a tree needs another step; waits for the one that was launched last."""
         if self._asked.runs.is_cuda:
             torch.cuda.current_stream().synchronize()
         return bool(self._seen.any())
 
     def _speak(self, voice: _Voice, hidden: Tensor) -> None:
         """The head's answers to the nodes that are asked about, from the pass's residual stream."""
-        rows, source, pdl = self._asked.rows, self._asked.source, self._pdl
-        speaker, adapter, stats = voice.speaker, voice.adapter, self._stats
+        rows, source, x, pdl = self._asked.rows, self._asked.source, self._speech.x, self._pdl
+        speaker, adapter, stats = voice.speaker, voice.adapter, self._speech.stats
         if adapter is None:
-            embed_rows(source, rows, hidden, 1.0, self._hidden, ((speaker.norm, self._x),), stats, pdl=pdl)
+            embed_rows(source, rows, hidden, 1.0, self._hidden, ((speaker.norm, x),), stats, pdl=pdl)
         else:
-            adapter_rows(hidden, source, adapter.norm, adapter.gain, rows, self._x, adapter.stats, adapter.y, pdl=pdl)
-            up_linear(self._x, adapter.stats, adapter.up, None, None, adapter.act, rows, adapter.shape, pdl=pdl)
+            adapter_rows(hidden, source, adapter.norm, adapter.gain, rows, x, adapter.stats, adapter.y, pdl=pdl)
+            up_linear(x, adapter.stats, adapter.up, None, None, adapter.act, rows, adapter.shape, pdl=pdl)
             stats = adapter.down_stats
             residual_linear(
-                adapter.act, adapter.down, None, adapter.y, adapter.y, rows, next_norms=((speaker.norm, self._x),),
+                adapter.act, adapter.down, None, adapter.y, adapter.y, rows, next_norms=((speaker.norm, x),),
                 stats=stats, parts=adapter.parts, pdl=pdl,
             )  # fmt: skip
-        lm_head(
-            self._x, stats, speaker.weight, speaker.bias, speaker.shift, rows, eps=voice.eps, softcap=voice.softcap,
-            ids=self._draft_ids, options=self._options, seeds=self._seeds, best_value=self._best_value,
-            best_id=self._best_id, tile_stats=self._tile_stats, pdl=pdl,
+        self._speech.speak(
+            speaker, rows, self._draft_ids, self._options, self._seeds, eps=voice.eps, softcap=voice.softcap,
+            stats=stats, pdl=pdl,
         )  # fmt: skip

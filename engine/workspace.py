@@ -14,7 +14,7 @@ import torch
 
 from ..heads.head_set import HeadSet
 from ..heads.stateful import RecurrentHead, StatefulHead
-from ..kernels.grow_chain import Chain
+from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .cache import CachePlan, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
@@ -150,12 +150,13 @@ class Workspace:
 
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
-                if isinstance(shape, Chain):
+                if isinstance(shape, Levels):
                     step, each = own.steps[own.width], own.width
                     if thinned is not None:
-                        step, each = TealStep(thinned, cache, batch, reach=reach, pdl=own.pdl), 1
+                        each = shape.lanes
+                        step = TealStep(thinned, cache, batch * each, reach=reach, pdl=own.pdl)
                     heard = heads, self._decoder, draft_ids, shape, step, each
-                    return TrunkDraft(*heard, *state, own.num_refused, own.exits)
+                    return TrunkDraft(*heard, *state, own.num_refused, own.exits, own.row_layers)
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self._decoder, draft_ids, shape, batch
                 return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
@@ -174,7 +175,7 @@ class Workspace:
 
 def round_shape(
     policy: DraftPolicy, head_set: HeadSet | None, apart: bool = False
-) -> tuple[Shape | Chain | None, int, tuple[int, ...]]:
+) -> tuple[Shape | Levels | None, int, tuple[int, ...]]:
     """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads; `apart`
     as in `shape_of`."""
     heads = {} if head_set is None else head_set.heads

@@ -6,6 +6,7 @@ The LM head (`lm_head`) leaves logits l and, per tile of columns, what these nee
     score        s = l                            greedy
                  s = l / T + g                    sampled; g is `noise.gumbel_noise(seed, position)` of the token
     log-prob.    s - log sum exp(s)
+    surprisal    log Z - max l, of the likeliest token                    (raw, too)
 
 The best C elements lie in the best C tiles by tile maximum: an element that precedes one tile's maximum precedes all of
 that tile, so were a best element in another tile, the C maxima would precede it. Ties go to the lowest id in both
@@ -16,8 +17,8 @@ tiles and the maxima of the others: exp(s) has so heavy a tail that maxima make 
 row come out too large by one number, up to half a nat where the row is flat). It shapes trees and is never part of the
 output.
 
-A row with NaN or +inf has NaN entropy; its candidates mean nothing. Keys of a choice pack the score's bits, made
-monotone, above the bits of the place, so one integer maximum decides both.
+A row with NaN or +inf has NaN entropy and surprisal; its candidates mean nothing. Keys of a choice pack the score's
+bits, made monotone, above the bits of the place, so one integer maximum decides both.
 """
 
 from __future__ import annotations
@@ -42,24 +43,27 @@ MOST_CANDIDATES = 8
 
 def top_candidates_reference(
     logits: Tensor, temperature: float, seeds: Tensor, rows: Rows, count: int, draft_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(ids [R, count], log-probabilities, entropies [R])` with exact normalisers; rows that are not live are zero."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(ids [R, count], log-probabilities, entropies and surprisals [R])` with exact normalisers; rows that are not
+    live are zero."""
     num_rows, vocab_size = logits.shape
     ids = torch.zeros(num_rows, count, dtype=torch.int32)
-    best, entropies = torch.zeros(num_rows, count), torch.zeros(num_rows)
+    best = torch.zeros(num_rows, count)
+    entropies, surprisals = torch.zeros(2, num_rows).unbind()
     names = torch.arange(vocab_size) if draft_ids is None else draft_ids.cpu().long()
     for r in range(num_rows):
         if not rows.live[r]:
             continue
         raw = logits[r].cpu().float().log_softmax(-1)
         entropies[r] = -(raw.exp() * raw.clamp_min(torch.finfo(torch.float32).min)).sum()
+        surprisals[r] = -raw.max()
         scores = logits[r].cpu().float()
         if temperature:
             seed = int(seeds[rows.sequence[r].long()]) & (MASK_32 << 32 | MASK_32)
             scores = scores / temperature + gumbel_noise_at(seed, int(rows.position[r]) + 1, names)
         order = scores.sort(descending=True, stable=True).indices[:count]
         ids[r, : len(order)], best[r, : len(order)] = names[order].int(), scores.log_softmax(-1)[order]
-    return ids, best, entropies
+    return ids, best, entropies, surprisals
 
 
 if triton is not None:
@@ -74,8 +78,8 @@ if triton is not None:
     @triton.jit
     def _top_candidates_kernel(  # type: ignore[no-untyped-def]
         logits, partials, best_value, options_of, seeds, draft_ids, live_of, sequence_of, position_of,
-        ids_out, log_probs_out, entropies_out, vocab_size, num_tiles,
-        C: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
+        ids_out, log_probs_out, entropies_out, surprisals_out, vocab_size, num_tiles,
+        C: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr, SURPRISALS: tl.constexpr,
         BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
@@ -100,7 +104,10 @@ if triton is not None:
         a = tl.sum(weighted * scale, 0)
         log_z = tl.log(z) + largest
         # a tile with NaN or +inf has +inf as its best
-        tl.store(entropies_out + row, tl.where(tl.max(best, 0) == float("inf"), float("nan"), log_z - a / z))
+        wrong = tl.max(best, 0) == float("inf")
+        tl.store(entropies_out + row, tl.where(wrong, float("nan"), log_z - a / z))
+        if SURPRISALS:
+            tl.store(surprisals_out + row, tl.where(wrong, float("nan"), tl.log(z)))
 
         lane = tl.arange(0, BLOCK_C)
         tiles = tl.full([BLOCK_C], -1, tl.int32)
@@ -172,6 +179,7 @@ def top_candidates(
     entropies: Tensor,
     draft_ids: Tensor | None = None,
     *,
+    surprisals: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """The best C tokens of every live row, best first.
@@ -188,6 +196,7 @@ def top_candidates(
         log_probs: fp32 `[R, C]`, overwritten; nats.
         entropies: fp32 `[R]`, overwritten; nats, NaN where a row is not finite.
         draft_ids: `[Vd]` int32 or int64, rising: token ids of the columns; None for the columns themselves.
+        surprisals: fp32 `[R]`, overwritten; nats, likewise; or None.
         pdl: programmatic dependent launch.
 
     Raises:
@@ -207,8 +216,8 @@ def top_candidates(
         raise ValueError("expected tensors without gaps")
     _top_candidates_kernel[(num_rows,)](
         logits, partials, best_value, options, seeds, draft_ids, rows.live, rows.sequence, rows.position,
-        ids, log_probs, entropies, vocab_size, num_tiles,
-        C=count, TILE=tile, HAS_IDS=draft_ids is not None,
+        ids, log_probs, entropies, surprisals, vocab_size, num_tiles,
+        C=count, TILE=tile, HAS_IDS=draft_ids is not None, SURPRISALS=surprisals is not None,
         BLOCK_C=triton.next_power_of_2(count), BLOCK_T=triton.next_power_of_2(num_tiles), PDL=pdl,
         **_settings(num_tiles), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Drafting: which nodes are asked at which exit, what the gate makes of them, and how trees are bounded.
 
 Heads are plain functions; hidden states and layers are the real ones. Planted bugs seen to fail here: a node asked
-again at a later exit although an earlier one spoke; a tree that outgrows its budget; NaN taken for certainty.
+again at a later exit although an earlier one spoke; a tree that outgrows its budget, or is full and still asks; NaN
+taken for certainty.
 """
 
 import math
@@ -109,8 +110,9 @@ def test_nodes_that_every_gate_refuses_are_counted(on):
 def test_a_tree_stays_within_its_budget(max_nodes, on):
     gates = dict.fromkeys((1, 2), Gate(-math.inf, math.inf))
     policy = DraftPolicy((1, 2), gates, max_depth=9, max_nodes=max_nodes, branch=4)
-    work, _, _ = run(on, {1: peaks(1, 2, 3, 4), 2: peaks(5)}, policy)
+    work, stops, calls = run(on, {1: peaks(1, 2, 3, 4), 2: peaks(5)}, policy)
     assert work.tree.num_drafted == max_nodes
+    assert stops == [0] and calls == {0: [], 1: [(1, 1)], 4: [(1, 1)], 15: [(1, 1), (1, 4)]}[max_nodes]
     assert len(work.reached) == len(work.tree)
 
 

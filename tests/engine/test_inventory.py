@@ -11,14 +11,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from skipstone.engine.fused import FusedStep, FusedWeights
-from skipstone.engine.gate import PLAIN, best_first
+from skipstone.engine.gate import PLAIN, Gate, best_first, every
 from skipstone.engine.inventory import inventory, memory_items
 from skipstone.engine.sparsity.target import SparseTarget
 from skipstone.engine.sparsity.tda import Tda
 from skipstone.engine.tree import MAX_NODES
+from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.engine.workspace import reach_of
+from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
 from skipstone.kernels import tile
 from skipstone.kernels.flash import FlashAttention
+from skipstone.kernels.linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(tile.triton is None, reason="needs Triton")
 
@@ -56,6 +59,22 @@ def test_device_rounds_are_in_the_budget(engine_of: Callable, stateful: Callable
     item = items_at["the recurrent head's matrices for device rounds"]
     assert item.second_copy and item.num_bytes == sum(t.nbytes for t in copies)
     assert sum(t.numel() for t in copies) == sum(p.numel() for p in head.parameters() if p.ndim == 2)
+
+
+@torch.inference_mode()
+def test_logits_of_trunk_exits_are_in_the_budget(engine_of: Callable) -> None:
+    engine, batch, context = engine_of(), 3, 200
+    decoder, config = engine.decoder, engine.decoder.config
+    specs = (HeadSpec("adapter", 1, {"width": 24}),)
+    heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
+    engine.heads = heads.attach(Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear))
+    engine.fused, engine.policy = FusedWeights(decoder), every((1,), Gate(1.0, 2.0), branch=3, max_depth=3)
+    cache = engine.workspace.cache_for(batch, context)
+    items = {item.what: item for item in memory_items(engine, batch, cache.plan.context)}
+    rounds = engine._rounds_for(engine.fused, cache, batch, engine.policy, False, cache.plan.context)
+    assert isinstance(rounds.draft, TrunkDraft)
+    logits = rounds.draft._speech.logits
+    assert items["drafts of device rounds"].num_bytes == logits.nbytes == 48 * 4 * config.vocab_size
 
 
 def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> None:

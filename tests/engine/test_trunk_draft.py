@@ -2,14 +2,14 @@
 
 Without a GPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
 
-Regimes: adapters, a head with its own projection, bare exits; one exit and three; gates by entropy and by path, and
-none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms, factor and
-soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN; layers that drop
-inputs, apart from verification, against the CPU's decoder that does (`thresholded.py`). Planted bugs that
+Regimes: chains and trees; adapters, a head with its own projection, bare exits; one exit and three; gates by entropy
+and by path, and none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms,
+factor and soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN; layers
+that drop inputs, apart from verification, against the CPU's decoder that does (`thresholded.py`). Planted bugs that
 these tests were seen to catch: the final norm in place of the adapter's, its gain left out, the tap of another exit or
 none, outputs taken for token ids, no soft-cap, another node's residual stream, noise of the node's own position, a row
-that does not see itself, ancestors' keys missing at a deeper exit; thinned out: nothing dropped, dense positions that
-drop, another layer's thresholds, a node that stops at the exit that was sure.
+that does not see itself, ancestors' keys missing at a deeper exit, siblings that see each other; thinned out: nothing
+dropped, dense positions that drop, another layer's thresholds, a node that stops at the exit that was sure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from skipstone.engine.sparsity.thresholded import TealDecoder, projections
 from skipstone.engine.tree import DraftTree
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
-from skipstone.kernels.grow_chain import Chain
+from skipstone.kernels.grow_level import Levels
 from skipstone.kernels.grow_tree import Sequences, Trees
 from skipstone.kernels.linear import PackedLinear
 
@@ -69,7 +69,7 @@ class Both:
         self,
         model: tuple[Any, Any],
         kinds: dict[int, tuple[str, dict[str, int]]],
-        chain: Chain,
+        levels: Levels,
         prompts: list[list[int]],
         ends: list[int],
         *,
@@ -82,7 +82,7 @@ class Both:
     ) -> None:
         config, weights = model
         self.decoder = Decoder(config, weights, dtype, DEVICE)
-        self.heads, self.chain, self.ends = heads_of(self.decoder, kinds, draft_ids), chain, ends
+        self.heads, self.levels, self.ends = heads_of(self.decoder, kinds, draft_ids), levels, ends
         self.params, batch = params or SamplingParams(), len(prompts)
         self.histories = [History(prompt) for prompt in prompts]
         self.caches = [
@@ -105,20 +105,22 @@ class Both:
         )
         self.drafter: Decoder = self.decoder
         if thinned:
-            own, last, width = len(projections(config)), chain.exits[-1], 1
+            own, last, width = len(projections(config)), levels.exits[-1], levels.lanes
             thresholds = 0.1 + 0.03 * torch.arange(config.num_layers * own).view(-1, own).flip(0)
             self.drafter = TealDecoder(self.decoder, thresholds, DENSE_TOKENS, last, skip=not ON_GPU)
             channels = ChannelWeights(self.decoder, thresholds, DENSE_TOKENS, last)
-            step: FusedStep = TealStep(channels, self.caches[1], batch, pdl=pdl)
+            step: FusedStep = TealStep(channels, self.caches[1], batch * width, pdl=pdl)
         else:
             step = FusedStep(FusedWeights(self.decoder), self.caches[1], -(-batch * width // 16) * 16, pdl=pdl)
         for stale in (step.hidden, step._stats_embed):
             stale.fill_(math.nan)
-        self.num_refused, self.exits = whole(*[-5] * batch), torch.zeros(batch, 16, dtype=torch.int32, device=DEVICE)
+        self.num_refused, self.row_layers = (whole(*[-5] * batch) for _ in range(2))
+        self.exits = torch.zeros(batch, 16, dtype=torch.int32, device=DEVICE)
         self.device = TrunkDraft(
-            self.heads.heads, self.decoder, self.heads.draft_ids, chain, step, width, self.trees, self.sequences,
+            self.heads.heads, self.decoder, self.heads.draft_ids, levels, step, width, self.trees, self.sequences,
             torch.full((batch,), self.params.seed, device=DEVICE),
             torch.tensor([self.params.temperature, 1, 0, 1, 0, 0, 0, 0], device=DEVICE), self.num_refused, self.exits,
+            self.row_layers,
         )  # fmt: skip
 
     def draft_on_host(self) -> tuple[list[DraftTree | None], list[int]]:
@@ -136,10 +138,11 @@ class Both:
 
             if self.ends[b]:
                 rows.append(DraftRow(work, max(0, self.ends[b] - len(history) - 1), rank))
-        gates = {e: Gate(stop, stop) for e, stop in zip(self.chain.exits, self.chain.stops, strict=True)}
+        levels = self.levels
+        gates = {e: Gate(*gate) for e, gate in zip(levels.exits, levels.gates, strict=True)}
         policy = DraftPolicy(
-            self.chain.exits, gates, max_depth=self.chain.length, branch=1,
-            confidence="path" if self.chain.by_path else "entropy",
+            levels.exits, gates, max_depth=levels.max_depth, max_nodes=levels.max_nodes, branch=levels.branch,
+            confidence="path" if levels.by_path else "entropy",
         )  # fmt: skip
         tiles = RowTiles(gathered=ON_GPU)
         stops = iter(
@@ -170,51 +173,70 @@ def prompt_of(length: int, salt: int = 0) -> list[int]:
     return [(17 * i + 3 + salt) % 199 for i in range(length)]
 
 
-RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Chain, dict[str, Any]]] = {
-    "one adapter": ("llama2", {2: ADAPTER}, Chain((2,), (INF,), 3), {}),
-    "one gated, rows by node": ("qwen3", {1: ADAPTER}, Chain((1,), (3.0,), 5), {"width": 16}),
-    "three": ("llama2", {1: ADAPTER, 2: LINEAR, 3: BARE}, Chain((1, 2, 3), (1.8, 1.5, 2.1), 5), {"width": 8}),
-    "by path, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, Chain((1, 2), (3.0, 7.0), 4, True), {"width": 8}),
-    "layer norm": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, Chain((1, 3), (2.5, 5.0), 3), {"width": 4}),
-    "thinned out": ("llama2", {2: ADAPTER}, Chain((2,), (INF,), 3, apart=True), {"thinned": True}),
+def chain(
+    exits: tuple[int, ...], stops: tuple[float, ...], length: int, by_path: bool = False, apart: bool = False
+) -> Levels:
+    return Levels(exits, tuple((stop, stop) for stop in stops), 1, length, length, by_path, apart)
+
+
+RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Levels, dict[str, Any]]] = {
+    "one adapter": ("llama2", {2: ADAPTER}, chain((2,), (INF,), 3), {}),
+    "one gated, rows by node": ("qwen3", {1: ADAPTER}, chain((1,), (3.0,), 5), {"width": 16}),
+    "three": ("llama2", {1: ADAPTER, 2: LINEAR, 3: BARE}, chain((1, 2, 3), (1.8, 1.5, 2.1), 5), {"width": 8}),
+    "by path, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, chain((1, 2), (3.0, 7.0), 4, True), {"width": 8}),
+    "layer norm": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, chain((1, 3), (2.5, 5.0), 3), {"width": 4}),
+    "tree": ("llama2", {2: ADAPTER}, Levels((2,), ((2.4, 3.3),), 3, 4, 15), {"width": 16}),
+    "tree, full early": ("qwen3", {1: LINEAR}, Levels((1,), ((-INF, INF),), 2, 3, 7), {"width": 8}),
+    "tree of two, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, Levels((1, 2), ((3.2, 3.42), (3.3, 3.63)), 2, 4, 13), {}),
+    "tree by path": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, Levels((1, 3), ((1.0, 2.5), (2.0, 6.0)), 2, 3, 14, True), {}),
+    "thinned out": ("llama2", {2: ADAPTER}, chain((2,), (INF,), 3, apart=True), {"thinned": True}),
     "thinned out, three": (
-        "qwen3", {1: ADAPTER, 2: LINEAR, 3: BARE}, Chain((1, 2, 3), (1.8, 1.5, 2.1), 5, apart=True), {"thinned": True},
+        "qwen3", {1: ADAPTER, 2: LINEAR, 3: BARE}, chain((1, 2, 3), (1.8, 1.5, 2.1), 5, apart=True), {"thinned": True},
     ),
     "thinned out, by path, sampled": (
-        "gemma2", {1: ADAPTER, 2: BARE}, Chain((1, 2), (3.0, 7.0), 4, True, True), {"thinned": True},
+        "gemma2", {1: ADAPTER, 2: BARE}, chain((1, 2), (3.0, 7.0), 4, True, True), {"thinned": True},
     ),
     "thinned out, layer norm": (
-        "gpt_neox", {1: ADAPTER, 3: LINEAR}, Chain((1, 3), (2.5, 5.0), 3, apart=True), {"thinned": True},
+        "gpt_neox", {1: ADAPTER, 3: LINEAR}, chain((1, 3), (2.5, 5.0), 3, apart=True), {"thinned": True},
+    ),
+    "thinned out, tree": ("llama2", {2: ADAPTER}, Levels((2,), ((2.4, 3.3),), 2, 3, 6, apart=True), {"thinned": True}),
+    "thinned out, tree of two": (
+        "qwen3", {1: LINEAR, 3: BARE}, Levels((1, 3), ((1.8, 2.6), (2.2, 3.0)), 2, 2, 5, apart=True), {"thinned": True},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_chains_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> None:
+def test_drafts_are_those_of_the_host(name: str, tiny: Callable[[str], Any]) -> None:
     """The first sequence has a prompt of one token, the last one room for one draft; one is not active."""
-    family, kinds, chain, options = RUNS[name]
-    if name.endswith("by path, sampled"):
+    family, kinds, levels, options = RUNS[name]
+    options = {"width": 16} | options if levels.branch > 1 else options
+    if "sampled" in name:
         options = options | {"params": SamplingParams(temperature=0.8, seed=7)}
-    if name.endswith(("three", "by path, sampled")):
+    if name.endswith("three") or "sampled" in name:
         options = options | {"draft_ids": torch.arange(1, 199, 2)}
     prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
     with torch.inference_mode():
-        both = Both(tiny(family), kinds, chain, prompts, [90, 90, 0, 24], **options)
+        both = Both(tiny(family), kinds, levels, prompts, [90, 90, 0, 24], **options)
         trees = both.check()
-    assert {e for tree in trees for e in tree.exit_layers[1:]} >= set(chain.exits[-2:])
-    assert len(trees[2]) == 2 and (max(chain.stops) == INF or sum(both.num_refused.tolist()) > 0)
+    assert {e for tree in trees for e in tree.exit_layers[1:]} >= set(levels.exits[-2:])
+    assert max(trees[2].depths) == 1
+    assert max(high for _, high in levels.gates) == INF or sum(both.num_refused.tolist()) > 0
+    assert levels.branch == 1 or not all(tree.is_chain for tree in trees[:2])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("name", ["one adapter", "three", "thinned out", "thinned out, three"])
+@pytest.mark.parametrize(
+    "name", ["one adapter", "three", "tree", "thinned out", "thinned out, three", "thinned out, tree"]
+)
 def test_captured_drafts_are_the_same(name: str, pdl: bool, tiny: Callable[[str], Any]) -> None:
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU with programmatic dependent launch")
-    family, kinds, chain, options = RUNS[name]
+    family, kinds, levels, options = RUNS[name]
     with torch.inference_mode():
         prompts = [prompt_of(1), prompt_of(30), prompt_of(9), prompt_of(22, 5)]
-        both = Both(tiny(family), kinds, chain, prompts, [90, 90, 0, 24], pdl=pdl, **options)
+        both = Both(tiny(family), kinds, levels, prompts, [90, 90, 0, 24], pdl=pdl, **options)
         both.device.draft()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -64,12 +64,16 @@ def run(logits, temperature, count, tile, ids=None):
     options = torch.tensor([temperature, 1.0, 0, 1, 0, 0, 0, 0], device=DEVICE)
     tokens = torch.full((16, count), -7, dtype=torch.int32, device=DEVICE)
     log_probs, entropies = torch.full((16, count), math.nan, device=DEVICE), torch.full((16,), math.nan, device=DEVICE)
+    surprisals = torch.full_like(entropies, math.nan)
     top_candidates(
-        padded.to(DEVICE), stats, best, options, seeds, rows, tokens, log_probs, entropies, None if ids is None else ids
+        padded.to(DEVICE), stats, best, options, seeds, rows, tokens, log_probs, entropies, ids, surprisals=surprisals
     )
-    wanted = top_candidates_reference(padded, temperature, seeds, rows, count, ids)
+    *wanted, raw = top_candidates_reference(padded, temperature, seeds, rows, count, ids)
     live = rows.live[: len(logits)].cpu() != 0
     assert (tokens[DEAD] == -7).all() and log_probs[DEAD].isnan().all() and entropies[DEAD].isnan()
+    assert surprisals[DEAD].isnan()
+    found, raw = (t[: len(logits)].cpu()[live] for t in (surprisals, raw))
+    torch.testing.assert_close(found, raw, rtol=0, atol=TOLERANCE, equal_nan=True)
     got = [t[: len(logits)].cpu()[live] for t in (tokens, log_probs, entropies)]
     return got, [t[: len(logits)][live] for t in wanted]
 

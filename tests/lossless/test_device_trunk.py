@@ -1,4 +1,4 @@
-"""Chains from exits of the trunk in rounds on the device: plain decoding's tokens, and the host's drafts.
+"""Chains and trees from exits of the trunk in rounds on the device: plain decoding's tokens, and the host's drafts.
 
 The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; on a GPU
 they are captured, in bf16 too. Planted bugs that these tests were seen to catch: verification that goes on from the
@@ -8,6 +8,7 @@ or end with the first sequence's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, every, fixed_exit, likely
 from skipstone.engine.graphs import Record
+from skipstone.engine.statistics import Statistics
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
 from skipstone.kernels.accept import RECORD
@@ -29,6 +31,12 @@ PROMPTS = [[4, 9, 2], list(range(5, 24)), [7]]
 SEEDS = [5, 6, 7]
 NEW = 40 if ON_GPU else 8
 SAMPLED = {"temperature": 0.8}
+# gates that branch, extend and stop
+TREES = {
+    "one exit": every((2,), Gate(2.9, 3.3), branch=3, max_depth=3, max_nodes=15),
+    "one exit, by path": every((2,), Gate(1.6, 3.4), branch=2, max_depth=3, max_nodes=7, confidence="path"),
+    "two exits": DraftPolicy((1, 2), {1: Gate(2.4, 2.8), 2: Gate(2.9, 3.3)}, max_depth=3, branch=2, max_nodes=13),
+}
 TWO = DraftPolicy((1, 2), {1: Gate(3.2, 3.2), 2: Gate(3.0, 3.0)}, max_depth=3, branch=1)
 COUNTS = ("num_drafted", "accepted_by_position", "drafted_by_position", "tokens_by_exit", "gate_stops",
           "drafted_by_entropy", "accepted_by_entropy")  # fmt: skip
@@ -64,9 +72,9 @@ def same_drafts(out: Any, host: Any) -> None:
     assert out.exit_layers == host.exit_layers
 
 
-def committed(engine: Any, out: Any) -> torch.Tensor:
+def committed(engine: Any, out: Any, sequence: int = 0) -> torch.Tensor:
     size = len(out.prompt_ids) + len(out.token_ids) - 1
-    return torch.stack([torch.stack(engine.workspace.cache.read(layer, 0, size)) for layer in range(3)]).clone()
+    return torch.stack([torch.stack(engine.workspace.cache.read(layer, sequence, size)) for layer in range(3)]).clone()
 
 
 def wrong_drafts(out: Any) -> int:
@@ -119,6 +127,39 @@ def test_one_exit(policy: DraftPolicy, prompt: list[int], new: int, engine: Any,
         assert out.stats.num_row_layers == host.stats.num_row_layers == 3 * (new + wrong_drafts(out))
 
 
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize(
+    ("name", "sampling", "batch"),
+    [
+        ("one exit", {}, 2), ("one exit", SAMPLED, 1), ("one exit, by path", SAMPLED, 2), ("two exits", {}, 1),
+        ("two exits", SAMPLED, 2),
+    ],
+    ids=lambda of: {0: "greedy", 1: "sampled"}[len(of)] if isinstance(of, dict) else str(of),
+)  # fmt: skip
+def test_trees(name: str, sampling: dict[str, Any], batch: int, engine: Any, assert_same_output: Callable) -> None:
+    """Tokens, committed keys and values are plain decoding's; trees and their counts are the host's. With
+    one exit verification goes on from it; with two it starts over, and the layers that ran twice are counted."""
+    options: dict[str, Any] = {"seeds": SEEDS[2 - batch : 2], "max_new_tokens": NEW, **sampling}
+    prompts, policy = PROMPTS[2 - batch : 2], TREES[name]
+    plain = engine.generate(prompts, speculation=False, **options)
+    expected = [committed(engine, out, b) for b, out in enumerate(plain)]
+    outs = engine.generate(prompts, policy=policy, **options)
+    assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine.workspace.rounds.values())
+    slack = {"rtol": 0.0, "atol": 0.0} if ON_GPU else {"rtol": 1e-4, "atol": 1e-5}
+    for b, out in enumerate(outs):
+        assert_same_output(out, plain[b])
+        assert torch.allclose(committed(engine, out, b), expected[b], **slack)
+    stats = Statistics.merge(out.stats for out in outs)
+    assert stats.num_accepted > 0 and stats.gate_stops > 0
+    assert stats.num_drafted > sum(stats.drafted_by_position), "siblings"
+    if ON_GPU:  # where the host's own forwards round otherwise
+        return
+    for out, host in zip(outs, by_host(engine, prompts, policy=policy, **options), strict=True):
+        same_drafts(out, host)
+        again = out.stats.num_row_layers - host.stats.num_row_layers
+        assert again == 0 if len(policy.exits) == 1 else again >= out.stats.num_drafted
+
+
 @pytest.mark.hazard(24)
 def test_a_stop_id_inside_a_draft(engine: Any, assert_same_output: Callable) -> None:
     options: dict[str, Any] = {"seed": SEEDS[1], "max_new_tokens": NEW, **SAMPLED}
@@ -136,13 +177,14 @@ def test_records_name_the_exit_of_each_node() -> None:
     values = [0] * RECORD
     values[:6], values[20:23] = [1, 0, 3, 9, 11, 12], [0, 1, -1]
     values[36:39], values[52:55] = [10, 11, 13], [-1, 0, 1]
-    record = Record.read(values, [0.0] * 16, [0, 12, 24, *[7] * 13], 1)
+    record = Record.read(values, [0.0] * 16, [0, 12, 24, *[7] * 13], 1, 60)
     assert record is not None and record.tree.exit_layers == [None, 12, 24]
     assert record.tokens == (11, 12) and record.nodes == (1,) and record.num_refused == 1
+    assert record.row_layers == 60
 
 
-def test_a_draft_ends_with_its_last_chain(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is launched only where a chain has rows in it: one for each drafted token, and the last node's."""
+def test_a_draft_ends_with_its_last_node(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is launched only where a tree has rows in it: one for each level, and the last one's way to the exit."""
     original, steps = TrunkDraft.goes_on, []
 
     def goes_on(draft: TrunkDraft) -> bool:
@@ -155,3 +197,7 @@ def test_a_draft_ends_with_its_last_chain(engine: Any, monkeypatch: pytest.Monke
         out = engine.generate(PROMPTS[1], policy=policy, max_new_tokens=4)
         assert sum(steps) >= out.stats.num_drafted and (sum(steps) > 0) == (out.stats.num_drafted > 0)
         assert steps.count(False) >= out.stats.gate_stops
+    steps.clear()
+    full = every((2,), Gate(-math.inf, math.inf), branch=3, max_depth=3, max_nodes=5)
+    stats = engine.generate(PROMPTS[1], policy=full, max_new_tokens=NEW).stats
+    assert stats.gate_stops == 0 and sum(steps) == sum(stats.drafted_by_position)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.fused import FusedStep, FusedWeights
-from skipstone.engine.gate import Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import NEVER, DraftPolicy, Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader
@@ -167,14 +167,16 @@ def test_plain_rounds_and_a_recurrent_head(
     [
         (fixed_exit(1, 2), ("linear", {})),
         (every((1, 2), Gate(3.2, 3.2), max_depth=2, branch=1), ("adapter", {"width": 24})),
+        (every((2,), Gate(2.0, 9.0), max_depth=2, branch=2, max_nodes=5), ("adapter", {"width": 24})),
+        (DraftPolicy((1, 2), {1: NEVER, 2: Gate(2.0, 9.0)}, max_depth=2, branch=2, max_nodes=5), ("linear", {})),
     ],
-    ids=["one linear exit", "two adapters and a gate"],
+    ids=["one linear exit", "two adapters and a gate", "trees of an adapter", "trees of two linear exits"],
 )
 def test_rounds_with_exits_of_the_trunk(policy: Any, head: Any, watch: Watch, engine_of: Callable) -> None:
     engine = engine_of(num_layers=3, max_context=200)
     trunk_exits(engine, *head)
     rounds(engine, policy)
-    assert "_grow_chain_kernel" in watch.launches and ("_adapter_rows_kernel" in watch.launches) == (
+    assert "_grow_level_kernel" in watch.launches and ("_adapter_rows_kernel" in watch.launches) == (
         head[0] == "adapter"
     )
     assert not watch.wrong, sorted(set(watch.wrong))
