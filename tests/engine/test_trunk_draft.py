@@ -201,7 +201,7 @@ RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Levels, dict[s
     ),
     "thinned out, tree": ("llama2", {2: ADAPTER}, Levels((2,), ((2.4, 3.3),), 2, 3, 6, apart=True), {"thinned": True}),
     "thinned out, tree of two": (
-        "qwen3", {1: LINEAR, 3: BARE}, Levels((1, 3), ((1.8, 2.6), (2.2, 3.0)), 2, 2, 5, apart=True), {"thinned": True},
+        "qwen3", {1: LINEAR, 3: BARE}, Levels((1, 3), ((1.4, 2.2), (2.4, 3.0)), 2, 2, 5, apart=True), {"thinned": True},
     ),
 }  # fmt: skip
 
