@@ -52,8 +52,8 @@ MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead]) -> Shape | Levels | None:
     """How a policy's trees grow on the device; None where the host has to grow them.
 
-    A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; heads
-    behind layers of the trunk that keep nothing draft chains and trees, by either measure of their gates.
+    A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; adapters,
+    linear and block heads behind layers of the trunk draft chains and trees, by either measure of their gates.
     """
     if policy.lookup is not None or not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
@@ -126,6 +126,8 @@ def decode_on_device(
         if isinstance(rounds.draft, RecurrentDraft):
             texts = {request.sequence: request.history.token_ids for request in requests}
             rounds.draft.start(on.memories[0], texts, partial(rounds.replay, "absorb"))
+        elif rounds.draft is not None:
+            rounds.draft.start([request.sequence for request in requests])
     rounds.start_clock()
     queue = _Queue(rounds, deque())
     given: dict[int, _Given] = {}

@@ -7,6 +7,7 @@ where their cache and memory lay.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,9 +105,7 @@ class Workspace:
             memory = self.memories.pop(exit_layer, None)
             if memory is None or not memory.plan.holds(plan):
                 memory = None  # free again before the next one is made
-                self.rounds = {
-                    key: own for key, own in self.rounds.items() if not isinstance(own.draft, RecurrentDraft)
-                }
+                self.rounds = {key: own for key, own in self.rounds.items() if not _remembers(own)}
                 memory = HeadMemory(plan, self._decoder.device)
             for sequence in range(batch):
                 memory.restart(sequence)
@@ -135,7 +134,7 @@ class Workspace:
             if isinstance(own.draft, RecurrentDraft):
                 drafts = memory is not None and own.draft.draws_on(memory)
             else:
-                drafts = own.draft is None or own.draft.asks(heads)
+                drafts = own.draft is None or own.draft.asks(heads, self.memories)
             return own.cache is cache and own.weights is weights and drafts
 
         self.rounds = {k: own for k, own in self.rounds.items() if current(own)}
@@ -144,12 +143,16 @@ class Workspace:
             draft_ids = None if head_set is None else head_set.draft_ids
             drafts = [own.draft for own in self.rounds.values()]
             known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
+            blocks = [own.weights for own in drafts if isinstance(own, TrunkDraft)]
 
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Levels):
                     heard = heads, self._decoder, draft_ids, shape, own.steps[own.width], own.width
-                    return TrunkDraft(*heard, *state, own.num_refused, own.exits, own.row_layers)
+                    report = own.num_refused, own.exits, own.row_layers
+                    return TrunkDraft(
+                        *heard, *state, *report, memories=self.memories, reach=reach, weights=ChainMap(*blocks)
+                    )
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self._decoder, draft_ids, shape, batch
                 return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
@@ -174,6 +177,13 @@ def round_shape(policy: DraftPolicy, head_set: HeadSet | None) -> tuple[Shape | 
     width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
     width = width if shape is None else 1 << shape.max_nodes.bit_length()
     return shape, width, tuple(sorted(taps))
+
+
+def _remembers(rounds: Rounds) -> bool:
+    """Whether captured rounds hold a memory's addresses."""
+    return isinstance(rounds.draft, RecurrentDraft) or (
+        isinstance(rounds.draft, TrunkDraft) and bool(rounds.draft.weights)
+    )
 
 
 def reach_of(context: int) -> int:
