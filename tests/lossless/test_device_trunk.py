@@ -3,8 +3,8 @@
 The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; on a GPU
 they are captured, in bf16 too. Planted bugs that these tests were seen to catch: verification that goes on from the
 first of two exits, the last node not run to the exit, one exit layer for all nodes, steps that go on when no chain does
-or end with the first sequence's, layers of rows counted twice; entries of a block head not made of a prompt, not in plain
-rounds, or not moved with the accepted path.
+or end with the first sequence's, layers of rows counted twice; entries of a block head not made of a prompt, not in
+plain rounds, or not moved with the accepted path.
 """
 
 from __future__ import annotations
