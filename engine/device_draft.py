@@ -14,98 +14,41 @@ The head's layers run through the same kernels as the decoder's, with drafted en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..heads.stateful import RecurrentHead
 from ..kernels.grow_tree import Pool, Sequences, Shape, Trees, grow_tree
-from ..kernels.head_rows import EPS, RING, absorb_rows, context_rows, enter_rows, keep_states, leave_rows
-from ..kernels.layer_shape import LayerShape
-from ..kernels.qkv import qkv
-from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
+from ..kernels.head_rows import RING, absorb_rows, context_rows, enter_rows, keep_states, leave_rows
+from ..kernels.residual_linear import column_tiles, residual_linear
 from ..kernels.rows import Rows
-from ..kernels.tree_attention import AttentionScratch, tree_attention
-from ..kernels.up_linear import up_linear
 from .device_state import upload
 from .fused import NormedLinear
+from .head_layers import HeadWeights, LayerRows
 from .head_memory import HeadMemory
 from .model import Decoder
 from .speech import Speech
 from .tree import MAX_NODES
 
 
-@dataclass(frozen=True)
-class _Layer:
-    attn_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    mlp_norm: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class HeadWeights:
-    """A recurrent head's parameters in the model's dtype, norms in fp32, and its rotary tables."""
+class RecurrentWeights(HeadWeights):
+    """And what a recurrent head's layers run on."""
 
     def __init__(self, head: RecurrentHead, positions: int) -> None:
-        weight = head.attached().head_weight
-
-        def cast(parameter: Tensor) -> Tensor:
-            return parameter.detach().to(weight.device, weight.dtype).contiguous()
-
-        def wide(parameter: Tensor) -> Tensor:
-            return parameter.detach().to(weight.device, torch.float32).contiguous()
-
-        self.token_norm, self.context_norm, self.gain = map(wide, (head.token_norm, head.context_norm, head.gain))
-        self.fuse, self.join = cast(head.fuse), cast(head.join)
-        self.layers = [
-            _Layer(
-                wide(layer.attn_norm.weight),
-                cast(layer.qkv.weight),
-                None if layer.qkv.bias is None else cast(layer.qkv.bias),
-                cast(layer.o.weight),
-                wide(layer.mlp_norm.weight),
-                cast(layer.up.weight),
-                cast(layer.down.weight),
-            )
-            for layer in head._layers()
-        ]
-        sizes = head._sizes
-        self.shape = LayerShape(
-            hidden_size=head.hidden_size,
-            intermediate_size=sizes.ff,
-            num_heads=sizes.num_heads,
-            num_kv_heads=sizes.num_kv_heads,
-            head_dim=sizes.head_dim,
-            rotary_dim=sizes.head_dim,
-            norm_eps=EPS,
-            attention_scale=sizes.head_dim**-0.5,
-        )
-        cos, sin = head._rotary(torch.arange(positions, device=weight.device))
-        self.cos, self.sin = cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
+        super().__init__(head, positions)
+        self.token_norm, self.context_norm = self.wide(head.token_norm), self.wide(head.context_norm)
+        self.fuse, self.join = self.cast(head.fuse), self.cast(head.join)
 
 
-class _Pass:
-    """Buffers of one pass of the head over R rows."""
+class _Pass(LayerRows):
+    """Buffers of one pass of the head over R rows: tokens and contexts, joined, and the layers."""
 
-    def __init__(self, weights: HeadWeights, num_rows: int, capacity: int, device: torch.device) -> None:
-        shape, dtype = weights.shape, weights.join.dtype
-        width, wide, ff = shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size
-
-        def empty(*size: int) -> Tensor:
-            return torch.zeros(num_rows, *size, dtype=dtype, device=device)
-
-        self.both, self.x, self.q, self.attended, self.act = (empty(n) for n in (2 * width, width, wide, wide, ff))
-        self.hidden = torch.zeros(num_rows, width, device=device)
-        self.stats = [
-            torch.zeros(num_rows, 2, column_tiles(width, k, dtype), device=device) for k in (2 * width, wide, ff)
-        ]
-        self.scratch = AttentionScratch(num_rows, capacity, shape, device)
-        sizes = (2 * width, wide, ff, weights.fuse.shape[1])
-        self.parts = Parts(num_rows, width, max(most_parts(width, k, dtype) for k in sizes), device)
+    def __init__(self, weights: RecurrentWeights, num_rows: int, capacity: int, device: torch.device) -> None:
+        width, dtype = weights.shape.hidden_size, weights.dtype
+        super().__init__(weights, num_rows, capacity, device, (2 * width, weights.fuse.shape[1]))
+        self.both = torch.zeros(num_rows, 2 * width, dtype=dtype, device=device)
+        self.stats = torch.zeros(num_rows, 2, column_tiles(width, 2 * width, dtype), device=device)
 
 
 class RecurrentDraft:
@@ -145,7 +88,7 @@ class RecurrentDraft:
         pdl: bool = False,
         *,
         reach: int | None = None,
-        weights: HeadWeights | None = None,
+        weights: RecurrentWeights | None = None,
     ) -> None:
         if head.spec.exit_layer != 0 or memory.head is not head:
             raise ValueError(
@@ -166,7 +109,7 @@ class RecurrentDraft:
         device, width = decoder.device, head.hidden_size
         slots = memory.cache.k.shape[3]
         capacity = slots if reach is None else reach + MAX_NODES
-        self.weights = HeadWeights(head, slots) if weights is None else weights
+        self.weights = RecurrentWeights(head, slots) if weights is None else weights
         # the model's final norm before its LM head's rows of the draft vocabulary
         self._speaker = NormedLinear.of(decoder._final_norm, self._projection.head_weight, None)
         self._draft_ids = None if draft_ids is None else draft_ids.to(device, torch.int32)
@@ -296,36 +239,16 @@ class RecurrentDraft:
 
     def _run(self, on: _Pass, rows: Rows, ids: Tensor, places: Tensor, contexts: Tensor) -> None:
         """Entries of the rows; `on.hidden` holds their outputs then."""
-        weights, shape, pdl = self.weights, self.weights.shape, self.pdl
-        stats, attn_stats, mlp_stats = on.stats
-        layers = weights.layers
+        weights, pdl = self.weights, self.pdl
         enter_rows(
             ids, places, self._decoder.embedding, self._decoder._embed_scale, weights.token_norm, contexts,
             weights.context_norm, rows, on.both, pdl=pdl,
         )  # fmt: skip
         residual_linear(
-            on.both, weights.join, None, None, on.hidden, rows, next_norms=((layers[0].attn_norm, on.x),), stats=stats,
-            means=False, parts=on.parts, pdl=pdl,
+            on.both, weights.join, None, None, on.hidden, rows, next_norms=((weights.layers[0].attn_norm, on.x),),
+            stats=on.stats, means=False, parts=on.parts, pdl=pdl,
         )  # fmt: skip
-        for index, layer in enumerate(layers):
-            keys, values = self._cache.k[index], self._cache.v[index]
-            qkv(
-                on.x, stats, layer.qkv, layer.qkv_bias, None, None, weights.cos, weights.sin, on.q, keys, values, rows,
-                shape, pdl=pdl,
-            )  # fmt: skip
-            tree_attention(on.q, keys, values, on.attended, on.scratch, rows, shape, pdl=pdl)
-            residual_linear(
-                on.attended, layer.o, None, on.hidden, on.hidden, rows, next_norms=((layer.mlp_norm, on.x),),
-                stats=attn_stats, means=False, parts=on.parts, pdl=pdl,
-            )  # fmt: skip
-            up_linear(on.x, attn_stats, layer.up, None, None, on.act, rows, shape, pdl=pdl)
-            last = index + 1 == len(layers)
-            residual_linear(
-                on.act, layer.down, None, on.hidden, on.hidden, rows,
-                next_norms=() if last else ((layers[index + 1].attn_norm, on.x),), stats=None if last else mlp_stats,
-                means=False, parts=on.parts, pdl=pdl,
-            )  # fmt: skip
-            stats = mlp_stats
+        on.run(weights, self._cache, rows, on.stats, pdl=pdl)
 
     def _speak(self, on: Speech, rows: Rows) -> None:
         """Candidates after the rows."""

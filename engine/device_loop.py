@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from ..heads.base import ExitHead
-from ..heads.stateful import RecurrentHead
+from ..heads.stateful import BlockHead, RecurrentHead
 from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .device_draft import RecurrentDraft
@@ -53,8 +53,9 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
     """How a policy's trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
     are not verification's own while they draft.
 
-    A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; heads
-    behind layers of the trunk that keep nothing draft chains and trees, by either measure of their gates.
+    A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; adapters,
+    linear and block heads behind layers of the trunk draft chains and trees, by either measure of their gates; block
+    heads not apart, since their layers take the trunk's tiles.
     """
     if policy.lookup is not None or not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
@@ -63,6 +64,8 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
     branch = policy.branch if any(gate.low < gate.high for gate in gates) else 1
     try:
         if all(speaks_on_device(heads.get(e)) for e in policy.exits):
+            if apart and any(isinstance(heads[e], BlockHead) for e in policy.exits):
+                return None
             most = min(policy.max_nodes, sum(branch**depth for depth in range(1, length + 1)))
             limits = tuple((gate.low, gate.high) for gate in gates)
             return Levels(policy.exits, limits, branch, length, most, policy.confidence == "path", apart)
@@ -127,6 +130,8 @@ def decode_on_device(
         if isinstance(rounds.draft, RecurrentDraft):
             texts = {request.sequence: request.history.token_ids for request in requests}
             rounds.draft.start(on.memories[0], texts, partial(rounds.replay, "absorb"))
+        elif rounds.draft is not None:
+            rounds.draft.start([request.sequence for request in requests])
     rounds.start_clock()
     queue = _Queue(rounds, deque())
     given: dict[int, _Given] = {}

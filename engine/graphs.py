@@ -416,4 +416,6 @@ class Rounds:
             count_tokens(self.record, self.penalties, pdl=pdl)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)
+        elif self.draft is not None:
+            self.draft.keep(step.rows, taps, self.record, self.path_nodes, self.num_path, reached)
         publish(self._report, self._ring, self._next_slot, pdl=pdl)

@@ -123,10 +123,10 @@ class HeadMemory:
         """
         count = len(states[self.layers[0]])
         if self._waiting[sequence] + count > WAITING:
-            self._take_in(sequence)
+            self.take_in(sequence)
         if count > WAITING:  # of a prompt: at once
             before = ((layer, own[sequence, :1]) for layer, own in self._states.items())
-            self._take_in(sequence, {layer: torch.cat([last, states[layer]]) for layer, last in before})
+            self.take_in(sequence, {layer: torch.cat([last, states[layer]]) for layer, last in before})
             return
         at = 1 + self._waiting[sequence]
         for layer in self.layers:
@@ -234,8 +234,12 @@ class HeadMemory:
             context[0] = 0.0
         return hidden, context
 
-    def _take_in(self, sequence: int, states: Mapping[int, Tensor] | None = None) -> None:
-        """Make the entries of all tokens that wait, or of those with these states while none waits."""
+    def take_in(self, sequence: int, states: Mapping[int, Tensor] | None = None) -> None:
+        """Make the entries of all tokens that wait, or of those with these states while none waits.
+
+        Args:
+            states: layer -> `[1 + n, D]` fp32: of the last token taken in, and of those without an entry.
+        """
         states = self._waiting_states(sequence) if states is None else states
         hidden, context = self._true_rows(sequence, states)
         self._settle(sequence, states)

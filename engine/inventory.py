@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..heads.base import ExitHead
-from ..heads.stateful import RecurrentHead
+from ..heads.stateful import BlockHead, RecurrentHead, StatefulHead
 from ..kernels.grow_level import Levels
 from ..kernels.head_rows import RING
 from ..kernels.linear import PackedLinear
@@ -113,7 +113,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     and the drafts' large parts; sampling with filters or penalties adds a row of logits for each row."""
     if engine.fused is None:
         return []
-    batch, config, size = plan.batch, engine.decoder.config, engine.decoder.dtype.itemsize
+    batch, config = plan.batch, engine.decoder.config
     shape, width, taps = round_shape(engine.policy_for(batch), engine.heads, engine.thinned is not None)
     cache = KVCache(plan, torch.device("meta"))
     widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
@@ -123,14 +123,16 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     each = held // sum(counts)
     rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
     items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
-    head = None if engine.heads is None else engine.heads.heads.get(0)
     if shape is None or engine.heads is None:
         return items
     outputs = engine.heads.config.num_outputs
+    asked = [engine.heads.heads[e] for e in engine.policy_for(batch).exits]
     if isinstance(shape, Levels):
         num_rows = _tiled(batch * shape.lanes)
         drafts = f"logits {num_rows} rows x {outputs:,} x 4 bytes"
-        return [*items, MemoryItem("drafts of device rounds", 4 * num_rows * outputs, drafts)]
+        items.append(MemoryItem("drafts of device rounds", 4 * num_rows * outputs, drafts))
+        return items + _copied(engine, [head for head in asked if isinstance(head, BlockHead)])
+    (head,) = asked
     assert isinstance(head, RecurrentHead)
     num_rows = _tiled(batch) + _tiled(batch * shape.width)
     waiting = batch * RING * len(head.taps) * config.hidden_size
@@ -139,11 +141,17 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
         f"{config.hidden_size} x 4 bytes"
     )
     items.append(MemoryItem("drafts of device rounds", 4 * (num_rows * outputs + waiting), drafts))
-    if engine.decoder.dtype != torch.float32:
-        copied = sum(p.numel() for p in _matrices(head))
-        what, how = "the recurrent head's matrices for device rounds", f"{copied:,} x {size} bytes"
-        items.append(MemoryItem(what, copied * size, how, second_copy=True))
-    return items
+    return items + _copied(engine, [head])
+
+
+def _copied(engine: Engine, heads: Sequence[StatefulHead]) -> list[MemoryItem]:
+    """The matrices of heads with memory, in the model's dtype."""
+    size = engine.decoder.dtype.itemsize
+    if engine.decoder.dtype == torch.float32 or not heads:
+        return []
+    copied = sum(p.numel() for head in heads for p in _matrices(head))
+    what, how = f"the {heads[0].kind} head's matrices for device rounds", f"{copied:,} x {size} bytes"
+    return [MemoryItem(what, copied * size, how, second_copy=True)]
 
 
 def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:

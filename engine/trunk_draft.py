@@ -10,6 +10,10 @@ With one exit the last level of a tree runs there, too, and verification goes on
 ran its own kernels, so they stand where it needs them, bit for bit (design rule 5). With several exits nodes stand at
 different layers, and verification starts over.
 
+A block head's layers run behind the trunk's over the same rows, with keys and values of its own at the same slots, so
+its entries are committed as the trunk's are (`keep`). Those of nodes that ran to the exit while they were drafted are
+there; of rows that only verification took there (plain rounds, several exits) they are made from its states.
+
 Layers that drop small inputs while they draft (`sparsity/teal_step.py`) run apart from verification (`Levels.apart`):
 rows that drop inputs gain nothing from tiles, so a pass has those of the newest level alone, and they run to every
 exit. What they leave are no keys of the model's, so verification starts over with one exit, too.
@@ -17,8 +21,9 @@ exit. What they leave are no keys of the model's, so verification starts over wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -26,7 +31,9 @@ from torch import Tensor
 from ..heads.adapter import AdapterHead
 from ..heads.base import ExitHead
 from ..heads.linear import LinearHead
+from ..heads.stateful import BlockHead
 from ..kernels.adapter_rows import EPS, adapter_rows
+from ..kernels.commit import commit
 from ..kernels.embed_rows import embed_rows
 from ..kernels.grow_level import Asked, Levels, begin_levels, grow_level
 from ..kernels.grow_tree import Sequences, Trees
@@ -34,15 +41,19 @@ from ..kernels.layer_shape import LayerShape
 from ..kernels.linear import PackedLinear
 from ..kernels.publish import publish
 from ..kernels.residual_linear import Parts, column_tiles, most_parts, residual_linear
+from ..kernels.rows import Rows
 from ..kernels.up_linear import up_linear
 from .fused import FusedStep, FusedWeights, NormedLinear, plain
+from .head_layers import HeadWeights, LayerRows
+from .head_memory import HeadMemory
 from .model import Decoder
 from .speech import Speech
+from .tree import MAX_NODES
 
 
 def speaks_on_device(head: object) -> bool:
     """Whether the kernels here know this head."""
-    return isinstance(head, (AdapterHead, LinearHead))
+    return isinstance(head, (AdapterHead, BlockHead, LinearHead))
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,47 @@ class _Adapter:
     parts: Parts
 
 
-class _Voice:
-    """One head's weights and what they make of R rows: `adapter` or nothing, a norm, a projection."""
+class _BlockRows(LayerRows):
+    """A block head's layers over R rows, from their residual streams at its exit."""
 
-    def __init__(self, head: ExitHead, decoder: Decoder, shape: LayerShape, num_rows: int) -> None:
+    def __init__(self, weights: HeadWeights, num_rows: int, capacity: int, device: torch.device) -> None:
+        super().__init__(weights, num_rows, capacity, device)
+        self.stats = torch.zeros(num_rows, 2, 1, device=device)
+        self.each = torch.arange(num_rows, dtype=torch.int32, device=device)
+
+
+class _Block:
+    """A block head's own part: entries of rows of any pass, in its memory's cache."""
+
+    def __init__(self, memory: HeadMemory, weights: HeadWeights | None, reach: int | None) -> None:
+        slots = memory.cache.k.shape[3]
+        self.exit_layer, self.memory = memory.head.spec.exit_layer, memory
+        self.weights = HeadWeights(memory.head, slots) if weights is None else weights
+        self._capacity = slots if reach is None else reach + MAX_NODES
+        self._rows: dict[int, _BlockRows] = {}  # by their number: of drafts and plain rounds
+
+    def run(self, rows: Rows, hidden: Tensor, pdl: bool) -> Tensor:
+        """Make the entries of rows with these residual streams `[R, D]`; returns their outputs fp32 `[R, D]`."""
+        weights, on = self.weights, self._rows.get(len(rows))
+        if on is None:
+            on = self._rows[len(rows)] = _BlockRows(weights, len(rows), self._capacity, hidden.device)
+        norms = ((weights.layers[0].attn_norm, on.x),)
+        embed_rows(on.each, rows, hidden, 1.0, on.hidden, norms, on.stats, pdl=pdl)
+        on.run(weights, self.memory.cache, rows, on.stats, pdl=pdl)
+        return on.hidden
+
+
+class _Voice:
+    """One head's weights and what they make of R rows: `adapter`, `block` or nothing, a norm, a projection."""
+
+    def __init__(
+        self, head: ExitHead, decoder: Decoder, shape: LayerShape, num_rows: int, block: _Block | None
+    ) -> None:
         projection, config, device = head.attached(), decoder.config, decoder.device
         weight, dtype, width = projection.head_weight, projection.dtype, head.hidden_size
         self.softcap = projection.logit_softcap
         self.adapter: _Adapter | None = None
+        self.block = block
 
         def wide(parameter: Tensor) -> Tensor:
             return parameter.detach().to(device, torch.float32).contiguous()
@@ -76,8 +120,10 @@ class _Voice:
         if isinstance(head, LinearHead):
             self.eps, self.speaker = EPS, NormedLinear(wide(head.norm), _matrix(head._project), None, None)
             return
-        assert isinstance(head, AdapterHead)
         self.eps, self.speaker = config.norm_eps, NormedLinear.of(decoder._final_norm, weight, None)
+        if block is not None:
+            return
+        assert isinstance(head, AdapterHead)
         own = replace(
             shape, intermediate_size=head.width, norm_eps=EPS, layer_norm=False, gated=True, activation="silu"
         )
@@ -98,7 +144,7 @@ def _matrix(projection: object) -> Tensor:
 
 
 class TrunkDraft:
-    """Drafts of B sequences by stateless heads behind layers of the trunk.
+    """Drafts of B sequences by heads behind layers of the trunk.
 
     Args:
         heads: by exit layer, those of the levels at least; attached.
@@ -114,6 +160,9 @@ class TrunkDraft:
         num_refused: int32 `[B]`, overwritten: nodes that all exits refused.
         exits: int32 `[B, 16]`, overwritten: the exit layer that each node is from.
         row_layers: int32 `[B]`, overwritten: layers of rows that the passes ran.
+        memories: of the block heads, by exit layer.
+        reach: tokens that a sequence may hold; None: as many as the memories.
+        weights: of other drafts on these memories, by exit layer, to be shared; those that are missing are made.
 
     Attributes:
         stats: of the deferred norm behind the last pass, for a verification that goes on from there.
@@ -134,6 +183,10 @@ class TrunkDraft:
         num_refused: Tensor,
         exits: Tensor,
         row_layers: Tensor,
+        *,
+        memories: Mapping[int, HeadMemory] = MappingProxyType({}),
+        reach: int | None = None,
+        weights: Mapping[int, HeadWeights] = MappingProxyType({}),
     ) -> None:
         self.levels, self.stats = levels, step.stats
         self._heads = [heads[e] for e in levels.exits]
@@ -143,18 +196,39 @@ class TrunkDraft:
         self._draft_ids = None if draft_ids is None else draft_ids.to(device, torch.int32)
         self._asked = Asked.empty(levels.lanes, num_refused, exits, row_layers)
         num_rows, shape = len(self._asked.rows), step.weights.shape
-        self._voices = [_Voice(head, decoder, shape, num_rows) for head in self._heads]
+        blocks = {
+            e: _Block(memories[e], weights.get(e), reach)
+            for e, head in zip(levels.exits, self._heads, strict=True)
+            if isinstance(head, BlockHead)
+        }
+        self._blocks = list(blocks.values())
+        self._voices = [
+            _Voice(head, decoder, shape, num_rows, blocks.get(head.spec.exit_layer)) for head in self._heads
+        ]
         # the residual stream of all nodes at each exit but the last, for the pass to the next one; apart, it runs on
         self._taps = [] if levels.apart else [torch.zeros_like(step.hidden) for _ in levels.exits[1:]]
         self._speech = Speech(num_rows, levels.branch, self._voices[0].speaker.weight)
         self._hidden = torch.zeros(num_rows, decoder.config.hidden_size, device=device)
+        self._each = torch.arange(num_rows, dtype=torch.int32, device=device)
         self._seen = torch.zeros(1, len(exits), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._slot = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def asks(self, heads: Mapping[int, ExitHead], weights: FusedWeights) -> bool:
-        """Whether these drafts were made for these heads and run these weights."""
+    @property
+    def weights(self) -> dict[int, HeadWeights]:
+        """Of the block heads, by exit layer."""
+        return {block.exit_layer: block.weights for block in self._blocks}
+
+    def asks(self, heads: Mapping[int, ExitHead], memories: Mapping[int, HeadMemory], weights: FusedWeights) -> bool:
+        """Whether these drafts were made for these heads and memories and run these weights."""
+        known = all(memories.get(block.exit_layer) is block.memory for block in self._blocks)
         same = all(heads.get(e) is head for e, head in zip(self.levels.exits, self._heads, strict=True))
-        return same and self._step.weights is weights
+        return known and same and self._step.weights is weights
+
+    def start(self, sequences: Iterable[int]) -> None:
+        """Take over sequences whose prompts the block heads' memories were given. Not to be captured."""
+        for sequence in sequences:
+            for block in self._blocks:
+                block.memory.take_in(sequence)
 
     def draft(self) -> None:
         """Grow each active sequence's tree."""
@@ -174,6 +248,8 @@ class TrunkDraft:
             elif taps:
                 step.resume(start, taps[k - 1])
             hidden = step.run(start, exit_layer, {exit_layer: taps[k]} if k < len(taps) else None)
+            if (block := self._voices[k].block) is not None:
+                hidden = block.run(step.rows, hidden, pdl)
             if depth < levels.max_depth:
                 self._speak(self._voices[k], hidden)
                 grow_level(depth, k, speech.ids, speech.entropies, speech.surprisals, *place, pdl=pdl)
@@ -188,11 +264,33 @@ class TrunkDraft:
             torch.cuda.current_stream().synchronize()
         return bool(self._seen.any())
 
+    def keep(
+        self, rows: Rows, taps: Mapping[int, Tensor], record: Tensor, path_nodes: Tensor, num_path: Tensor, reached: int
+    ) -> None:
+        """Commit the accepted paths' entries of block heads; after every verification, also of plain rounds.
+
+        Args:
+            rows: that were verified.
+            taps: layer -> fp32 `[R, D]`, their states.
+            record, path_nodes, num_path: of `kernels/accept.py`.
+            reached: the layer that verification began at.
+        """
+        for block in self._blocks:
+            if block.exit_layer > reached:
+                block.run(rows, taps[block.exit_layer], self._pdl)
+            cache = block.memory.cache
+            commit(cache.k, cache.v, record, path_nodes, num_path, pdl=self._pdl)
+
     def _speak(self, voice: _Voice, hidden: Tensor) -> None:
-        """The head's answers to the nodes that are asked about, from the pass's residual stream."""
+        """The head's answers to the nodes that are asked about, from the pass's residual stream, or a block's
+        outputs."""
         rows, source, x, pdl = self._asked.rows, self._asked.source, self._speech.x, self._pdl
         speaker, adapter, stats = voice.speaker, voice.adapter, self._speech.stats
-        if adapter is None:
+        if voice.block is not None:
+            own, gain = self._hidden, voice.block.weights.gain
+            adapter_rows(hidden, source, gain, gain, rows, x, stats, own, pdl=pdl)
+            embed_rows(self._each, rows, own, 1.0, own, ((speaker.norm, x),), stats, pdl=pdl)
+        elif adapter is None:
             embed_rows(source, rows, hidden, 1.0, self._hidden, ((speaker.norm, x),), stats, pdl=pdl)
         else:
             adapter_rows(hidden, source, adapter.norm, adapter.gain, rows, x, adapter.stats, adapter.y, pdl=pdl)

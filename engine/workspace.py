@@ -7,6 +7,7 @@ where their cache and memory lay.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,9 +106,7 @@ class Workspace:
             memory = self.memories.pop(exit_layer, None)
             if memory is None or not memory.plan.holds(plan):
                 memory = None  # free again before the next one is made
-                self.rounds = {
-                    key: own for key, own in self.rounds.items() if not isinstance(own.draft, RecurrentDraft)
-                }
+                self.rounds = {key: own for key, own in self.rounds.items() if not _remembers(own)}
                 memory = HeadMemory(plan, self._decoder.device)
             for sequence in range(batch):
                 memory.restart(sequence)
@@ -138,7 +137,7 @@ class Workspace:
             if isinstance(own.draft, RecurrentDraft):
                 drafts = memory is not None and own.draft.draws_on(memory)
             else:
-                drafts = own.draft is None or own.draft.asks(heads, thinned or weights)
+                drafts = own.draft is None or own.draft.asks(heads, self.memories, thinned or weights)
             return own.cache is cache and own.weights is weights and drafts
 
         self.rounds = {k: own for k, own in self.rounds.items() if current(own)}
@@ -147,6 +146,7 @@ class Workspace:
             draft_ids = None if head_set is None else head_set.draft_ids
             drafts = [own.draft for own in self.rounds.values()]
             known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
+            blocks = [own.weights for own in drafts if isinstance(own, TrunkDraft)]
 
             def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
@@ -155,8 +155,11 @@ class Workspace:
                     if thinned is not None:
                         each = shape.lanes
                         step = TealStep(thinned, cache, batch * each, reach=reach, pdl=own.pdl)
-                    heard = heads, self._decoder, draft_ids, shape, step, each
-                    return TrunkDraft(*heard, *state, own.num_refused, own.exits, own.row_layers)
+                    heard, report = (heads, self._decoder, draft_ids, shape, step, each), (own.num_refused, own.exits)
+                    return TrunkDraft(
+                        *heard, *state, *report, own.row_layers,
+                        memories=self.memories, reach=reach, weights=ChainMap(*blocks),
+                    )  # fmt: skip
                 assert isinstance(head, RecurrentHead) and shape is not None and memory is not None
                 place = head, memory, self._decoder, draft_ids, shape, batch
                 return RecurrentDraft(*place, *state, own.pdl, reach=reach, weights=known)
@@ -184,6 +187,13 @@ def round_shape(
     width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
     width = width if shape is None else 1 << shape.max_nodes.bit_length()
     return shape, width, tuple(sorted(taps))
+
+
+def _remembers(rounds: Rounds) -> bool:
+    """Whether captured rounds hold a memory's addresses."""
+    return isinstance(rounds.draft, RecurrentDraft) or (
+        isinstance(rounds.draft, TrunkDraft) and bool(rounds.draft.weights)
+    )
 
 
 def reach_of(context: int) -> int:

@@ -2,14 +2,15 @@
 
 Without a GPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only.
 
-Regimes: chains and trees; adapters, a head with its own projection, bare exits; one exit and three; gates by entropy
-and by path, and none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel residual, Gemma's norms,
-factor and soft-cap, windows; a sequence that is not active and one near its end; open slots poisoned with NaN; layers
-that drop inputs, apart from verification, against the CPU's decoder that does (`thresholded.py`). Planted bugs that
-these tests were seen to catch: the final norm in place of the adapter's, its gain left out, the tap of another exit or
-none, outputs taken for token ids, no soft-cap, another node's residual stream, noise of the node's own position, a row
-that does not see itself, ancestors' keys missing at a deeper exit, siblings that see each other; thinned out: nothing
-dropped, dense positions that drop, another layer's thresholds, a node that stops at the exit that was sure.
+Regimes: chains and trees; adapters, a head with its own projection, bare exits, blocks of two layers; one exit and
+three; gates by entropy and by path, and none; greedy and sampled; a draft vocabulary; RMSNorm, LayerNorm with parallel
+residual, Gemma's norms, factor and soft-cap, windows; a sequence that is not active and one near its end; open slots
+poisoned with NaN; layers that drop inputs, apart from verification, against the CPU's decoder that does
+(`thresholded.py`). Planted bugs that these tests were seen to catch: the final norm in place of the adapter's, its gain
+left out, the tap of another exit or none, outputs taken for token ids, no soft-cap, another node's residual stream,
+noise of the node's own position, a row that does not see itself, ancestors' keys missing at a deeper exit, siblings
+that see each other; thinned out: nothing dropped, dense positions that drop, another layer's thresholds, a node that
+stops at the exit that was sure.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from skipstone.engine.draft import DraftRow, draft
 from skipstone.engine.forward import RowTiles, Working, prefill
 from skipstone.engine.fused import FusedStep, FusedWeights
 from skipstone.engine.gate import DraftPolicy, Gate
+from skipstone.engine.head_memory import HeadMemory, plan_memory
 from skipstone.engine.model import Decoder
 from skipstone.engine.sampling import Context, History, SamplingParams, TargetSampler
 from skipstone.engine.sparsity.teal_step import ChannelWeights, TealStep
@@ -32,6 +34,7 @@ from skipstone.engine.sparsity.thresholded import TealDecoder, projections
 from skipstone.engine.tree import DraftTree
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
+from skipstone.heads.stateful import BlockHead
 from skipstone.kernels.grow_level import Levels
 from skipstone.kernels.grow_tree import Sequences, Trees
 from skipstone.kernels.linear import PackedLinear
@@ -43,6 +46,7 @@ INF = math.inf
 CONTEXT = 96
 DENSE_TOKENS = 5
 BARE, LINEAR, ADAPTER = ("adapter", {"width": 1}), ("linear", {}), ("adapter", {"width": 24})
+BLOCK = ("block", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "ff": 40, "depth": 2, "rope_theta": 10_000})
 
 
 def heads_of(decoder: Decoder, kinds: dict[int, tuple[str, dict[str, int]]], draft_ids: torch.Tensor | None) -> HeadSet:
@@ -89,9 +93,24 @@ class Both:
             KVCache(plan_cache(config, batch, CONTEXT, self.decoder.device, dtype), self.decoder.device)
             for _ in range(2)
         ]
+        blocks = {e: head for e, head in self.heads.heads.items() if isinstance(head, BlockHead)}
+        self.memories = [
+            {e: HeadMemory(plan_memory(head, batch, CONTEXT, 16, self.decoder.device), self.decoder.device)
+             for e, head in blocks.items()}
+            for _ in range(2)
+        ]  # fmt: skip
+        for store in (store for memory in self.memories[1].values() for store in (memory.cache.k, memory.cache.v)):
+            store.fill_(math.nan)
         for b, prompt in enumerate(prompts):
-            for cache in self.caches:
-                prefill(self.decoder, cache, b, prompt[:-1])
+            for cache, memories in zip(self.caches, self.memories, strict=True):
+                for memory in memories.values():
+                    memory.restart(b)
+
+                def take(states, b=b, memories=memories):  # type: ignore[no-untyped-def]
+                    for memory in memories.values():
+                        memory.take(b, states)
+
+                prefill(self.decoder, cache, b, prompt[:-1], tuple(blocks), take)
             for store in (self.caches[1].k, self.caches[1].v):
                 store[:, b, :, len(prompt) - 1 :] = math.nan
 
@@ -120,14 +139,16 @@ class Both:
             self.heads.heads, self.decoder, self.heads.draft_ids, levels, step, width, self.trees, self.sequences,
             torch.full((batch,), self.params.seed, device=DEVICE),
             torch.tensor([self.params.temperature, 1, 0, 1, 0, 0, 0, 0], device=DEVICE), self.num_refused, self.exits,
-            self.row_layers,
+            self.row_layers, memories=self.memories[1],
         )  # fmt: skip
+        self.device.start(range(batch))
 
     def draft_on_host(self) -> tuple[list[DraftTree | None], list[int]]:
         works, rows = [], []
         for b, history in enumerate(self.histories):
             hidden = torch.zeros(16, self.decoder.config.hidden_size, device=DEVICE)
-            work = Working(b, len(history) - 1, DraftTree(history.token_ids[-1]), hidden)
+            kept = {e: torch.zeros_like(hidden) for e in self.memories[0]}
+            work = Working(b, len(history) - 1, DraftTree(history.token_ids[-1]), hidden, kept=kept)
             work.embed_new(self.decoder)
             self.caches[0].clear_open(b)
             works.append(work)
@@ -145,9 +166,8 @@ class Both:
             confidence="path" if levels.by_path else "entropy",
         )  # fmt: skip
         tiles = RowTiles(gathered=ON_GPU)
-        stops = iter(
-            draft(self.drafter, self.caches[0], rows, self.heads.heads, policy, tiles, draft_ids=self.heads.draft_ids)
-        )
+        asked = self.heads.heads, policy, tiles, self.memories[0], self.heads.draft_ids
+        stops = iter(draft(self.drafter, self.caches[0], rows, *asked))
         return [w.tree if end else None for w, end in zip(works, self.ends, strict=True)], [
             next(stops) if end else 0 for end in self.ends
         ]
@@ -188,6 +208,13 @@ RUNS: dict[str, tuple[str, dict[int, tuple[str, dict[str, int]]], Levels, dict[s
     "tree": ("llama2", {2: ADAPTER}, Levels((2,), ((2.4, 3.3),), 3, 4, 15), {"width": 16}),
     "tree, full early": ("qwen3", {1: LINEAR}, Levels((1,), ((-INF, INF),), 2, 3, 7), {"width": 8}),
     "tree of two, sampled": ("gemma2", {1: ADAPTER, 2: BARE}, Levels((1, 2), ((3.2, 3.42), (3.3, 3.63)), 2, 4, 13), {}),
+    "block": ("llama2", {2: BLOCK}, chain((2,), (3.57,), 4), {"width": 8}),
+    "tree of a block and an adapter": (
+        "gemma2",
+        {1: ADAPTER, 3: BLOCK},
+        Levels((1, 3), ((3.5, 4.02), (3.85, 4.1)), 2, 3, 14),
+        {},
+    ),
     "tree by path": ("gpt_neox", {1: ADAPTER, 3: LINEAR}, Levels((1, 3), ((1.0, 2.5), (2.0, 6.0)), 2, 3, 14, True), {}),
     "thinned out": ("llama2", {2: ADAPTER}, chain((2,), (INF,), 3, apart=True), {"thinned": True}),
     "thinned out, three": (

@@ -3,7 +3,8 @@
 The rounds run kernel by kernel in Triton's interpreter (`TRITON_INTERPRET=1`), which proves their logic only; on a GPU
 they are captured, in bf16 too. Planted bugs that these tests were seen to catch: verification that goes on from the
 first of two exits, the last node not run to the exit, one exit layer for all nodes, steps that go on when no chain does
-or end with the first sequence's.
+or end with the first sequence's, layers of rows counted twice; entries of a block head not made of a prompt, not in
+plain rounds, or not moved with the accepted path.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from skipstone.engine import engine as engine_module
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, every, fixed_exit, likely
+from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, every, fixed_exit, likely
 from skipstone.engine.graphs import Record
 from skipstone.engine.statistics import Statistics
 from skipstone.engine.trunk_draft import TrunkDraft
@@ -42,13 +44,22 @@ COUNTS = ("num_drafted", "accepted_by_position", "drafted_by_position", "tokens_
           "drafted_by_entropy", "accepted_by_entropy")  # fmt: skip
 
 
+BARE = "adapter", {"width": 1}  # untrained
+BLOCK = "block", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ff": 32}
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def engine(request: pytest.FixtureRequest, engine_of: Callable) -> Any:
-    """With bare exits after layers 1 and 2 of 3 (untrained adapters), and its rounds on the device; of a short context,
-    so that attention launches few programs that leave at once."""
-    engine = engine_of(num_layers=3, dtype=request.param, max_context=200, device=DEVICE)
+    """With bare exits after layers 1 and 2 of 3, and its rounds on the device."""
+    return with_heads(engine_of, request.param, BARE, BARE)
+
+
+def with_heads(engine_of: Callable, dtype: torch.dtype, *kinds: tuple[str, dict[str, int]]) -> Any:
+    """An engine of a short context, so that attention launches few programs that leave at once."""
+    engine = engine_of(num_layers=3, dtype=dtype, max_context=200, device=DEVICE)
     decoder, config = engine.decoder, engine.decoder.config
-    specs = tuple(HeadSpec("adapter", e, {"width": 1}) for e in (1, 2))
+    specs = tuple(HeadSpec(kind, e, options) for e, (kind, options) in enumerate(kinds, 1))
+    torch.manual_seed(5)
     heads = HeadSet(HeadSetConfig(config.hidden_size, config.vocab_size, config.num_layers, specs))
     with torch.inference_mode():
         projection = Projection(decoder.final_norm, decoder.head_weight, config.logit_softcap, PackedLinear)
@@ -75,6 +86,15 @@ def same_drafts(out: Any, host: Any) -> None:
 def committed(engine: Any, out: Any, sequence: int = 0) -> torch.Tensor:
     size = len(out.prompt_ids) + len(out.token_ids) - 1
     return torch.stack([torch.stack(engine.workspace.cache.read(layer, sequence, size)) for layer in range(3)]).clone()
+
+
+@torch.inference_mode()
+def entries(engine: Any, out: Any, sequence: int) -> torch.Tensor:
+    """Of a block head: keys and values of all tokens but the pending one."""
+    (memory,) = engine.workspace.memories.values()
+    memory.take_in(sequence)  # on the host some wait
+    size = len(out.prompt_ids) + len(out.token_ids) - 1
+    return torch.stack([store[:, sequence, :, :size] for store in (memory.cache.k, memory.cache.v)]).clone()
 
 
 def wrong_drafts(out: Any) -> int:
@@ -158,6 +178,58 @@ def test_trees(name: str, sampling: dict[str, Any], batch: int, engine: Any, ass
         same_drafts(out, host)
         again = out.stats.num_row_layers - host.stats.num_row_layers
         assert again == 0 if len(policy.exits) == 1 else again >= out.stats.num_drafted
+
+
+class Turns:
+    """In place of a pace: every third round is plain."""
+
+    paused: frozenset[str] = frozenset()
+    ladder = None
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def next(self, policy: DraftPolicy) -> DraftPolicy:
+        self.rounds += 1
+        return policy if self.rounds % 3 else PLAIN
+
+    def round(self, *_: Any) -> None: ...
+
+
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("policy", "kinds", "batch"),
+    [
+        (every((2,), Gate(3.3, 3.3), max_depth=2, branch=1), (BARE, BLOCK), 1),
+        (every((2,), Gate(-math.inf, 3.4), max_depth=2, branch=3, max_nodes=12), (BARE, BLOCK), 2),
+        (DraftPolicy((1, 2), {1: Gate(2.8, 3.1), 2: Gate(2.8, 3.3)}, max_depth=2, branch=2), (BLOCK, BARE), 1),
+    ],
+    ids=["chains", "trees", "trees of two exits"],
+)
+def test_block_heads(
+    policy: DraftPolicy, kinds: Any, batch: int, dtype: torch.dtype, engine_of: Callable, assert_same_output: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Heads whose entries come from prompts, drafts, verification behind several exits and plain rounds; sampled.
+    Drafts are the host's in every round, and entries of all committed tokens in the end."""
+    engine = with_heads(engine_of, dtype, *kinds)
+    options: dict[str, Any] = {"seeds": SEEDS[2 - batch : 2], "max_new_tokens": NEW, **SAMPLED}
+    prompts = PROMPTS[2 - batch : 2]
+    plain = engine.generate(prompts, speculation=False, **options)
+    for name in ("decode", "decode_on_device"):
+        original = getattr(engine_module, name)
+        monkeypatch.setattr(engine_module, name, lambda *args, original=original: original(*args[:-1], Turns()))
+    outs = engine.generate(prompts, policy=policy, **options)
+    assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine.workspace.rounds.values())
+    for out, expected in zip(outs, plain, strict=True):
+        assert_same_output(out, expected)
+    assert any(out.stats.num_accepted for out in outs)
+    made = [entries(engine, out, b) for b, out in enumerate(outs)]
+    if not ON_GPU:
+        for b, host in enumerate(by_host(engine, prompts, policy=policy, **options)):
+            same_drafts(outs[b], host)
+            assert torch.allclose(made[b], entries(engine, host, b), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.hazard(24)

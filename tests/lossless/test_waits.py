@@ -169,16 +169,25 @@ def test_plain_rounds_and_a_recurrent_head(
         (every((1, 2), Gate(3.2, 3.2), max_depth=2, branch=1), ("adapter", {"width": 24})),
         (every((2,), Gate(2.0, 9.0), max_depth=2, branch=2, max_nodes=5), ("adapter", {"width": 24})),
         (DraftPolicy((1, 2), {1: NEVER, 2: Gate(2.0, 9.0)}, max_depth=2, branch=2, max_nodes=5), ("linear", {})),
+        (
+            every((1, 2), Gate(2.0, 3.4), max_depth=1, branch=2),
+            ("block", {"head_dim": 16, "num_heads": 2, "num_kv_heads": 1}),
+        ),
     ],
-    ids=["one linear exit", "two adapters and a gate", "trees of an adapter", "trees of two linear exits"],
+    ids=[
+        "one linear exit",
+        "two adapters and a gate",
+        "trees of an adapter",
+        "trees of two linear exits",
+        "trees of blocks",
+    ],
 )
 def test_rounds_with_exits_of_the_trunk(policy: Any, head: Any, watch: Watch, engine_of: Callable) -> None:
     engine = engine_of(num_layers=3, max_context=200)
     trunk_exits(engine, *head)
     rounds(engine, policy)
-    assert "_grow_level_kernel" in watch.launches and ("_adapter_rows_kernel" in watch.launches) == (
-        head[0] == "adapter"
-    )
+    assert "_grow_level_kernel" in watch.launches
+    assert ("_adapter_rows_kernel" in watch.launches) == (head[0] != "linear")
     assert not watch.wrong, sorted(set(watch.wrong))
 
 
