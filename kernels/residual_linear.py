@@ -178,7 +178,16 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
     (576, 576): {"BN": 16, "BK": 256, "TAIL": 32, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1},
-    (576, 1536): {"BN": 8, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 5, "PARTS": 1, "EARLY": 1},
+    (576, 1536): {
+        "BN": 16,
+        "BK": 256,
+        "TAIL": 128,
+        "SPLIT": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+        "PARTS": 1,
+        "EARLY": 1,
+    },
     (896, 896): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 4, "PARTS": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
     (1536, 1536): {"BN": 16, "BK": 512, "TAIL": 256, "SPLIT": 2, "num_warps": 4, "num_stages": 1, "PARTS": 1},

@@ -92,7 +92,7 @@ def test_rounds_are_profiled(monkeypatch, capsys):
         workspace=SimpleNamespace(rounds={"": rounds}, memories={}),
     )
     stats = SimpleNamespace(decode_ms=12.5, num_verifications=100, num_committed=100)
-    counts = []
+    counts, replays = [], []
 
     def spans(body, count):
         body()
@@ -105,13 +105,14 @@ def test_rounds_are_profiled(monkeypatch, capsys):
         "device_spans": spans,
         "capture": lambda body: body(),
         "replay_us": lambda graph: Spread(1.0, 2.0, 3.0),
-        "events_us": lambda body, count: body() or 100.0,
+        "events_us": lambda body, count: replays.append(count) or body() or 100.0,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(own, name, stand_in)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     found = profile(engine, context=7)
     plain = found["rounds"]["plain"]
+    assert replays == [98] * 5  # the rounds of a generation: the same contexts
     assert counts == [40] and plain["device_us"] == 100.0 and plain["round_us"] == 125.0
     assert plain["host_gap"] == 0.2 and plain["tokens_per_round"] == 1.0
     assert plain["kernels"][0]["name"] == "_qkv_kernel" and found["us_per_layer"] == 8.0

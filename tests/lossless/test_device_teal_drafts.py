@@ -5,7 +5,7 @@ skips channels on the CPU; on a GPU they are captured, in bf16, too.
 
 Regimes: one exit and two; gates that stop some chains, by entropy and by path, and none; greedy and sampled; one
 sequence and two, the first within the tokens that stay dense; other thresholds in the same captured rounds; what the
-host drafts for a round (trees), or in the loop that waits (log-probabilities).
+host drafts for a round (beside the text), or in the loop that waits (log-probabilities); trees.
 
 Planted bugs seen to fail here: verification that goes on from the exit; keys of the drafts that stay, in every layer or
 at the root; rows that drop nothing; rounds kept from other heads' or another model's drafts; a node's layers counted
@@ -15,12 +15,13 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from skipstone.engine.fused import FusedStep, FusedWeights
-from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, every, fixed_exit, likely
+from skipstone.engine.gate import ALWAYS, DraftPolicy, Gate, Lookup, every, fixed_exit, likely
 from skipstone.engine.graphs import Record, Rounds
 from skipstone.engine.inventory import memory_items
 from skipstone.engine.sparsity.selection import Griffin, MaskOptions
@@ -30,7 +31,7 @@ from skipstone.engine.sparsity.teal_step import TealStep
 from skipstone.engine.sparsity.thresholded import projections
 from skipstone.engine.trunk_draft import TrunkDraft
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, Projection
-from skipstone.kernels.grow_chain import Chain
+from skipstone.kernels.grow_level import Levels
 from skipstone.kernels.linear import PackedLinear
 
 ON_GPU = torch.cuda.is_available()
@@ -42,6 +43,7 @@ SEEDS = [5, 6]
 NEW = 40 if ON_GPU else 5
 LAYERS = 3
 SAMPLED = {"temperature": 0.8}
+TREES = every((1, 2), Gate(0.5, 4.0), branch=2, max_depth=2)
 TWO = DraftPolicy((1, 2), {1: Gate(3.0, 3.0), 2: Gate(3.2, 3.2)}, max_depth=3, branch=1)
 COUNTS = ("num_drafted", "accepted_by_position", "drafted_by_position", "tokens_by_exit", "gate_stops")
 
@@ -103,6 +105,7 @@ RUNS: dict[str, tuple[DraftPolicy, int, dict[str, Any]]] = {
     "one exit with a gate, by path": (likely((2,), 0.05, max_depth=3), 2, {}),
     "two exits": (every((1, 2), ALWAYS, max_depth=2, branch=1), 1, SAMPLED),
     "two exits with gates": (TWO, 2, SAMPLED),
+    "trees of two exits": (TREES, 2, SAMPLED),
     "refused at once": (every((2,), Gate(-1.0, -1.0), max_depth=3), 1, {}),
 }
 
@@ -135,7 +138,7 @@ def test_tokens_are_plain_ones_and_drafts_the_hosts(name: str, engine: Any, asse
         assert out.exit_layers == host.exit_layers
         whole = LAYERS * (out.stats.num_verifications + out.stats.num_drafted)
         asked = out.stats.num_drafted + out.stats.gate_stops
-        assert out.stats.num_row_layers == whole + 2 * asked, "what drafted ran again"
+        assert policy is TREES or out.stats.num_row_layers == whole + 2 * asked, "what drafted ran again"
         # on the host a node runs no further than it, or a token behind it, was asked
         assert out.stats.num_row_layers >= host.stats.num_row_layers
         assert len(policy.exits) > 1 or out.stats.num_row_layers == host.stats.num_row_layers
@@ -171,8 +174,8 @@ def test_one_capture_serves_every_threshold(engine: Any, monkeypatch: pytest.Mon
 
 
 def test_what_the_host_drafts(engine: Any, assert_same_output: Callable) -> None:
-    """Trees of trunk exits, verified in rounds on the device; and all of it in the loop that waits."""
-    trees = every((1, 2), Gate(0.5, 4.0), branch=2, max_depth=2)
+    """Trees beside drafts from the text, verified in rounds on the device; and all of it in the loop that waits."""
+    trees = replace(TREES, lookup=Lookup())
     options: dict[str, Any] = {"seeds": SEEDS, "max_new_tokens": NEW, **SAMPLED}
     plain, expected = decoded(engine, PROMPTS, speculation=False, **options)
     outs, found = decoded(engine, PROMPTS, policy=trees, **options)
@@ -220,8 +223,8 @@ def test_a_target_that_skips_neurons_is_refused(engine: Any) -> None:
 def test_going_on_from_the_exit_is_caught(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4}
     plain, expected = decoded(engine, PROMPTS[1:], speculation=False, **options)
-    monkeypatch.setattr(Chain, "reached", property(lambda chain: chain.exits[0]))
-    monkeypatch.setattr(Chain, "num_steps", property(lambda chain: chain.length))
+    monkeypatch.setattr(Levels, "reached", property(lambda levels: levels.exits[0]))
+    monkeypatch.setattr(Levels, "num_steps", property(lambda levels: levels.max_depth))
     outs, found = decoded(engine, PROMPTS[1:], policy=fixed_exit(1, 2), **options)
     assert outs[0].token_ids != plain[0].token_ids or not same_keys(found, expected)
 
