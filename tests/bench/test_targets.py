@@ -24,6 +24,7 @@ from skipstone.engine.engine import Engine
 from skipstone.engine.gate import fixed_exit
 from skipstone.engine.load import load
 from skipstone.engine.sparsity.teal import Teal
+from skipstone.engine.sparsity.teal_step import TealStep
 from skipstone.engine.sparsity.thresholded import projections
 
 QUESTIONS = [
@@ -65,6 +66,21 @@ def test_a_target_is_compared_with_its_own_plain_decoding(engine: Engine, teal: 
     assert engine.verify == engine.draft == "dense"
     assert arms["fixed:2:3%tda:0.5"].describe()["verify"] == "tda 0.5"
     assert arms["fixed:2:3%teal-draft:0.5"].describe()["draft"] == "teal 0.5"
+
+
+@pytest.mark.triton
+def test_thinned_drafts_run_in_rounds_on_the_device(
+    engine: Engine, teal: Teal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm's engine takes the fused kernels of the one that it was made from. (The self-test takes minutes in the
+    interpreter.)"""
+    monkeypatch.setattr("skipstone.engine.engine.fused_rows_agree", lambda weights: True)
+    whole = Engine(engine.decoder, engine.tokenizer, engine.heads, fused=True)
+    _, arm = parse_arms("fixed:2:1%teal-draft:0.5", whole, thresholds_of=lambda kind: teal)
+    outcome = arm.run([5, 9, 4], {"max_new_tokens": 2, "ignore_eos": True})
+    assert outcome.error is None and outcome.stats is not None and outcome.stats.num_drafted == 1
+    (rounds,) = arm.engine.workspace.rounds.values()  # type: ignore[attr-defined]
+    assert isinstance(rounds.draft._step, TealStep) and whole.thinned is None and not is_slow(arm)
 
 
 @pytest.mark.parametrize(
