@@ -206,7 +206,7 @@ def test_drafts_that_drop_inputs(family: str, policy: Any, watch: Watch, engine_
     engine.drop_inputs(draft=TealLevel(0.3, at, dense_tokens=4))
     engine.workspace.cache = None
     out = engine.generate(PROMPTS[1], policy=policy, speculation="always", max_new_tokens=4)
-    assert out.stats.num_drafted > 0 and {"_grow_chain_kernel", "_sparse_kernel", "_qkv_kernel"} <= set(watch.launches)
+    assert out.stats.num_drafted > 0 and {"_grow_level_kernel", "_sparse_kernel", "_qkv_kernel"} <= set(watch.launches)
     assert not watch.wrong, sorted(set(watch.wrong))
 
 
