@@ -52,8 +52,8 @@ class Kernels:
             own = self.lm_head._settings(config.vocab_size, dtype)
         else:
             own = getattr(self, name)._settings(layer_shape(config), dtype)
-        tail = {"TAIL": 0} if "BK" in own else {}
-        return tail | {key: value for key, value in own.items() if key != "EARLY"}
+        whole = {"TAIL": 0, **own} if "BK" in own else own
+        return {key: value for key, value in whole.items() if key != "EARLY"}
 
 
 @dataclass(frozen=True)

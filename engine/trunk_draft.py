@@ -287,7 +287,7 @@ class TrunkDraft:
         rows, source, x, pdl = self._asked.rows, self._asked.source, self._speech.x, self._pdl
         speaker, adapter, stats = voice.speaker, voice.adapter, self._speech.stats
         if voice.block is not None:
-            own, gain = self._hidden, voice.block.weights.gain
+            own, gain = self._hidden, voice.block.weights.gain  # the first kernel is for outputs times the gain alone
             adapter_rows(hidden, source, gain, gain, rows, x, stats, own, pdl=pdl)
             embed_rows(self._each, rows, own, 1.0, own, ((speaker.norm, x),), stats, pdl=pdl)
         elif adapter is None:

@@ -355,11 +355,6 @@ if triton is not None:
         tl.store(source + lane, b * WIDTH + tl.minimum(first + n, WIDTH - 1), mask=is_lane)
 
 
-def _settings() -> dict[str, int]:
-    """Warps: pairs of 16 nodes are eight a thread, and shuffles beat shared memory."""
-    return {"num_warps": 1}
-
-
 def begin_levels(
     levels: Levels,
     asked: Asked,
@@ -459,5 +454,6 @@ def _launch(
         asked.rows.live, asked.rows.sequence, asked.rows.position, asked.runs, asked.source,
         WIDTH=width, LANES=levels.lanes, BRANCH=levels.branch, BEGIN=begin, LAST=last, ALONE=levels.reached > 0,
         APART=levels.apart, BY_PATH=levels.by_path, PATH=PATH, PDL=pdl,
-        **_settings(), **({"launch_pdl": True} if pdl else {}),
+        num_warps=1,  # pairs of 16 nodes are eight a thread, and shuffles beat shared memory
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
