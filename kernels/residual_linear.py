@@ -77,7 +77,7 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -86,7 +86,7 @@ if triton is not None:
         first = 0
         if PARTS > 1:
             first = tl.program_id(2) * SHARE
-        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL)
+        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL, HOLD)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -102,7 +102,7 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
+        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL, HOLD)
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
         finish = True
@@ -177,21 +177,30 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 576): {"BN": 16, "BK": 256, "TAIL": 32, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1},
+    (576, 576): {"TAIL": 32, "EARLY": 1, "BN": 16, "BK": 256, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1},
     (576, 1536): {
+        "TAIL": 128,
+        "EARLY": 1,
         "BN": 16,
         "BK": 256,
-        "TAIL": 128,
         "SPLIT": 4,
         "num_warps": 4,
         "num_stages": 1,
         "PARTS": 1,
-        "EARLY": 1,
     },
-    (896, 896): {"BN": 16, "BK": 128, "SPLIT": 2, "num_warps": 2, "num_stages": 4, "PARTS": 1},
+    (896, 896): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
-    (1536, 1536): {"BN": 16, "BK": 512, "TAIL": 256, "SPLIT": 2, "num_warps": 4, "num_stages": 1, "PARTS": 1},
-    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1},
+    (1536, 1536): {
+        "TAIL": 128,
+        "EARLY": 1,
+        "BN": 16,
+        "BK": 256,
+        "SPLIT": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+        "PARTS": 1,
+    },
+    (1536, 8960): {"EARLY": 1, "BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1},
 }
 
 

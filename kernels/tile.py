@@ -140,7 +140,7 @@ if triton is not None:
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
         w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
-        TAIL: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """The weights of a product that deals all k out at once (SPLIT * (BK + TAIL) >= SHARE, SPLIT > 1): nothing that
         another kernel writes, so they are asked for before the wait. In two pieces, `[SPLIT, BK, BN]` and
@@ -152,6 +152,8 @@ if triton is not None:
                 return piece, _weights(w, cols, num_cols, K, SHARE, first, SPLIT * BK, TAIL, SPLIT)
             else:
                 return piece, piece
+        elif HOLD > 0:
+            return _weights(w, cols, num_cols, K, SHARE, first, SHARE - HOLD, HOLD // SPLIT, SPLIT)
         else:
             return 0
 
@@ -177,7 +179,7 @@ if triton is not None:
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
         x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
         with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. Columns from num_cols on give
@@ -186,14 +188,23 @@ if triton is not None:
         x_rows = x + first + rows.to(tl.int64) * K
         w_rows = w + first + cols.to(tl.int64) * K
         inside = cols < num_cols
+        if HOLD > 0:
+            held = _inputs(x, rows, K, SHARE, first, SHARE - HOLD, HOLD // SPLIT, SPLIT)
         if SPLIT == 1:  # the warps share the columns
             total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, SHARE, BK):
+            for start in range(0, SHARE - HOLD, BK):
                 at = start + k
-                real = (at < SHARE) & (first + at < K)
+                real = (at < SHARE - HOLD) & (first + at < K)
                 a = tl.load(x_rows[:, None] + at[None, :], mask=real[None, :], other=0.0)
                 b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
+            if HOLD > 0:
+                total = tl.dot(
+                    tl.reshape(held, [rows.shape[0], HOLD]),
+                    tl.reshape(ahead, [HOLD, cols.shape[0]]),
+                    total,
+                    input_precision=PRECISION,
+                )
             return total
         else:  # each warp has a part of k
             part = tl.arange(0, SPLIT)
@@ -201,14 +212,16 @@ if triton is not None:
                 return _product_of(_inputs_of(x, rows, K, SHARE, first, BK, SPLIT, TAIL), ahead, TAIL, PRECISION)
             else:
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-                for start in range(0, SHARE, SPLIT * BK):
+                for start in range(0, SHARE - HOLD, SPLIT * BK):
                     at = start + part[:, None] * BK + k[None, :]
-                    real = (at < SHARE) & (first + at < K)
+                    real = (at < SHARE - HOLD) & (first + at < K)
                     a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
                     b = tl.load(
                         w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
                     )
                     parts = tl.dot(a, b, parts, input_precision=PRECISION)
+                if HOLD > 0:
+                    parts = tl.dot(held, ahead, parts, input_precision=PRECISION)
                 return tl.sum(parts, 0)
 
     @triton.jit
@@ -240,6 +253,7 @@ if triton is not None:
         x, stats, w, ahead, rows, cols, num_cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
+        HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """`rows_product` of all k and the `row_scale` that belongs to it: (y, r / X_SCALE, m)."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
@@ -248,6 +262,6 @@ if triton is not None:
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
             y = _product_of(inputs, ahead, TAIL, PRECISION)
         else:
-            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION, TAIL)
+            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION, TAIL, HOLD)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         return y, scale, mean

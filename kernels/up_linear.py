@@ -72,7 +72,7 @@ if triton is not None:
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -84,7 +84,7 @@ if triton is not None:
                 return
             neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=FF)
         cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
-        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT, TAIL)
+        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT, TAIL, HOLD)
         inside = cols < WAYS * FF
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
@@ -96,7 +96,7 @@ if triton is not None:
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
             x, stats, weight, ahead, rows, cols, WAYS * FF, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION, TAIL,
+            PRECISION, TAIL, HOLD,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
@@ -144,9 +144,9 @@ if triton is not None:
 
 # Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"BN": 16, "BK": 128, "SPLIT": 1, "num_warps": 2, "num_stages": 5, "EARLY": 1},
+    (576, 1536): {"HOLD": 256, "EARLY": 1, "BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
     (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
-    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
+    (1536, 8960): {"HOLD": 64, "BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 
