@@ -17,6 +17,7 @@ from .questions import Question
 from .report import OVERALL, question_tables, summarise
 
 NUM_ARMS = 3
+PLANNED = "planned"  # the arm that follows the plan
 SWEEP_SHARE = 0.6  # of a bounded check's time; the rest is for the best of the sweep
 NUM_RETIMED, LEAST_REPEATS = 5, 3  # the best of a sweep, timed again in turns: the fastest of many was lucky, too
 
@@ -42,10 +43,11 @@ def check(
 
     Returns:
         `arms`: name, expected and measured tokens a second, tokens per verification, ms a round and speed-up, `error` =
-        expected / measured - 1, `chosen_share`: the chosen policy's measured speed over this one's, and its interval;
-        `retimed`: likewise, after a sweep; `best`: the fastest of those that were timed last; `chosen_share`: over its
-        speed, and the interval; `num_answered`: questions of each timing; `different`: answers that were not plain
-        decoding's.
+        expected / measured - 1, `chosen_share` and `planned_share`: the chosen policy's measured speed over this one's,
+        and that of the plan as users follow it (`PLANNED`: pauses, lengths that move), with intervals;
+        `retimed`: likewise, after a sweep; `best`: the fastest fixed policy of those that were timed last;
+        `chosen_share`, `planned_share`: over its speed, and the intervals; `num_answered`: questions of each timing;
+        `different`: answers that were not plain decoding's.
 
     Raises:
         ValueError: the engine has no tokenizer.
@@ -65,6 +67,8 @@ def check(
         run: list[Arm] = [
             EngineArm(own.name, engine, "always" if own.policy.drafts else False, own.policy) for own in choices
         ]
+        run.append(EngineArm(PLANNED, engine))
+        engine._paces = {}
         engine.workspace.most_rounds = len(run) * MOST_ROUNDS
         found = measure(
             run, questions, tokenizer, {"max_new_tokens": max_new_tokens, "temperature": 0.0}, repeats=repeats,
@@ -74,27 +78,38 @@ def check(
         compared += found.num_compared
         different.extend(map(str, found.divergences))
         measured = summarise(found.records, run, engine.decoder.config.num_layers)[OVERALL]
-        records = {own.name: [r for r in found.records if r.arm == own.name] for own in choices}
-        return [
-            _row(own, made, measured[own.name]) | _share(records[made.chosen.name], records[own.name])
-            for own in choices
-        ]
+        records = {own.name: [r for r in found.records if r.arm == own.name] for own in run}
 
-    rows = timed(others, repeats, seconds if everything is None else SWEEP_SHARE * seconds)
+        def row(name: str, choice: Choice) -> dict[str, Any]:
+            shares = _share("chosen", records[made.chosen.name], records[name])
+            return _row(name, choice, made, measured[name]) | shares | _share(PLANNED, records[PLANNED], records[name])
+
+        return [row(own.name, own) for own in choices] + [row(PLANNED, made.chosen)]
+
     retimed = []
-    if everything is not None:
-        fastest = sorted(rows, key=lambda row: -row["measured_tokens_per_second"])[:NUM_RETIMED]
-        names = {row["name"] for row in fastest}
-        again = [choice for choice in others if choice.name in names]
-        retimed = timed(again, max(repeats, LEAST_REPEATS), seconds)
-    engine.workspace.most_rounds = MOST_ROUNDS
-    best = min(retimed or rows, key=lambda row: row["chosen_share"])
+    before = engine.plan, engine.policy, engine._paces
+    engine.plan, engine.policy = made, made.chosen.policy
+    try:
+        rows = timed(others, repeats, seconds if everything is None else SWEEP_SHARE * seconds)
+        if everything is not None:
+            fastest = sorted(rows, key=lambda row: -row["measured_tokens_per_second"])
+            names = [row["name"] for row in fastest if row["name"] != PLANNED][:NUM_RETIMED]
+            again = [choice for choice in others if choice.name in names]
+            retimed = timed(again, max(repeats, LEAST_REPEATS), seconds)
+    finally:
+        engine.plan, engine.policy, engine._paces = before
+        engine.workspace.most_rounds = MOST_ROUNDS
+    fixed = [row for row in retimed or rows if row["name"] != PLANNED]
+    best = min(fixed, key=lambda row: row["chosen_share"])
     return {
         "arms": rows,
         "retimed": retimed,
         "best": best["name"],
-        "chosen_share": best["chosen_share"],
-        "chosen_share_interval": best["chosen_share_interval"],
+        **{
+            f"{name}_share{end}": best[f"{name}_share{end}"]
+            for name in ("chosen", PLANNED)
+            for end in ("", "_interval")
+        },
         "num_answered": answered,
         "seconds": time.monotonic() - start,
         "num_questions": len(questions),
@@ -105,18 +120,18 @@ def check(
     }
 
 
-def _share(chosen: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
-    """The chosen policy's speed over another's, and its interval over questions."""
-    own, base = question_tables(chosen, other), question_tables(other, chosen)
+def _share(name: str, one: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
+    """One arm's speed over another's, and its interval over questions."""
+    own, base = question_tables(one, other), question_tables(other, one)
     tables = [own["decode_tokens"], own["decode_ms"], base["decode_tokens"], base["decode_ms"]]
     (share,) = rate_ratio(*(table.sum(1, keepdims=True) for table in tables))
-    return {"chosen_share": float(share), "chosen_share_interval": interval(tables, rate_ratio)}
+    return {f"{name}_share": float(share), f"{name}_share_interval": interval(tables, rate_ratio)}
 
 
-def _row(choice: Choice, made: Plan, measured: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, choice: Choice, made: Plan, measured: dict[str, Any]) -> dict[str, Any]:
     speed = measured["decode_tokens_per_second"]
     return {
-        "name": choice.name,
+        "name": name,
         "expected_tokens_per_second": choice.tokens_per_second,
         "measured_tokens_per_second": speed,
         "error": choice.tokens_per_second / speed - 1,

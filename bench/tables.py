@@ -140,8 +140,10 @@ def print_plan(document: Mapping[str, Any]) -> None:
         table.add_row(choice["name"], *(f"{number:.2f}" for number in numbers))
     out.print(table)
     if document["rungs"]:
-        rungs = ", ".join(f"{n}: {tokens:.2f} in {ms:.1f}" for n, (tokens, _, ms) in enumerate(document["rungs"], 1))
-        out.print(f"tokens per verification and ms of heads' chains, among which it moves while running: {rungs}")
+        rungs = ", ".join(f"{n}: {tokens:.2f} in {ms:.1f}" for n, tokens, _, ms in document["rungs"])
+        out.print(
+            f"tokens per verification and ms of heads' drafts by length, among which it moves while running: {rungs}"
+        )
     if document["kept"] is not None:
         out.print(f"kept in {document['kept']}")
     check = document["check"]
@@ -168,8 +170,9 @@ def print_plan(document: Mapping[str, Any]) -> None:
         if rows:
             out.print(table)
     out.print(
-        f"the chosen policy has {check['chosen_share']:.1%} of the best one's speed ({check['best']}; 95 % "
-        f"{_bounds(check['chosen_share_interval'])}); {len(check['different'])} of "
+        f"the plan, followed, has {check['planned_share']:.1%} of the best policy's speed ({check['best']}; 95 % "
+        f"{_bounds(check['planned_share_interval'])}), its policy as it stands {check['chosen_share']:.1%} "
+        f"({_bounds(check['chosen_share_interval'])}); {len(check['different'])} of "
         f"{check['num_compared']} answers differ from plain decoding's"
     )
 

@@ -3,8 +3,8 @@
 A drafting round is `absorb` (the pairs that wait become entries of the head, the pending token's the last of them),
 then `draft` (logits, candidates, the next entries, step by step, and the trees); after the verification `keep` lets the
 accepted path's states wait. Each is a fixed sequence of launches on tensors that never move, so all of them can be
-captured in a CUDA graph. A round drafts as many steps as its shape says; a gate shapes the trees but does not end it
-early.
+captured in a CUDA graph. A round drafts as many steps as its shape says, or fewer (`depth`); a gate shapes the trees
+but does not end it early.
 
 The head's layers run through the same kernels as the decoder's, with drafted entries as rows: slot base + place (see
 `kernels/grow_tree.py`). Entries of verified tokens are made from the full model's states and overwrite draft entries
@@ -210,19 +210,19 @@ class RecurrentDraft:
             speech.stats, pdl=pdl,
         )  # fmt: skip
 
-    def draft(self) -> None:
-        """Grow each active sequence's tree below its root."""
+    def draft(self, depth: int | None = None) -> None:
+        """Grow each active sequence's tree below its root, `depth` levels at most; None: the shape's."""
         pool, speech, pdl = self.pool, self._speech, self.pdl
         self._speak(self._root_speech, self._root)
-        self._grow(0, self._root_speech)
-        for step in range(1, self.shape.max_depth):
+        self._grow(0, self._root_speech, depth)
+        for step in range(1, self.shape.max_depth if depth is None else depth):
             self._run(self._growing, pool.rows, pool.tokens_of_rows, pool.parents_of_rows, self._outputs)
             leave_rows(
                 self._growing.hidden, self.weights.gain, self._speaker.norm, pool.rows, None, self._outputs, speech.x,
                 speech.stats, pdl=pdl,
             )  # fmt: skip
             self._speak(speech, pool.rows)
-            self._grow(step, speech)
+            self._grow(step, speech, depth)
 
     def keep(
         self, taps: Mapping[int, Tensor], record: Tensor, path_nodes: Tensor, num_path: Tensor, width: int
@@ -258,5 +258,5 @@ class RecurrentDraft:
             softcap=config.logit_softcap, pdl=self.pdl,
         )  # fmt: skip
 
-    def _grow(self, step: int, on: Speech) -> None:
-        grow_tree(step, on.ids, on.log_probs, on.entropies, self.pool, self.sequences, self.trees, pdl=self.pdl)
+    def _grow(self, step: int, on: Speech, depth: int | None) -> None:
+        grow_tree(step, on.ids, on.log_probs, on.entropies, self.pool, self.sequences, self.trees, depth, pdl=self.pdl)

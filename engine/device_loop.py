@@ -98,14 +98,14 @@ class _Queue:
     tickets: deque[Ticket]
     waiting: int = MOST_WAITING
 
-    def launch(self, kind: Kind) -> None:
+    def launch(self, kind: Kind, depth: int | None = None) -> None:
         if isinstance(self.rounds.draft, RecurrentDraft):
             limit = MOST_WAITING if kind == "draft" else MOST_UNREAD
             while self.waiting > limit:
                 self.rounds.replay("absorb")
                 self.waiting -= MOST_WAITING
             self.waiting = MOST_WAITING if kind == "draft" else self.waiting + 1
-        self.tickets.append(self.rounds.launch(kind))
+        self.tickets.append(self.rounds.launch(kind, depth))
 
 
 def decode_on_device(
@@ -170,6 +170,10 @@ def decode_on_device(
                         continue
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
+                    if pace is not None and pace.ladder is not None and ticket.kind == "draft":
+                        assert ticket.depth is not None
+                        length = min(ticket.depth, policy.max_nodes, _end(on, request) - len(request.history) - 1)
+                        pace.ladder.saw(length, len(record.nodes))
                     if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):
                         again = record.row_layers - rounds.draft.levels.reached * len(record.tree)
                         request.statistics.num_row_layers += again  # what verification did not go on from
@@ -212,7 +216,7 @@ def _launch(
 ) -> dict[int, _Given]:
     """Start the next round; returns the trees that the host drafted for it, by sequence."""
     if policy.drafts and not by_host:
-        queue.launch("draft")
+        queue.launch("draft", policy.max_depth)
         return {}
     works = [begin(on, request) for request in active] if policy.drafts else []
     refused = grow(on, active, works, policy) if works else []

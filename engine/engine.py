@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -520,8 +520,8 @@ class Engine:
             rehearsed = calibration is not None and calibration.rehearsal is not None
             trusted: frozenset[Source] = frozenset({"heads"} if rehearsed else ())
             pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests)), trusted=trusted))
-            if pace.ladder is not None:  # heads' memories need room for its longest chains
-                chosen = dataclasses.replace(chosen, max_depth=len(pace.ladder.rungs))
+            if pace.ladder is not None:  # heads' memories need room for its longest drafts
+                chosen = dataclasses.replace(chosen, max_depth=pace.ladder.longest)
         cache = self.workspace.cache_for(len(requests), _longest(requests))
         try:
             memories = self._memories_for(chosen, cache)
@@ -549,7 +549,8 @@ class Engine:
             return decode(on, unfinished, chosen, pace)
         while True:
             try:
-                rounds = self._rounds_for(fused, cache, len(requests), chosen, processed, _longest(requests))
+                depths = () if pace is None or pace.ladder is None else tuple(pace.ladder.rungs)
+                rounds = self._rounds_for(fused, cache, len(requests), chosen, processed, _longest(requests), depths)
                 return decode_on_device(on, rounds, unfinished, chosen, pace)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -609,9 +610,12 @@ class Engine:
         return self.workspace.memories_for(plans, cache.plan.batch)
 
     def _rounds_for(
-        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int
-    ) -> Rounds:
-        return self.workspace.rounds_for(weights, cache, self.heads, policy, batch, processed, context, self.thinned)
+        self, weights: FusedWeights, cache: KVCache, batch: int, policy: DraftPolicy, processed: bool, context: int,
+        depths: Collection[int] = (),
+    ) -> Rounds:  # fmt: skip
+        return self.workspace.rounds_for(
+            weights, cache, self.heads, policy, batch, processed, context, self.thinned, depths
+        )
 
     def _fused_reads(self) -> bool:
         """Whether fused kernels read prompts: those of the target, which may need what they know of neurons."""

@@ -11,7 +11,7 @@ On the CPU (Triton's interpreter, in tests) the same calls run one after the oth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -111,8 +111,8 @@ class Record:
 class Ticket:
     """A round that was launched. `wait` gives its records."""
 
-    def __init__(self, rounds: Rounds, kind: Kind, slot: int, since: Moment) -> None:
-        self._rounds, self.kind, self._slot, self._since = rounds, kind, slot, since
+    def __init__(self, rounds: Rounds, kind: Kind, depth: int | None, slot: int, since: Moment) -> None:
+        self._rounds, self.kind, self.depth, self._slot, self._since = rounds, kind, depth, slot, since
         self.end = rounds.now()
 
     def wait(self) -> tuple[list[Record | None], float]:
@@ -216,6 +216,7 @@ class Rounds:
         if isinstance(self.draft, RecurrentDraft):
             self.draft.pool = replace(self.draft.pool, num_refused=self.num_refused)
         self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
+        self._shorter: dict[int, torch.cuda.CUDAGraph | None] = {}  # "draft", with trees of fewer levels
         self._steps: list[torch.cuda.CUDAGraph | None] = []  # of drafts that end early, in front of "draft"
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
@@ -232,10 +233,15 @@ class Rounds:
         assert neurons is not None, "these weights are not stored by neuron"
         neurons.copy(sequence, lists)
 
-    def prepare(self, kinds: Sequence[Kind]) -> None:
-        """Capture rounds; before `begin`, because a captured round must find no sequence active."""
+    def prepare(self, kinds: Sequence[Kind], depths: Collection[int] = ()) -> None:
+        """Capture rounds, of a recurrent head's drafts also such with trees of these depths; before `begin`, because a
+        captured round must find no sequence active."""
         missing = [kind for kind in kinds if kind not in self._graphs]
-        if not missing:
+        if isinstance(self.draft, RecurrentDraft):
+            depths = [d for d in depths if d < self.draft.shape.max_depth and d not in self._shorter]
+        else:
+            depths = ()
+        if not missing and not depths:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
@@ -243,7 +249,9 @@ class Rounds:
             for depth in range(self.draft.levels.num_steps):
                 self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
-            self._graphs[kind] = self._capture(kind)
+            self._graphs[kind] = captured(partial(self._body, kind), self.cache.device)
+        for depth in depths:
+            self._shorter[depth] = captured(partial(self._body, "draft", depth), self.cache.device)
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Take over sequences whose prompts are in the cache; all others are idle.
@@ -307,11 +315,12 @@ class Rounds:
         """The next round's time counts from here."""
         self._since = self.now()
 
-    def launch(self, kind: Kind) -> Ticket:
-        """Start a round. At most `AHEAD` may be unread, or their records are overwritten."""
-        self.replay(kind)  # where it fails, the device has not moved on either
+    def launch(self, kind: Kind, depth: int | None = None) -> Ticket:
+        """Start a round, with trees of at most `depth` levels (`prepare`; None: the shape's). At most `AHEAD` may be
+        unread, or their records are overwritten."""
+        self.replay(kind, depth)  # where it fails, the device has not moved on either
         slot, self._slot = self._slot, (self._slot + 1) % len(self._ring)
-        ticket = Ticket(self, kind, slot, self._since)
+        ticket = Ticket(self, kind, depth, slot, self._since)
         self._since = ticket.end
         return ticket
 
@@ -325,13 +334,16 @@ class Rounds:
         records, exits, refused, row_layers = report.split([batch * RECORD, batch * MAX_NODES, batch, batch])
         return records.view(batch, RECORD), exits.view(batch, MAX_NODES), refused, row_layers
 
-    def replay(self, kind: Kind) -> None:
+    def replay(self, kind: Kind, depth: int | None = None) -> None:
         """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
         if kind == "draft" and self._steps:
             self._draft_step_by_step()
-        graph = self._graphs[kind] if self.cache.device.type == "cuda" else None
+        depth = depth if depth in self._shorter else None
+        graph = None
+        if self.cache.device.type == "cuda":
+            graph = self._graphs[kind] if depth is None else self._shorter[depth]
         if graph is None:
-            self._body(kind)
+            self._body(kind, depth)
         else:
             graph.replay()
 
@@ -360,10 +372,7 @@ class Rounds:
         self.sequences.active[sequence : sequence + 1].zero_()
         self.trees.count[sequence : sequence + 1].zero_()
 
-    def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
-        return captured(partial(self._body, kind), self.cache.device)
-
-    def _body(self, kind: Kind) -> None:
+    def _body(self, kind: Kind, depth: int | None = None) -> None:
         if kind == "draft" and isinstance(self.draft, TrunkDraft):
             if not self._steps:
                 self.draft.draft()
@@ -374,7 +383,7 @@ class Rounds:
             self.draft.absorb()
             if kind == "absorb":
                 return
-            self.draft.draft()
+            self.draft.draft(depth)
         self._verify(self.rows_each(kind))
 
     def _verify(self, rows_each: int, reached: int = 0) -> None:

@@ -1,40 +1,42 @@
-"""How long a chain of heads' drafts should be, learned while running.
+"""How deep heads' drafts should be, learned while running.
 
 A plan expects so much of every length (a rung) on rehearsed text; another text accepts more or less. The ladder counts,
 position by position, how often a draft that was right so far went on to be right, starts from what the plan expects,
-and the length with the most expected tokens a millisecond drafts next. What the plan measured of the machine stays: a
-longer draft's acceptance is learned only by drafting it, so now and then a draft is one token longer than the best.
+and the length with the most expected tokens a millisecond drafts next: of a chain its tokens, of a best-first tree its
+levels. What the plan measured of the machine stays: a longer draft's acceptance is learned only by drafting it, so now
+and then a draft is one rung longer than the best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .expectation import Expected
 
 PRIOR_ROUNDS = 32.0  # that the plan's expectation counts for at each position
-PROBE = 16  # every so many rounds are one token longer
+PROBE = 16  # every so many rounds are one rung longer
 MEMORY = 0.98  # weight of what was seen, with each time that a position is seen again
 
 
 @dataclass
 class Ladder:
-    """Rung i is a chain of i + 1 tokens: expected tokens and ms of its rounds."""
+    """`rungs`: length -> expected tokens and ms of its rounds, rising."""
 
-    rungs: Sequence[Expected]
+    rungs: Mapping[int, Expected]
     rounds: int = 0
     _seen: list[float] = field(default_factory=list)
     _right: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        gains = [a.tokens - b for a, b in zip(self.rungs, [1.0, *(r.tokens for r in self.rungs)], strict=False)]
-        reached, self._seen, self._right = 1.0, [], []
-        for gain in gains:
-            share = min(max(gain, 0.0) / reached, 1.0) if reached > 0 else 0.0
-            self._seen.append(PRIOR_ROUNDS)
-            self._right.append(PRIOR_ROUNDS * share)
-            reached *= share
+        tokens, reached, shares = 1.0, 1.0, list[float]()
+        for length, rung in self.rungs.items():
+            count = length - len(shares)
+            share = _share(rung.tokens - tokens, reached, count)
+            shares += [share] * count
+            tokens, reached = max(tokens, rung.tokens), reached * share**count
+        self._seen = [PRIOR_ROUNDS] * len(shares)
+        self._right = [PRIOR_ROUNDS * share for share in shares]
 
     @property
     def acceptance(self) -> list[float]:
@@ -42,25 +44,44 @@ class Ladder:
         return [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
 
     @property
+    def longest(self) -> int:
+        """Of all rungs."""
+        return len(self._seen)
+
+    @property
     def next(self) -> int:
         """The length to draft now."""
-        return min(self.length + (self.rounds % PROBE == PROBE - 1), len(self.rungs))
+        best = self.length
+        if self.rounds % PROBE != PROBE - 1:
+            return best
+        return min((length for length in self.rungs if length > best), default=best)
 
     @property
     def length(self) -> int:
-        """Of the chain that is expected to be the fastest."""
+        """Of the draft that is expected to be the fastest."""
         tokens = reached = 1.0
-        fastest, best = 1, 0.0
-        for i, (share, rung) in enumerate(zip(self.acceptance, self.rungs, strict=True)):
+        fastest, best = 0, 0.0
+        for position, share in enumerate(self.acceptance, 1):
             reached *= share
             tokens += reached
-            if tokens / rung.ms > best:
-                fastest, best = i + 1, tokens / rung.ms
+            if position in self.rungs and tokens / self.rungs[position].ms > best:
+                fastest, best = position, tokens / self.rungs[position].ms
         return fastest
 
     def saw(self, length: int, accepted: int) -> None:
-        """A round that might draft `length` tokens, all that fits the text's budget, and how many were accepted."""
+        """A round that might draft `length` tokens in a row, all that fits the text's budget, and how many were
+        accepted."""
         self.rounds += 1
-        for position in range(min(length, accepted + 1, len(self.rungs))):
+        for position in range(min(length, accepted + 1, self.longest)):
             self._seen[position] = MEMORY * self._seen[position] + 1
             self._right[position] = MEMORY * self._right[position] + (position < accepted)
+
+
+def _share(gain: float, reached: float, count: int) -> float:
+    """The acceptance s that `count` positions have in common if they bring reached (s + s^2 + ...) = `gain` tokens."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = reached * sum(middle**n for n in range(1, count + 1)) >= gain
+        low, high = (low, middle) if enough else (middle, high)
+    return high if gain > 0 else 0.0

@@ -42,8 +42,8 @@ class Account:
 
 @dataclass
 class Pace:
-    """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long chains of
-    heads should be. `trusted` sources were measured before, as heads are when they are calibrated: they begin with all
+    """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long heads'
+    drafts should be. `trusted` sources were measured before, as heads are when they are calibrated: they begin with all
     the gain that is ever remembered, so that a bad start does not put them out for hundreds of tokens."""
 
     plain_ms: float | None = None

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from .pretrained import cache_dir
 if TYPE_CHECKING:
     from .engine import Engine
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 # Of the tokens that heads had right in the rehearsal, how many they have right on harder text. Users' text is rarely as
 # easy as a head's own held-out prompts, and then long drafts lose most and drafts from the text nothing (docs/log.md).
 KEPT = 0.75
@@ -74,8 +74,8 @@ class Plan:
         chosen: see `choose`.
         choices: the best over both texts first, at most `NUM_ALTERNATIVES`, the chosen one and plain decoding always
             among them.
-        rungs: expected of the chosen policy's heads with chains of 1, 2, ... tokens (`engine/ladder.py`); empty where
-            no chains of heads were chosen, or where rounds of one length are captured.
+        rungs: length -> expected of the chosen policy's heads with chains or trees so long (`engine/ladder.py`); empty
+            where heads do not draft, and on a GPU where it is not one that can draft all lengths in captured rounds.
         num_considered: policies that were compared.
         seconds: that measuring and choosing took.
     """
@@ -86,7 +86,7 @@ class Plan:
     choices: tuple[Choice, ...]
     num_considered: int
     seconds: float
-    rungs: tuple[Expected, ...] = ()
+    rungs: Mapping[int, Expected] = field(default_factory=dict)
 
     @property
     def plain(self) -> Choice:
@@ -118,17 +118,21 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
     costs = measure_costs(engine, seconds) if costs is None else costs
     choices = rank(engine.heads.calibration, costs, lookups_of(engine))
     chosen = choose(choices)
-    rungs = rungs_of(chosen.policy, engine.heads.calibration.rehearsal, costs) if engine.fused is None else ()
+    moves = engine.fused is None or chosen.policy.exits == (0,)
+    rungs = rungs_of(chosen.policy, engine.heads.calibration.rehearsal, costs) if moves else {}
     seconds = time.perf_counter() - start
     return Plan(fingerprint(engine), costs, chosen, _shown(choices, chosen), len(choices), seconds, rungs)
 
 
-def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> tuple[Expected, ...]:
-    """What is expected of a policy's heads by length of their chains, see `Plan.rungs`."""
+def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[int, Expected]:
+    """What is expected of a policy's heads by length of their chains or depth of their trees, see `Plan.rungs`."""
     heads = replace(policy, lookup=None)
-    if not heads.exits or heads.beam:
-        return ()
-    return tuple(expect(replace(heads, max_depth=n), rehearsal, costs) for n in range(1, LONGEST + 1))
+    if not heads.exits:
+        return {}
+    lengths: Iterable[int] = range(1, LONGEST + 1)
+    if heads.beam:
+        lengths = sorted(depth for depth, nodes in rehearsal.trees if nodes == heads.max_nodes)
+    return {length: expect(replace(heads, max_depth=length), rehearsal, costs) for length in lengths}
 
 
 def lookups_of(engine: Engine) -> Sequence[Lookup]:
@@ -322,7 +326,7 @@ def to_document(made: Plan) -> dict[str, Any]:
         "costs": made.costs.to_document(),
         "chosen": made.chosen.name,
         "expected_speedup": made.speedup,
-        "rungs": [[rung.tokens, rung.drafted, rung.ms] for rung in made.rungs],
+        "rungs": [[length, rung.tokens, rung.drafted, rung.ms] for length, rung in made.rungs.items()],
         "choices": [
             {
                 "name": choice.name,
@@ -357,7 +361,7 @@ def from_document(document: Mapping[str, Any]) -> Plan:
     return Plan(
         document["fingerprint"], Costs.from_document(document["costs"]), chosen, choices,
         int(document["num_considered"]), float(document["seconds"]),
-        tuple(Expected(*map(float, rung)) for rung in document["rungs"]),
+        {int(length): Expected(*map(float, rung)) for length, *rung in document["rungs"]},
     )  # fmt: skip
 
 

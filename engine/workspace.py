@@ -8,7 +8,7 @@ where their cache and memory lay.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -123,9 +123,11 @@ class Workspace:
         processed: bool,
         context: int,
         thinned: ChannelWeights | None = None,
+        depths: Collection[int] = (),
     ) -> Rounds:
         """Rounds of this shape on this cache for sequences of up to `context` tokens, made and captured once; `thinned`
-        are what the layers before an exit of the trunk draft with, None: the rounds' own weights."""
+        are what the layers before an exit of the trunk draft with, None: the rounds' own weights; `depths`: of trees
+        that a recurrent head may draft in place of the policy's."""
         heads = {} if head_set is None else head_set.heads
         head = heads.get(0)
         shape, width, taps = round_shape(policy, head_set, thinned is not None)
@@ -172,7 +174,7 @@ class Workspace:
         while len(self.rounds) > self.most_rounds:
             del self.rounds[next(iter(self.rounds))]
         with torch.inference_mode():
-            found.prepare(kinds_of(found, policy))
+            found.prepare(kinds_of(found, policy), depths)
         return found
 
 

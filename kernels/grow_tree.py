@@ -152,13 +152,15 @@ class _Candidate:
 
 
 def grow_tree_reference(
-    step: int, tokens: Tensor, log_probs: Tensor, entropies: Tensor, pool: Pool, sequences: Sequences, trees: Trees
-) -> None:
+    step: int, tokens: Tensor, log_probs: Tensor, entropies: Tensor, pool: Pool, sequences: Sequences, trees: Trees,
+    depth: int | None = None,
+) -> None:  # fmt: skip
     """The same, candidate by candidate; arguments as `grow_tree`."""
     shape, rows, turn = pool.shape, pool.rows, step % 2
+    num_steps = shape.max_depth if depth is None else depth
     for b in range(len(sequences.base)):
         active, base, end = (int(t[b]) for t in (sequences.active, sequences.base, sequences.end))
-        deepest = min(end - base - 2, shape.max_depth)
+        deepest = min(end - base - 2, num_steps)
         found: list[_Candidate] = []
         if step == 0:
             pool.num_refused[b] = 0
@@ -181,7 +183,7 @@ def grow_tree_reference(
                     new = (int(tokens[row, c]), place, -1, path[1] + 1, number, 1, total, float(entropies[row]))
                     found.append(_Candidate(*new))
         found = sorted(found, key=lambda one: (-one.log_prob, one.number))[: shape.max_nodes]
-        if step < shape.max_depth - 1:
+        if step < num_steps - 1:
             _choose_reference(step, b, found, pool, base, deepest)
             for n, one in enumerate(found):
                 own_fields = [one.token, one.above, one.place, one.depth, one.number, one.opened]
@@ -375,27 +377,30 @@ def grow_tree(
     pool: Pool,
     sequences: Sequences,
     trees: Trees,
+    depth: int | None = None,
     *,
     pdl: bool = False,
 ) -> None:
     """Expand what was chosen last; then choose the rows of the next pass, or, after the last step, make the trees.
 
     Args:
-        step: 0 for the root's children (nothing need be cleared before), up to max_depth - 1.
+        step: 0 for the root's children (nothing need be cleared before), up to depth - 1.
         tokens, log_probs: int32 and fp32 `[R, branch]`, what the head says after each row, best first; row b after the
             root of sequence b at step 0, `pool.rows` later. A token below 0 is none.
         entropies: fp32 `[R]`, nats.
         pool: the round's candidates; its `rows` are overwritten before the last step.
         sequences: of the batch.
         trees: overwritten at the last step.
+        depth: of this round's trees, and its steps; None: the shape's.
         pdl: programmatic dependent launch.
 
     Raises:
         ValueError: a step or a shape that does not fit.
     """
     shape = pool.shape
-    if not 0 <= step < shape.max_depth:
-        raise ValueError(f"step is {step}, expected 0 to {shape.max_depth - 1}")
+    num_steps = shape.max_depth if depth is None else depth
+    if not 0 <= step < num_steps <= shape.max_depth:
+        raise ValueError(f"step is {step} of {num_steps}, expected 0 to {shape.max_depth - 1}")
     if tokens.shape[1] != shape.branch or tokens.shape != log_probs.shape:
         raise ValueError(f"candidates are {tuple(tokens.shape)}, expected {shape.branch} a row")
     for name, given, dtype in (
@@ -408,12 +413,12 @@ def grow_tree(
     rows, turn = pool.rows, step % 2
     _grow_tree_kernel[(len(sequences.base),)](
         tokens, log_probs, entropies, 0 if step == 0 else 1 + (step - 1) * shape.beam, shape.max_nodes,
-        shape.max_depth, shape.stop, sequences.active, sequences.base, sequences.end,
+        num_steps, shape.stop, sequences.active, sequences.base, sequences.end,
         pool.kept[turn], pool.values[turn], pool.kept[1 - turn], pool.values[1 - turn], pool.paths, pool.num_refused,
         rows.live, rows.sequence, rows.position, rows.slot, rows.base, rows.path,
         pool.tokens_of_rows, pool.parents_of_rows, pool.log_probs_of_rows,
         trees.tokens, trees.parents, trees.depths, trees.paths, trees.count, trees.entropies,
         BEAM=shape.beam, BRANCH=shape.branch, PLACES=shape.num_places, WIDTH=shape.width, MAX_DEPTH=shape.max_depth,
-        FIRST=step == 0, LAST=step == shape.max_depth - 1, PATH=PATH, FIELDS=FIELDS, PDL=pdl,
+        FIRST=step == 0, LAST=step == num_steps - 1, PATH=PATH, FIELDS=FIELDS, PDL=pdl,
         **_settings(shape.beam * shape.branch), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from skipstone.bench.plan_check import NUM_RETIMED, check
+from skipstone.bench.plan_check import NUM_RETIMED, PLANNED, check
 from skipstone.bench.questions import built_in
 from skipstone.cli import app
 from skipstone.engine import planner
@@ -51,7 +51,7 @@ def test_the_command_plans_checks_and_keeps(tiny_folder, rehearsed):
     engine = load(tiny_folder, heads=rehearsed, **OPTIONS)
     assert engine.plan is not None and engine.plan.chosen.name == document["chosen"]
     shown = CliRunner().invoke(app, [*command, "--no-keep", "--check", "1", "--arms", "1", "--max-new-tokens", "4"])
-    assert shown.exit_code == 0 and "of plain decoding" in shown.stdout and "best one's speed" in shown.stdout
+    assert shown.exit_code == 0 and "of plain decoding" in shown.stdout and "best policy's speed" in shown.stdout
 
 
 def test_a_sweep_measures_everything_considered(tiny_folder, rehearsed, monkeypatch):
@@ -63,11 +63,12 @@ def test_a_sweep_measures_everything_considered(tiny_folder, rehearsed, monkeypa
     found = check(engine, made, built_in()[:2], arms=None, max_new_tokens=4, repeats=1)
     heads = {name for name, _ in some}
     mixed = {"+".join([*([] if name == "plain" else [name]), "lookup:8:1"]) for name in heads}
-    assert {row["name"] for row in found["arms"]} == heads | mixed
+    assert {row["name"] for row in found["arms"]} == heads | mixed | {PLANNED}
     assert 0 < found["chosen_share"] <= 1 and found["different"] == []
     again = {row["name"]: row for row in found["retimed"]}
-    fastest = sorted(found["arms"], key=lambda row: -row["measured_tokens_per_second"])[:NUM_RETIMED]
-    assert set(again) == {row["name"] for row in fastest} | {"plain", made.chosen.name}
+    fastest = sorted(found["arms"], key=lambda row: -row["measured_tokens_per_second"])
+    fastest = [row["name"] for row in fastest if row["name"] != PLANNED][:NUM_RETIMED]
+    assert set(again) == {*fastest, "plain", made.chosen.name, PLANNED}
     assert again[made.chosen.name]["chosen_share"] == 1 == again[made.chosen.name]["chosen_share_interval"][1]
 
 
@@ -80,7 +81,29 @@ def test_a_bounded_check_ends_after_one_question_each(tiny_folder, rehearsed):
     whole = check(engine, made, built_in()[:3], arms=1, max_new_tokens=4, repeats=1)
     assert whole["num_answered"] == [3] and whole["best"] in {row["name"] for row in whole["arms"]}
     (low, high), share = whole["chosen_share_interval"], whole["chosen_share"]
-    assert low <= share <= high and share == min(row["chosen_share"] for row in whole["arms"])
+    assert low <= share <= high and share == min(r["chosen_share"] for r in whole["arms"] if r["name"] != PLANNED)
+
+
+def test_the_plan_is_followed_as_users_follow_it(tiny_folder, rehearsed, monkeypatch):
+    """With a pace and a ladder, which fixed policies do not have; the engine is as before then."""
+    engine = load(tiny_folder, heads=rehearsed, plan="none", **OPTIONS)
+    made = planner.plan(engine, 0.0)
+    everything = planner.rank(engine.heads.calibration, made.costs)
+    chains = next(c for c in everything if c.policy.exits and c.policy.lookup is None)
+    rungs = planner.rungs_of(chains.policy, engine.heads.calibration.rehearsal, made.costs)
+    made, seen, generate = replace(made, chosen=chains, rungs=rungs), [], engine._decode
+
+    def decode(requests, mode, accuracy, speculation, policy, lookup):
+        yield from generate(requests, mode, accuracy, speculation, policy, lookup)
+        if speculation is True:
+            seen.append((policy, engine.plan is made, engine.policy is chains.policy, engine.pace().ladder.rounds))
+
+    monkeypatch.setattr(engine, "_decode", decode)
+    found = check(engine, made, built_in()[:2], arms=1, max_new_tokens=8, repeats=1)
+    assert seen and {own[:3] for own in seen} == {(None, True, True)} and seen[-1][3] >= 0
+    (row,) = (row for row in found["arms"] if row["name"] == PLANNED)
+    assert row["planned_share"] == 1 and found["planned_share"] > 0
+    assert engine.plan is None and engine._paces == {}
 
 
 def test_of_several_head_sets_the_best_expected_wins(tiny_folder, rehearsed, tmp_path):

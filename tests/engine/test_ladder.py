@@ -20,7 +20,7 @@ MS = [10.0 + 2.0 * n for n in range(1, 7)]
 def ladder(share: float) -> Ladder:
     """A plan that expects every position to be right so often."""
     tokens = [sum(share**k for k in range(n + 1)) for n in range(1, 7)]
-    return Ladder([Expected(own, n, ms) for n, (own, ms) in enumerate(zip(tokens, MS, strict=True), 1)])
+    return Ladder({n: Expected(own, n, ms) for n, (own, ms) in enumerate(zip(tokens, MS, strict=True), 1)})
 
 
 def best(share: float) -> int:
@@ -32,6 +32,24 @@ def best(share: float) -> int:
 def test_it_starts_where_the_plan_is(share: float) -> None:
     made = ladder(share)
     assert made.acceptance == pytest.approx([share] * 6) and made.length == best(share)
+
+
+def test_rungs_may_be_apart() -> None:
+    """Trees are rehearsed from two levels on: both positions of the first rung share what it brings."""
+    tokens = {
+        2: 1 + 0.8 + 0.8**2,
+        3: 1 + 0.8 + 0.8**2 + 0.8**2 * 0.5,
+        6: 1 + 0.8 + 0.8**2 + 0.8**2 * 0.5 * (1 + 0.5 + 0.25 + 0.125),
+    }
+    made = Ladder({length: Expected(own, 9, 10.0 + length) for length, own in tokens.items()})
+    assert made.acceptance == pytest.approx([0.8, 0.8, 0.5, 0.5, 0.5, 0.5]) and made.longest == 6
+    assert made.length == 3 and {made.next for made.rounds in range(16)} == {3, 6}
+    for _ in range(300):
+        made.saw(3, 0)
+    assert made.length == 2
+    for _ in range(300):
+        made.saw(6, 6)
+    assert made.length == 6 and {made.next for made.rounds in range(16)} == {6}
 
 
 @pytest.mark.parametrize(("planned", "real"), [(0.9, 0.3), (0.3, 0.9), (0.6, 0.6)])

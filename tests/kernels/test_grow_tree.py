@@ -102,10 +102,10 @@ def grown_by_the_engine(shape, salt, depth, tied=False, nan_at=None):
     return work.tree, refused[0]
 
 
-def grow(run, shape, salts, sequences, pool, trees, tied=False, nan_at=None):
+def grow(run, shape, salts, sequences, pool, trees, tied=False, nan_at=None, depth=None):
     """Drive `grow_tree` with the made-up head."""
     num, spoken = len(salts), {}
-    for step in range(shape.max_depth):
+    for step in range(depth or shape.max_depth):
         width, num_rows = (1, -(-num // 16) * 16) if step == 0 else (shape.width, len(pool.rows))
         tokens = torch.full((num_rows, shape.branch), 10**6, dtype=torch.int32)
         log_probs, entropies = torch.full(tokens.shape, math.nan), torch.full((num_rows,), math.nan)
@@ -129,7 +129,7 @@ def grow(run, shape, salts, sequences, pool, trees, tied=False, nan_at=None):
                 tokens[r], log_probs[r], entropies[r] = -1, -math.inf, guesses.entropies[0]
                 for c, (token, log_prob) in enumerate(best):
                     tokens[r, c], log_probs[r, c] = token, log_prob
-        run(step, *(t.to(DEVICE) for t in (tokens, log_probs, entropies)), pool, sequences, trees)
+        run(step, *(t.to(DEVICE) for t in (tokens, log_probs, entropies)), pool, sequences, trees, depth)
 
 
 def whole(*values):
@@ -154,19 +154,20 @@ RUNS = [grow_tree_reference, pytest.param(grow_tree, marks=pytest.mark.triton)]
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.beam}x{s.branch}x{s.max_depth}-{s.max_nodes}")
 def test_trees_are_those_of_the_engine(run, shape, tied):
-    """Sequences 1 and 4 are not active; 2 has room for two drafts, 3 for none."""
+    """Sequences 1 and 4 are not active; 2 has room for two drafts, 3 for none. The first round has fewer steps."""
     salts, depths = [5, 6, 7, 8, 9, 10], [100, 100, 2, 0, 100, 100]
     base = whole(0, 9, 30, 2, 4, 1000)
     end = base + 2 + torch.tensor(depths, dtype=torch.int32, device=DEVICE)
     sequences = Sequences(whole(1, 0, 1, 1, 0, 1), base, end)
     pool, trees = poisoned(shape, len(salts))
-    for round_salt in (0, 100):
-        grow(run, shape, [round_salt + s for s in salts], sequences, pool, trees, tied)
+    for round_salt, depth in ((0, max(1, shape.max_depth // 2)), (100, None)):
+        own = shape if depth is None else dataclasses.replace(shape, max_depth=depth)
+        grow(run, shape, [round_salt + s for s in salts], sequences, pool, trees, tied, depth=depth)
         for b, salt in enumerate(salts):
             if not sequences.active[b]:
                 assert trees.count[b] == 0 and pool.num_refused[b] == 0
                 continue
-            tree, refused = grown_by_the_engine(shape, round_salt + salt, depths[b], tied)
+            tree, refused = grown_by_the_engine(own, round_salt + salt, depths[b], tied)
             n = len(tree)
             assert trees.count[b] == n and pool.num_refused[b] == refused
             assert trees.tokens[b, 1:n].tolist() == tree.tokens[1:] and trees.tokens[b, 0] == -5

@@ -7,14 +7,20 @@ graphs are compared with plain decoding by `bench/lossless.py` on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import Gate, best_first, every, fixed_exit, likely
+from skipstone.engine.graphs import Ticket
+from skipstone.engine.ladder import Ladder
+from skipstone.engine.pacing import Pace
 
 pytestmark = pytest.mark.interpreter
 PROMPTS = [[4, 9, 2], list(range(5, 24))]
@@ -76,3 +82,38 @@ def test_output_is_plain_decodings(
     assert sum(out.stats.num_accepted for out in together) > 0
     if sampling == "sampled":
         assert_same_output(engine.generate(PROMPTS[1], seed=SEEDS[1], **options), plain[1])
+
+
+@pytest.mark.hazard(6, 24)
+@pytest.mark.parametrize("policy", ["chain", "best first"])
+def test_lengths_that_move_while_running_change_no_token(
+    policy: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of one, two and three levels in turns, the longest longer than the policy's. Seen to fail here: a tree's
+    last step known by its shape's depth."""
+    plain = plainly(engine_of, "greedy")[1]
+    engine = engine_of(max_context=200)
+    stateful(engine, "recurrent", prompts=PROMPTS)
+    on_device(engine).policy = dataclasses.replace(POLICIES[policy], max_depth=2)
+    ladder = Ladder({n: Expected(1.0 + n, n, 10.0 + n) for n in (1, 2, 3)})
+    turns = itertools.cycle((3, 1, 2))
+    monkeypatch.setattr(Ladder, "next", property(lambda ladder: next(turns)))
+    engine._paces = {(1, True, False): Pace(plain_ms=1e9, ladder=ladder)}
+    wait, trees, saw, seen = Ticket.wait, [], Ladder.saw, []
+
+    def waited(ticket: Ticket) -> Any:
+        records, elapsed = wait(ticket)
+        trees.extend((ticket.depth, max(r.tree.depths)) for r in records if r is not None and ticket.kind == "draft")
+        return records, elapsed
+
+    monkeypatch.setattr(Ticket, "wait", waited)
+    monkeypatch.setattr(Ladder, "saw", lambda ladder, *own: (seen.append(own), saw(ladder, *own)))
+    for _ in range(2):
+        assert_same_output(engine.generate(PROMPTS[1], seed=SEEDS[1], max_new_tokens=NEW), plain)
+    assert {depth for depth, _ in trees} == {1, 2, 3} and all(deep <= depth for depth, deep in trees)
+    assert (
+        max(trees) == (3, 3 if policy == "chain" else 2)
+        and (1, 1) in trees
+        and len(seen) == len(trees) == ladder.rounds
+    )
+    assert all(accepted <= length <= depth for (length, accepted), (depth, _) in zip(seen, trees, strict=True))

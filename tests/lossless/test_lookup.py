@@ -159,7 +159,7 @@ def test_lengths_that_move_while_running_change_no_token(
     """Planted bug: a head's memory with room for the planned length alone."""
     engine = engine_with_heads(engine_of, stateful)
     engine.policy = replace(fixed_exit(0, 1), lookup=TEXT)
-    rungs = [Expected(1.0 + n, n, 10.0 + n) for n in range(1, 7)]
+    rungs = {n: Expected(1.0 + n, n, 10.0 + n) for n in range(1, 7)}
     monkeypatch.setattr(Ladder, "next", property(lambda ladder: 1 + ladder.rounds % 6))
     plain = engine.generate(PROMPTS[1], seed=6, speculation=False, max_new_tokens=80)
     engine._paces = {(1, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
