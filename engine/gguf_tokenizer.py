@@ -1,8 +1,10 @@
 """The tokenizer inside a GGUF file, as a `transformers` fast tokenizer.
 
-Byte-level BPE of a known kind is built here from the file's own tokens, merges and ids. transformers' reader takes
-several seconds for it, forgets how the text is split before merging ("a  2" then gets ids that SmolLM2 never saw in
-training), and in some releases reports the begin token as the end token. Other kinds go through transformers.
+Byte-level BPE of a known kind and SentencePiece BPE (Llama 2, Mistral, Gemma) are built here from the file's own
+tokens, merges, scores and ids. transformers' reader takes several seconds, forgets how the text is split before merging
+("a  2" then gets ids that SmolLM2 never saw in training), in some releases reports the begin token as the end token,
+and reads Gemma otherwise from release to release: 5.17 leaves the begin token out and merges in another order, which
+costs a model that knows neither seven times its perplexity. Other kinds go through transformers.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ def read_gguf_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, list[int]]
         raise ValueError(f"{path} holds no tokenizer ({_PREFIX}tokens is missing); it may be one part of a split file")
     if metadata.get(f"{_PREFIX}model") == "gpt2" and metadata.get(f"{_PREFIX}pre") in _SPLITS:
         backend: Any = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(metadata))
+    elif metadata.get(f"{_PREFIX}model") == "llama" and f"{_PREFIX}scores" in metadata:
+        backend = PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_bpe(metadata))
     else:
         backend = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         if getattr(backend, "backend_tokenizer", None) is None:
@@ -79,12 +83,63 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    bos = metadata.get(f"{_PREFIX}bos_token_id")
-    if bos is not None and metadata.get(f"{_PREFIX}add_bos_token", split == "llama-bpe"):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
+    _begin_with_bos(tokenizer, metadata, split == "llama-bpe")
     return tokenizer
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Neighbours whose joint is a token are joined, the one with the best score first, the leftmost of equal ones;
+    characters that no token holds become bytes. As llama.cpp does it, by ranked merges: of every token all pairs that
+    make it up."""
+    # runs of spaces are written as spaces, everything else with the mark that stands for one
+    tokens = ["\u2581" * len(t) if t and not t.strip(" ") else t for t in metadata[f"{_PREFIX}tokens"]]
+    kinds: list[int] = metadata.get(f"{_PREFIX}token_type", [int(TokenType.NORMAL)] * len(tokens))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    text = {t: i for t, i in vocabulary.items() if kinds[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)}
+    scores = metadata[f"{_PREFIX}scores"]
+
+    def rank(token: str) -> tuple[bool, float, int]:
+        i = text[token]  # what users define has no score of its own, and is never cut
+        return kinds[i] == TokenType.NORMAL, -scores[i], i
+
+    merges = [
+        (token[:at], token[at:])
+        for token in sorted(text, key=rank)
+        for at in range(1, len(token))
+        if token[:at] in text and token[at:] in text
+    ]
+    unknown = metadata.get(f"{_PREFIX}unknown_token_id")
+    prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            merges,
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=None if unknown is None else tokens[unknown],
+        )
+    )
+    marks = [normalizers.Prepend("\u2581")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", "\u2581")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    back = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip
+    tokenizer.decoder = decoders.Sequence(list(back))
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == TokenType.CONTROL or (kind == TokenType.USER_DEFINED and token.strip("\u2581"))
+        ]
+    )
+    _begin_with_bos(tokenizer, metadata, True)
+    return tokenizer
+
+
+def _begin_with_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any], by_default: bool) -> None:
+    bos = metadata.get(f"{_PREFIX}bos_token_id")
+    if bos is not None and metadata.get(f"{_PREFIX}add_bos_token", by_default):
+        token = metadata[f"{_PREFIX}tokens"][bos]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, bos)])
 
 
 def _pair(merge: str) -> tuple[str, str]:

@@ -342,9 +342,8 @@ def _check_base(folder: Path, made_for: BaseIdentity, base: BaseIdentity) -> Non
     if made_for.tokenizer_sha256 and base.tokenizer_sha256 and made_for.tokenizer_sha256 != base.tokenizer_sha256:
         raise ArtefactError(
             f"{folder} was trained with tokenizer {made_for.tokenizer_sha256[:12]}, the model's is "
-            f"{base.tokenizer_sha256[:12]}, though the weights are the same (versions of transformers read some GGUF "
-            "vocabularies differently by a token or two); pass allow_base_mismatch=True to use it all the same: output "
-            "stays exact"
+            f"{base.tokenizer_sha256[:12]}; the weights are the same, so one of them was read wrongly (releases of "
+            "transformers read some GGUF vocabularies differently); allow_base_mismatch=True takes the heads all the same"
         )
 
 
