@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .expectation import Expected
 
-PRIOR_ROUNDS = 32.0  # that the plan's expectation counts for at each position
+PRIOR_ROUNDS = 8.0  # that the plan's expectation counts for at each position
 PROBE = 16  # every so many rounds are one rung longer
 MEMORY = 0.98  # weight of what was seen, with each time that a position is seen again
 

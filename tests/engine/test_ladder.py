@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from skipstone.engine.expectation import Expected
 from skipstone.engine.gate import fixed_exit
-from skipstone.engine.ladder import MEMORY, Ladder
+from skipstone.engine.ladder import MEMORY, PRIOR_ROUNDS, Ladder
 from skipstone.engine.pacing import Pace
 
 MS = [10.0 + 2.0 * n for n in range(1, 7)]
@@ -68,9 +68,8 @@ def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() 
     before = made.acceptance
     made.saw(4, 1)
     first, second, *rest = made.acceptance
-    assert first == pytest.approx((MEMORY * 16 + 1) / (MEMORY * 32 + 1)) and second == pytest.approx(
-        MEMORY * 16 / (MEMORY * 32 + 1)
-    )
+    seen, right = MEMORY * PRIOR_ROUNDS + 1, MEMORY * PRIOR_ROUNDS / 2
+    assert (first, second) == pytest.approx(((right + 1) / seen, right / seen))
     assert first > before[0] and second < before[1] and rest == before[2:]
 
 
