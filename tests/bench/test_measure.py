@@ -110,20 +110,22 @@ def test_ctrl_c_keeps_whole_questions(tokenizer: Tokenizer) -> None:
     assert {r.question.question_id for r in found.records} == {"first"} and len(found.records) == 4
 
 
-def test_an_arm_that_cannot_warm_up_is_left_out_and_reported(tokenizer: Tokenizer) -> None:
-    """Planted bugs: the whole run ends; drafts of a target stay whose plain decoding is gone."""
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_an_arm_that_cannot_warm_up_is_left_out_and_reported(tokenizer: Tokenizer, error: type[Exception]) -> None:
+    """Planted bugs: the whole run ends (of a TypeError in a library's early exit it did); drafts of a target stay whose
+    plain decoding is gone."""
 
     def breaks(ids: list[int]) -> list[int]:
-        raise RuntimeError("no kernel")
+        raise error("no kernel")
 
     arms = [Rote("plain", right, []), Rote("plain%x", breaks, [], False), Rote("a%x", right, []), Rote("b", right, [])]
     arms[2].plain = "plain%x"
     found = measure(arms, QUESTIONS[1:], tokenizer, {"max_new_tokens": 8}, max_context=500)
-    assert found.failed == {"plain%x": "RuntimeError: no kernel"}
+    assert found.failed == {"plain%x": f"{error.__name__}: no kernel"}
     assert {r.arm for r in found.records} == {"plain", "b"} and found.num_compared == 1
     problems = document(found, arms, 4, {})["problems"]  # type: ignore[arg-type]
-    assert problems == ["arm plain%x was left out: RuntimeError: no kernel"]
-    with pytest.raises(RuntimeError, match="no kernel"):
+    assert problems == [f"arm plain%x was left out: {error.__name__}: no kernel"]
+    with pytest.raises(error, match="no kernel"):
         measure([Rote("plain", breaks, [])], QUESTIONS, tokenizer, {}, max_context=500)
 
 
