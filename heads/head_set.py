@@ -343,7 +343,7 @@ def _check_base(folder: Path, made_for: BaseIdentity, base: BaseIdentity) -> Non
         raise ArtefactError(
             f"{folder} was trained with tokenizer {made_for.tokenizer_sha256[:12]}, the model's is "
             f"{base.tokenizer_sha256[:12]}; the weights are the same, so one of them was read wrongly (releases of "
-            "transformers read some GGUF vocabularies differently); allow_base_mismatch=True takes the heads all the same"
+            "transformers read some vocabularies differently); allow_base_mismatch=True takes the heads all the same"
         )
 
 
