@@ -361,6 +361,41 @@ def interpreter_products() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_tables() -> Iterator[None]:
+    """Triton's interpreter exchanges all of `triton.language` again at every call of a device function, and makes its
+    table of types again for every load and constant: half of a kernel's time. What a launch has exchanged stays
+    exchanged until it ends, and a type is looked up once."""
+    from skipstone.kernels import tile
+
+    if tile.triton is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    exchange, look_up, types = interpreter._patch_lang, interpreter._get_np_dtype, {}
+
+    @functools.cache
+    def seen_by(fn: Any) -> list[Any]:
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+
+    def patch_lang(fn: Any) -> Any:
+        # Triton's own functions see `tl.core`, which a launch of ours does not exchange.
+        return exchange(fn) if any(tl.core.is_builtin(lang.load) for lang in seen_by(fn)) else None
+
+    def get_np_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in types:
+            types[name] = look_up(dtype)
+        return types[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_lang)
+        patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def interpreter_checks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Triton's interpreter asserts after every integer operation that it did not overflow, a third of an engine test's

@@ -4,6 +4,7 @@ Planted bugs seen to fail here: the query heads dealt to the wrong KV head, a ma
 pairs taken as neighbours, the bias of qkv left out.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,14 @@ from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.engine import Engine
 from skipstone.engine.fused import FusedStep
 from skipstone.engine.model import Decoder
+
+
+def shallow(family, num_layers):
+    """A tiny model of so few layers, for what Triton's interpreter runs."""
+    config = tiny_config(family)
+    ropes, windows = config.ropes[:num_layers], config.windows[:num_layers]
+    config = replace(config, num_layers=num_layers, ropes=ropes, windows=windows)
+    return config, random_weights(config, torch.float32, "cpu")
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -146,10 +155,11 @@ def test_our_own_step_over_listed_neurons(subject, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @torch.inference_mode()
-def test_our_own_step_that_drops_inputs(subject, monkeypatch):
+def test_our_own_step_that_drops_inputs(family, monkeypatch):
     """Thresholds meet their level on the row that is timed, which is another one at each level."""
-    subject, _ = subject
+    subject = Subject("tiny", "random weights", *shallow(family, 2))
     streams = []
 
     def timed(weights, context, live, *, step_of, prepare):
@@ -214,7 +224,6 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.interpreter
 def test_all_ways_of_reading_a_prompt_are_timed():
-    config = tiny_config("llama")
-    decoder = Decoder(config, random_weights(config, torch.float32, "cpu"), torch.float32, "cpu")
+    decoder = Decoder(*shallow("llama", 1), torch.float32, "cpu")
     ways = prompt_readers(decoder, 40)
     assert list(ways) == ["sdpa", "fused", "sdpa-tda", "fused-tda"] and all(read() > 0 for read in ways.values())

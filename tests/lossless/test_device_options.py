@@ -44,6 +44,7 @@ PROMPT = [4, 9, 2]
 PROMPTS = [PROMPT, list(range(5, 24))]
 NEW = 24 if ON_GPU else 4
 CHAIN = fixed_exit(1, 3)
+SHORT = 200  # a context for which attention launches few programs that leave at once
 
 
 class Spelling:
@@ -71,13 +72,15 @@ class HungHeads:
 def engine(engine_of: Callable) -> Any:
     """Rounds on the device, of the tiny Llama in fp32: there the waiting loop, whose sums are others, writes the same
     tokens. Without a GPU of its first layer."""
-    return on_device(engine_of(device="cuda") if ON_GPU else engine_of(num_layers=1))
+    return on_device(engine_of(device="cuda") if ON_GPU else engine_of(num_layers=1, max_context=SHORT))
 
 
 @pytest.fixture
 def half(engine_of: Callable) -> Any:
     """The same in bf16, where bits are few and ties near: for what compares the device with itself."""
-    return on_device(engine_of(dtype=torch.bfloat16, device="cuda") if ON_GPU else engine_of(num_layers=1))
+    return on_device(
+        engine_of(dtype=torch.bfloat16, device="cuda") if ON_GPU else engine_of(num_layers=1, max_context=SHORT)
+    )
 
 
 def on_device(engine: Any, wanted: bool = True) -> Any:
@@ -422,7 +425,7 @@ def test_refused_nodes_are_counted_as_the_host_does(
     policy: Any, engine_of: Callable, stateful_of_one_layer: Callable
 ) -> None:
     """A head drafts on the device, and its gate refuses some nodes, not all."""
-    engine = on_device(engine_of(num_layers=1, device="cuda" if ON_GPU else "cpu"))
+    engine = on_device(engine_of(num_layers=1, max_context=SHORT, device="cuda" if ON_GPU else "cpu"))
     stateful_of_one_layer(engine)
     new, stats = 3, []
     for fused in (None, engine.fused):
@@ -455,7 +458,7 @@ def test_a_tree_of_the_host_feeds_the_head_at_exit_0(
     engine_of: Callable, stateful_of_one_layer: Callable, drafting: Callable
 ) -> None:
     """Its memory reads layer 0, too, which no round keeps: the embeddings of the accepted path."""
-    engine = on_device(engine_of(num_layers=1, device="cuda" if ON_GPU else "cpu"))
+    engine = on_device(engine_of(num_layers=1, max_context=SHORT, device="cuda" if ON_GPU else "cpu"))
     plain = waiting(engine, PROMPT, max_new_tokens=3)
     stateful_of_one_layer(engine)
     policy = every((0,), Gate(0.3, 99.0), branch=2, max_depth=2, max_nodes=3)

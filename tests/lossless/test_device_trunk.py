@@ -9,6 +9,8 @@ plain rounds, or not moved with the accepted path.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +79,14 @@ def by_host(engine: Any, prompt: Any, **options: Any) -> Any:
         engine.fused, engine.workspace.cache = fused, None
 
 
+@functools.cache
+def plainly(engine_of: Callable, dtype: torch.dtype, sampled: bool) -> list[tuple[Any, torch.Tensor]]:
+    """The prompts' plain decoding, all together, and its committed keys and values: heads do not enter into it."""
+    engine = with_heads(engine_of, dtype, BARE, BARE)
+    outs = engine.generate(PROMPTS, seeds=SEEDS, speculation=False, max_new_tokens=NEW, **(SAMPLED if sampled else {}))
+    return [(out, committed(engine, out, b)) for b, out in enumerate(outs)]
+
+
 def same_drafts(out: Any, host: Any) -> None:
     for name in COUNTS:
         assert getattr(out.stats, name) == getattr(host.stats, name), name
@@ -124,20 +134,22 @@ def test_a_batch_that_asks_two_exits(
 
 @pytest.mark.hazard(6, 24)
 @pytest.mark.parametrize(
-    ("policy", "prompt", "new"),
+    ("policy", "which", "new"),
     [
-        (fixed_exit(2, 3), PROMPTS[1], NEW),
-        (likely((2,), 0.05, max_depth=3), PROMPTS[1], NEW - 2),
-        (every((2,), Gate(-1.0, -1.0), max_depth=3), PROMPTS[2], NEW // 2),
+        (fixed_exit(2, 3), 1, NEW),
+        (likely((2,), 0.05, max_depth=3), 1, NEW - 2),
+        (every((2,), Gate(-1.0, -1.0), max_depth=3), 2, NEW // 2),
     ],
     ids=["chain", "by path", "refused at once"],
 )
-def test_one_exit(policy: DraftPolicy, prompt: list[int], new: int, engine: Any, assert_same_output: Callable) -> None:
+def test_one_exit(
+    policy: DraftPolicy, which: int, new: int, engine: Any, engine_of: Callable, assert_same_output: Callable
+) -> None:
     """Verification goes on from the exit; committed keys and values too are plain decoding's, on a GPU bit for bit."""
-    plain = engine.generate(prompt, speculation=False, max_new_tokens=new)
-    expected = committed(engine, plain)
+    prompt, (plain, expected) = PROMPTS[which], plainly(engine_of, engine.decoder.dtype, False)[which]
     out = engine.generate(prompt, policy=policy, max_new_tokens=new)
-    assert_same_output(out, plain)
+    assert_same_output(out, dataclasses.replace(plain, token_ids=plain.token_ids[:new]))
+    expected = expected[..., : len(prompt) + new - 1, :]
     slack = {"rtol": 0.0, "atol": 0.0} if ON_GPU else {"rtol": 1e-4, "atol": 1e-5}
     assert torch.allclose(committed(engine, out), expected, **slack)
     assert (out.stats.num_drafted > 0) == (policy.gates[2].high > 0)
@@ -156,19 +168,20 @@ def test_one_exit(policy: DraftPolicy, prompt: list[int], new: int, engine: Any,
     ],
     ids=lambda of: {0: "greedy", 1: "sampled"}[len(of)] if isinstance(of, dict) else str(of),
 )  # fmt: skip
-def test_trees(name: str, sampling: dict[str, Any], batch: int, engine: Any, assert_same_output: Callable) -> None:
+def test_trees(
+    name: str, sampling: dict[str, Any], batch: int, engine: Any, engine_of: Callable, assert_same_output: Callable
+) -> None:
     """Tokens, committed keys and values are plain decoding's; trees and their counts are the host's. With
     one exit verification goes on from it; with two it starts over, and the layers that ran twice are counted."""
     options: dict[str, Any] = {"seeds": SEEDS[2 - batch : 2], "max_new_tokens": NEW, **sampling}
     prompts, policy = PROMPTS[2 - batch : 2], TREES[name]
-    plain = engine.generate(prompts, speculation=False, **options)
-    expected = [committed(engine, out, b) for b, out in enumerate(plain)]
     outs = engine.generate(prompts, policy=policy, **options)
     assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine.workspace.rounds.values())
     slack = {"rtol": 0.0, "atol": 0.0} if ON_GPU else {"rtol": 1e-4, "atol": 1e-5}
-    for b, out in enumerate(outs):
-        assert_same_output(out, plain[b])
-        assert torch.allclose(committed(engine, out, b), expected[b], **slack)
+    wanted = plainly(engine_of, engine.decoder.dtype, bool(sampling))[2 - batch : 2]
+    for b, (out, (plain, expected)) in enumerate(zip(outs, wanted, strict=True)):
+        assert_same_output(out, plain)
+        assert torch.allclose(committed(engine, out, b), expected, **slack)
     stats = Statistics.merge(out.stats for out in outs)
     assert stats.num_accepted > 0 and stats.gate_stops > 0
     assert stats.num_drafted > sum(stats.drafted_by_position), "siblings"
@@ -216,14 +229,13 @@ def test_block_heads(
     engine = with_heads(engine_of, dtype, *kinds)
     options: dict[str, Any] = {"seeds": SEEDS[2 - batch : 2], "max_new_tokens": NEW, **SAMPLED}
     prompts = PROMPTS[2 - batch : 2]
-    plain = engine.generate(prompts, speculation=False, **options)
     for name in ("decode", "decode_on_device"):
         original = getattr(engine_module, name)
         monkeypatch.setattr(engine_module, name, lambda *args, original=original: original(*args[:-1], Turns()))
     outs = engine.generate(prompts, policy=policy, **options)
     assert any(isinstance(rounds.draft, TrunkDraft) for rounds in engine.workspace.rounds.values())
-    for out, expected in zip(outs, plain, strict=True):
-        assert_same_output(out, expected)
+    for out, (plain, _) in zip(outs, plainly(engine_of, dtype, True)[2 - batch : 2], strict=True):
+        assert_same_output(out, plain)
     assert any(out.stats.num_accepted for out in outs)
     made = [entries(engine, out, b) for b, out in enumerate(outs)]
     if not ON_GPU:
