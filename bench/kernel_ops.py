@@ -45,7 +45,7 @@ class Kernels:
 
     def table(self, config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
         """What an operation's own table says, a product's tail too if it has none, but for the moment at which it lets
-        the next kernel go: one operation alone cannot tell."""
+        the next kernel go and what it holds of longer weights meanwhile: one operation alone cannot tell."""
         if name in ("o", "down"):
             own = self.residual._settings(*weight_shape(config, name), dtype)
         elif name == "lm_head":
@@ -53,7 +53,7 @@ class Kernels:
         else:
             own = getattr(self, name)._settings(layer_shape(config), dtype)
         whole = {"TAIL": 0, **own} if "BK" in own else own
-        return {key: value for key, value in whole.items() if key != "EARLY"}
+        return {key: value for key, value in whole.items() if key not in ("EARLY", "HOLD")}
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ if triton is not None:
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
         w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
-        TAIL: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
-        """`tile.weights_ahead`, `[BN, SPLIT * BK]`; none has a tail here."""
+        """`tile.weights_ahead`, `[BN, SPLIT * BK]`; none has a tail here, or holds a part."""
         if SPLIT * BK >= SHARE:
             at = tl.arange(0, SPLIT * BK)
             real = (at < SHARE) & (first + at < K)
@@ -89,6 +89,7 @@ if triton is not None:
         x, stats, w, ahead, rows, cols, num_cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
+        HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.normed_rows_product` of one row: its own branch for all of k is a product of tiles."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)

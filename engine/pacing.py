@@ -23,6 +23,7 @@ GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stre
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
+OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
 
 
 @dataclass
@@ -33,11 +34,21 @@ class Account:
     paused: bool = False
     pauses: int = 0
     failures: int = 0  # pauses since its drafts last gained
+    usual_ms: float | None = None  # of its rounds
 
     @property
     def share(self) -> float:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
+
+    def without_stalls(self, ms: float) -> float:
+        """A round's time, without most of what a busy host, a collection of garbage or a capture put on top: one such
+        stall would pause a source that pays for hundreds of tokens. Rounds that stay slow are usual soon."""
+        if self.usual_ms is None:
+            self.usual_ms = ms
+        usual = min(ms, OUTLIER * self.usual_ms)
+        self.usual_ms += 0.1 * (usual - self.usual_ms)
+        return usual
 
 
 @dataclass
@@ -80,9 +91,11 @@ class Pace:
         if self.plain_ms is None or not self.accounts:
             return
         self.rounds_since_plain = self.rounds_since_plain + 1 if sources else 0
-        lost = (ms - committed * self.plain_ms) / max(1, len(sources))
         for source, account in self.accounts.items():
-            self._charge(account, ms, lost if source in sources else None)
+            lost = None
+            if source in sources:
+                lost = (account.without_stalls(ms) - committed * self.plain_ms) / len(sources)
+            self._charge(account, ms, lost)
 
     def _time(self, ms: float) -> None:
         if self.plain_ms is not None:

@@ -139,7 +139,7 @@ if triton is not None:
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
-        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         HALF: tl.constexpr = HEAD_DIM // 2
         ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
@@ -160,7 +160,7 @@ if triton is not None:
             pair + ROTARY_HALF + second * ((HEAD_DIM - ROTARY_DIM) // 2),
         )
         cols = tl.where(pair < HALF, head * HEAD_DIM + place, num_cols)
-        ahead = weights_ahead(weight, cols, num_cols, D, D, 0, BK, SPLIT, TAIL, HOLD)
+        ahead = weights_ahead(weight, cols, num_cols, D, D, 0, BK, SPLIT, TAIL)
         inside = cols < num_cols
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
@@ -177,7 +177,7 @@ if triton is not None:
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
             x, stats, weight, ahead, rows, cols, num_cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION, TAIL, HOLD,
+            PRECISION, TAIL,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)

@@ -77,7 +77,7 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -86,7 +86,7 @@ if triton is not None:
         first = 0
         if PARTS > 1:
             first = tl.program_id(2) * SHARE
-        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL, HOLD)
+        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -102,7 +102,7 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL, HOLD)
+        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
         finish = True

@@ -145,7 +145,7 @@ if triton is not None:
         """The weights of a product that deals all k out at once (SPLIT * (BK + TAIL) >= SHARE, SPLIT > 1): nothing that
         another kernel writes, so they are asked for before the wait. In two pieces, `[SPLIT, BK, BN]` and
         `[SPLIT, TAIL, BN]`, for blocks are powers of two and 576 is 4 * (128 + 16); with TAIL = 0 the first one twice.
-        0 for other products."""
+        Of other products the last HOLD of k, `[1, HOLD, BN]`, which takes SPLIT = 1; 0 with HOLD = 0."""
         if SPLIT > 1 and SPLIT * (BK + TAIL) >= SHARE:
             piece = _weights(w, cols, num_cols, K, SHARE, first, 0, BK, SPLIT)
             if TAIL > 0:
@@ -153,7 +153,8 @@ if triton is not None:
             else:
                 return piece, piece
         elif HOLD > 0:
-            return _weights(w, cols, num_cols, K, SHARE, first, SHARE - HOLD, HOLD // SPLIT, SPLIT)
+            tl.static_assert(SPLIT == 1)
+            return _weights(w, cols, num_cols, K, SHARE, first, SHARE - HOLD, HOLD, 1)
         else:
             return 0
 
@@ -188,9 +189,9 @@ if triton is not None:
         x_rows = x + first + rows.to(tl.int64) * K
         w_rows = w + first + cols.to(tl.int64) * K
         inside = cols < num_cols
-        if HOLD > 0:
-            held = _inputs(x, rows, K, SHARE, first, SHARE - HOLD, HOLD // SPLIT, SPLIT)
         if SPLIT == 1:  # the warps share the columns
+            if HOLD > 0:
+                held = _inputs(x, rows, K, SHARE, first, SHARE - HOLD, HOLD, 1)
             total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
             for start in range(0, SHARE - HOLD, BK):
                 at = start + k
@@ -199,12 +200,8 @@ if triton is not None:
                 b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
             if HOLD > 0:
-                total = tl.dot(
-                    tl.reshape(held, [rows.shape[0], HOLD]),
-                    tl.reshape(ahead, [HOLD, cols.shape[0]]),
-                    total,
-                    input_precision=PRECISION,
-                )
+                held, ahead = tl.reshape(held, [rows.shape[0], HOLD]), tl.reshape(ahead, [HOLD, cols.shape[0]])
+                total = tl.dot(held, ahead, total, input_precision=PRECISION)
             return total
         else:  # each warp has a part of k
             part = tl.arange(0, SPLIT)
@@ -212,16 +209,14 @@ if triton is not None:
                 return _product_of(_inputs_of(x, rows, K, SHARE, first, BK, SPLIT, TAIL), ahead, TAIL, PRECISION)
             else:
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-                for start in range(0, SHARE - HOLD, SPLIT * BK):
+                for start in range(0, SHARE, SPLIT * BK):
                     at = start + part[:, None] * BK + k[None, :]
-                    real = (at < SHARE - HOLD) & (first + at < K)
+                    real = (at < SHARE) & (first + at < K)
                     a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
                     b = tl.load(
                         w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
                     )
                     parts = tl.dot(a, b, parts, input_precision=PRECISION)
-                if HOLD > 0:
-                    parts = tl.dot(held, ahead, parts, input_precision=PRECISION)
                 return tl.sum(parts, 0)
 
     @triton.jit

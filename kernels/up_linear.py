@@ -151,8 +151,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
-    """Neurons a program, depth of a product (and its tail), partial products, warps, stages, whether
-    `down` is let go at the wait."""
+    """Neurons a program, depth of a product (and its tail), how much of k is held before the wait, partial products,
+    warps, stages, whether `down` is let go at the wait."""
     size = shape.hidden_size, shape.intermediate_size
     if dtype != torch.float32 and size in _TABLE:
         return _TABLE[size]
