@@ -142,6 +142,8 @@ def decode_on_device(
                 room = max(request.checker.num_remaining for request in active)
                 # a host that drafts, or feeds memories from a round's states, has to see each round's end first
                 ahead = 1 if by_host else AHEAD
+                if pace is not None:
+                    pace.place(max(len(request.history) for request in active))
                 while not stopped and len(queue.tickets) < min(ahead, room):
                     shape = PLAIN if room <= 1 else policy if pace is None else pace.next(policy)
                     try:

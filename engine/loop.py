@@ -150,6 +150,8 @@ def decode(on: Machinery, requests: Sequence[Request], policy: DraftPolicy, pace
             for request in active:
                 if on.sparse is not None and request.committed_len == on.sparse.next_refresh(request.sequence):
                     read_text(on, request, None)
+        if pace is not None:
+            pace.place(max(len(request.history) for request in active))
         shape = policy if pace is None else pace.next(policy)
         shape = replace(shape, max_nodes=max_nodes) if max_nodes else PLAIN
         try:

@@ -1,12 +1,13 @@
 """Whether drafting pays: a budget of regret for each source of drafts, kept while running.
 
-Speculation must never make a user slower. The pace estimates a plain step's time; a round that drafted is charged what
-it took beyond the plain steps that its tokens would have cost, to the account of the source that drafted: the text, or
-heads. While an account stays within what decoding has earned for it (a small share of its time) plus a credit of a few
-steps, its source goes on. Once it is overdrawn, that source pauses until other rounds have earned the credit back:
-heads may rest while the text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses;
-where it never pays it costs the share and no more. Every pause in a row without a gain between them halves what an
-account earns, so that trials grow rare: the cost of drafting that never pays falls with the length of the task.
+Speculation must never make a user slower. The pace estimates a plain step's time, by how long the text is (powers of
+two, for a step takes longer the more stands before it); a round that drafted is charged what it took beyond the plain
+steps that its tokens would have cost, to the account of the source that drafted: the text, or heads. While an account
+stays within what decoding has earned for it (a small share of its time) plus a credit of a few steps, its source goes
+on. Once it is overdrawn, that source pauses until other rounds have earned the credit back: heads may rest while the
+text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses; where it never pays it costs
+the share and no more. Every pause in a row without a gain between them halves what an account earns, so that trials
+grow rare: the cost of drafting that never pays falls with the length of the task.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ SHARE = 0.02  # of decoding time, that the trials of all sources may cost
 CREDIT_STEPS = 3.5  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
+WARM_STEPS_LONGER = 2  # the same where texts of another length were timed before
+SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
@@ -63,6 +66,8 @@ class Pace:
     ladder: Ladder | None = None
     trusted: frozenset[Source] = frozenset()
     _warm: list[float] = field(default_factory=list)
+    _reach: int | None = None
+    _elsewhere: dict[int, tuple[float | None, int, list[float]]] = field(default_factory=dict)
 
     @property
     def paused(self) -> frozenset[Source]:
@@ -73,6 +78,15 @@ class Pace:
     def resting(self) -> bool:
         """Whether every source is paused."""
         return bool(self.accounts) and len(self.paused) == len(self.accounts)
+
+    def place(self, length: int) -> None:
+        """The next rounds stand behind so many tokens: what a plain step takes there is known apart from elsewhere."""
+        reach = max(SHORT, length.bit_length())
+        if self._reach not in (None, reach):
+            self._elsewhere[self._reach] = self.plain_ms, self.rounds_since_plain, self._warm
+            unknown: tuple[float | None, int, list[float]] = None, 0, []
+            self.plain_ms, self.rounds_since_plain, self._warm = self._elsewhere.pop(reach, unknown)
+        self._reach = reach
 
     def next(self, policy: DraftPolicy) -> DraftPolicy:
         """How the next round should draft."""
@@ -103,10 +117,11 @@ class Pace:
             self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
             return
         self._warm.append(ms)
-        if len(self._warm) >= WARM_STEPS:
+        if len(self._warm) >= (WARM_STEPS_LONGER if self._elsewhere else WARM_STEPS):
             self.plain_ms = min(self._warm)
-            for source in self.trusted & self.accounts.keys():
-                self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
+            if not self._elsewhere:
+                for source in self.trusted & self.accounts.keys():
+                    self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
 
     def _charge(self, account: Account, ms: float, lost: float | None) -> None:
         """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""

@@ -133,6 +133,21 @@ def test_rounds_that_become_slow_for_good_are_no_stalls():
     assert spent <= 10.0 * written * (1 + 2 * SHARE) + 90.0 * 12
 
 
+def test_long_texts_are_held_against_their_own_plain_steps():
+    """A step behind a thousand tokens takes 1.4 times one behind a hundred. Seen to fail: drafts that gain 1.3x on long
+    texts were held against short ones' steps, and paused."""
+    pace, drafted = Pace(), 0
+    for at in range(1600):
+        long = at // 64 % 2 == 1
+        pace.place(900 if long else 100)
+        source = ("heads",) if pace.next(HEADS).drafts else ()
+        drafted += len(source)
+        plain, draft = (16.0, 22.0) if long else (11.0, 16.0)
+        pace.round(draft if source else plain, 1.65 if source else 1.0, source)
+    assert pace.accounts["heads"].pauses == 0 and drafted > 1550
+    assert pace.plain_ms == pytest.approx(11.0)
+
+
 def test_a_pause_is_in_the_statistics_and_changes_no_token(engine_of, planned, monkeypatch):
     """The clock is made up: drafting rounds take a second each."""
     engine = engine_of()
