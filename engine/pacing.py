@@ -44,13 +44,11 @@ class Account:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
 
-    def without_stalls(self, ms: float) -> float:
+    def without_stalls(self, ms: float, plain_ms: float) -> float:
         """A round's time, without most of what a busy host, a collection of garbage or a capture put on top: one such
         stall would pause a source that pays for hundreds of tokens. Rounds that stay slow are usual soon."""
-        if self.usual_ms is None:
-            self.usual_ms = ms
-        usual = min(ms, OUTLIER * self.usual_ms)
-        self.usual_ms += 0.1 * (usual - self.usual_ms)
+        usual = min(ms, OUTLIER * (plain_ms if self.usual_ms is None else self.usual_ms))
+        self.usual_ms = usual if self.usual_ms is None else self.usual_ms + 0.1 * (usual - self.usual_ms)
         return usual
 
 
@@ -106,10 +104,11 @@ class Pace:
             return
         self.rounds_since_plain = self.rounds_since_plain + 1 if sources else 0
         for source, account in self.accounts.items():
-            lost = None
+            took, lost = ms, None
             if source in sources:
-                lost = (account.without_stalls(ms) - committed * self.plain_ms) / len(sources)
-            self._charge(account, ms, lost)
+                took = account.without_stalls(ms, self.plain_ms)
+                lost = (took - committed * self.plain_ms) / len(sources)
+            self._charge(account, took, lost)
 
     def _time(self, ms: float) -> None:
         if self.plain_ms is not None:
