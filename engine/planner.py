@@ -75,7 +75,7 @@ class Plan:
         choices: the best over both texts first, at most `NUM_ALTERNATIVES`, the chosen one and plain decoding always
             among them.
         rungs: length -> expected of the chosen policy's heads with chains or trees so long (`engine/ladder.py`); empty
-            where heads do not draft, and on a GPU where it is not one that can draft all lengths in captured rounds.
+            where heads do not draft or a gate ends their chains, and on a GPU where captured rounds cannot draft them.
         num_considered: policies that were compared.
         seconds: that measuring and choosing took.
     """
@@ -125,9 +125,11 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
 
 
 def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[int, Expected]:
-    """What is expected of a policy's heads by length of their chains or depth of their trees, see `Plan.rungs`."""
+    """What is expected of a policy's heads by length of their chains or depth of their trees, see `Plan.rungs`. Chains
+    that a gate ends have their length from it, and cost what they drafted, not what they might have: they have none."""
     heads = replace(policy, lookup=None)
-    if not heads.exits:
+    gated = not heads.beam and any(math.isfinite(gate.low) for gate in heads.gates.values())
+    if not heads.exits or gated:
         return {}
     lengths: Iterable[int] = range(1, LONGEST + 1)
     if heads.beam:

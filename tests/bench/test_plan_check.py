@@ -100,8 +100,9 @@ def test_the_plan_is_followed_as_users_follow_it(tiny_folder, rehearsed, monkeyp
     engine = load(tiny_folder, heads=rehearsed, plan="none", **OPTIONS)
     made = planner.plan(engine, 0.0)
     everything = planner.rank(engine.heads.calibration, made.costs)
-    chains = next(c for c in everything if c.policy.exits and c.policy.lookup is None)
-    rungs = planner.rungs_of(chains.policy, engine.heads.calibration.rehearsal, made.costs)
+    rehearsal = engine.heads.calibration.rehearsal
+    own = ((c, planner.rungs_of(c.policy, rehearsal, made.costs)) for c in everything if c.policy.lookup is None)
+    chains, rungs = next((c, rungs) for c, rungs in own if rungs)
     made, seen, generate = replace(made, chosen=chains, rungs=rungs), [], engine._decode
 
     def decode(requests, mode, accuracy, speculation, policy, lookup):

@@ -15,7 +15,7 @@ import torch
 from skipstone.engine import planner
 from skipstone.engine.costs import STEPS, costs_of, fused_costs_of, measure_costs, take_turns
 from skipstone.engine.expectation import Costs, Expected
-from skipstone.engine.gate import PLAIN, Lookup, fixed_exit
+from skipstone.engine.gate import PLAIN, Gate, Lookup, best_first, every, fixed_exit, from_text
 from skipstone.engine.load import load
 from skipstone.engine.planner import (
     Choice,
@@ -26,6 +26,7 @@ from skipstone.engine.planner import (
     plan,
     plan_path,
     rank,
+    rungs_of,
     store_plan,
 )
 from skipstone.heads.fitting import fit_calibration
@@ -121,6 +122,23 @@ def test_trees_where_rows_are_free_and_chains_where_they_are_not():
     free = replace(COSTS, layer_ms={1: 1.0, 16: 1.01})
     assert choose(rank(fitted, free)).name == "tree:4:4:3:15"
     assert choose(rank(fitted, replace(COSTS, layer_ms={1: 1.0, 3: 1.05, 16: 9.0}))).policy.beam == 0
+
+
+def test_rungs_are_lengths_of_chains_and_depths_of_trees_that_were_rehearsed():
+    """Planted bug: chains that a gate ends have rungs, whose costs are those of the rehearsed text's longer drafts."""
+    rehearsal = calibration(0.9, 0.2).rehearsal
+    right = np.minimum(np.full(400, 4), rehearsal.left - 1)
+    trees = {(2, 9): TreeCounts(2.2, 9.0, 2.0), (4, 9): TreeCounts(3.1, 9.0, 4.0), (3, 15): TreeCounts(2.9, 15.0, 3.0)}
+    rehearsal = replace(
+        rehearsal, chain_entropy=np.zeros((8, 400), np.float32), chain_right=right, beam=4, branch=4, trees=trees
+    )
+    chains = rungs_of(replace(fixed_exit(0, 3), lookup=Lookup(1)), rehearsal, COSTS)
+    assert list(chains) == [1, 2, 3, 4, 5, 6]
+    assert [chains[n].drafted for n in (1, 2)] == pytest.approx([1.0, 2.0], abs=0.02)  # a text ends
+    deep = rungs_of(best_first(4, 4, 4, 9), rehearsal, COSTS)
+    assert {depth: rung.tokens for depth, rung in deep.items()} == {2: 2.2, 4: 3.1} and deep[4].ms > deep[2].ms
+    assert rungs_of(every((0,), Gate(2.0, 2.0), branch=1, max_depth=3), rehearsal, COSTS) == {}
+    assert rungs_of(PLAIN, rehearsal, COSTS) == {} == rungs_of(from_text(), rehearsal, COSTS)
 
 
 def test_the_text_is_planned_where_it_is_right_and_left_out_where_it_is_not():
