@@ -383,7 +383,8 @@ class Engine:
 
     def warm_up(self, batch: int = 1, **sampling: Any) -> float:
         """Do now what the first requests would wait for: compile kernels, make the cache, and capture rounds of every
-        reach that the cache has room for, plain ones and those of the default policy.
+        reach that the cache has room for, plain ones and those of the default policy, of every length that a plan moves
+        among.
 
         Args:
             batch: outputs at once of the requests to come.
@@ -395,7 +396,9 @@ class Engine:
         start = time.perf_counter()
         tokens = min(WARM_PROMPT, self.decoder.config.max_context - 2 * MAX_NODES)
         options = {**sampling, "max_new_tokens": MAX_NODES, "ignore_eos": True}
-        usual = self.policy_for(batch)
+        usual, ladder = self.policy_for(batch), self._ladder(batch)
+        if ladder is not None:
+            usual = dataclasses.replace(usual, max_depth=ladder.longest)
         policies = [PLAIN, usual] if usual.drafts else [PLAIN]
         for policy in policies:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
@@ -415,7 +418,8 @@ class Engine:
                         with torch.inference_mode():
                             for size in reader.sizes:
                                 reader.step(size, reach, tuple(sorted(taps)))
-                    self._rounds_for(fused, cache, batch, policy, needs_processing(params), reach)
+                    depths = () if ladder is None else tuple(ladder.rungs)
+                    self._rounds_for(fused, cache, batch, policy, needs_processing(params), reach, depths)
         return time.perf_counter() - start
 
     def verify_lossless(

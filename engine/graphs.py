@@ -249,9 +249,9 @@ class Rounds:
             for depth in range(self.draft.levels.num_steps):
                 self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
-            self._graphs[kind] = captured(partial(self._body, kind), self.cache.device)
+            self._graphs[kind] = self._capture(kind)
         for depth in depths:
-            self._shorter[depth] = captured(partial(self._body, "draft", depth), self.cache.device)
+            self._shorter[depth] = self._capture("draft", depth)
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Take over sequences whose prompts are in the cache; all others are idle.
@@ -371,6 +371,9 @@ class Rounds:
         """End a sequence on the device, after the rounds in flight."""
         self.sequences.active[sequence : sequence + 1].zero_()
         self.trees.count[sequence : sequence + 1].zero_()
+
+    def _capture(self, kind: Kind, depth: int | None = None) -> torch.cuda.CUDAGraph | None:
+        return captured(partial(self._body, kind, depth), self.cache.device)
 
     def _body(self, kind: Kind, depth: int | None = None) -> None:
         if kind == "draft" and isinstance(self.draft, TrunkDraft):

@@ -116,9 +116,10 @@ class Pace:
             self.plain_ms += 0.1 * (min(ms, 1.5 * self.plain_ms) - self.plain_ms)
             return
         self._warm.append(ms)
-        if len(self._warm) >= (WARM_STEPS_LONGER if self._elsewhere else WARM_STEPS):
+        before = any(known is not None for known, _, _ in self._elsewhere.values())
+        if len(self._warm) >= (WARM_STEPS_LONGER if before else WARM_STEPS):
             self.plain_ms = min(self._warm)
-            if not self._elsewhere:
+            if not before:
                 for source in self.trusted & self.accounts.keys():
                     self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
 

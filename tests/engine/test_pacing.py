@@ -156,6 +156,13 @@ def test_long_texts_are_held_against_their_own_plain_steps():
         pace.round(draft if source else plain, 1.65 if source else 1.0, source)
     assert pace.accounts["heads"].pauses == 0 and drafted > 1550
     assert pace.plain_ms == pytest.approx(11.0)
+    fresh = Pace(trusted=frozenset({"heads"}))  # trust is given once, where the first steps were all timed
+    for length, steps in ((100, 2), (900, WARM_STEPS)):
+        fresh.place(length)
+        for _ in range(steps):
+            assert fresh.next(HEADS) == PLAIN
+            fresh.round(10.0, 1.0)
+    assert fresh.accounts["heads"].owed_ms < -GAIN_STEPS * 9.9 and fresh.next(HEADS) == HEADS
 
 
 def test_a_pause_is_in_the_statistics_and_changes_no_token(engine_of, planned, monkeypatch):

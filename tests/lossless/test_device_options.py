@@ -362,9 +362,9 @@ def launched(monkeypatch: Any) -> list[str]:
     kinds: list[str] = []
     original = Rounds.launch
 
-    def launch(rounds: Rounds, kind: Any) -> Ticket:
+    def launch(rounds: Rounds, kind: Any, depth: int | None = None) -> Ticket:
         kinds.append(kind)
-        return original(rounds, kind)
+        return original(rounds, kind, depth)
 
     monkeypatch.setattr(Rounds, "launch", launch)
     return kinds
@@ -655,11 +655,11 @@ def test_a_round_that_does_not_start_takes_no_slot_of_the_ring(
     drafting([expected])
     original, failed = Rounds.replay, []
 
-    def replay(rounds: Rounds, kind: Any) -> None:
+    def replay(rounds: Rounds, kind: Any, depth: int | None = None) -> None:
         if kind == "given" and len(failed) < 2:
             failed.append(kind)
             raise MemoryError("no memory for this round")
-        original(rounds, kind)
+        original(rounds, kind, depth)
 
     monkeypatch.setattr(Rounds, "replay", replay)
     out = engine.generate(PROMPT, policy=dataclasses.replace(CHAIN, max_nodes=4), max_new_tokens=NEW)
@@ -760,6 +760,8 @@ def test_drafting_pauses_and_resumes(half: Any, stateful: Callable, assert_same_
     class Turns:
         paused: frozenset[str] = frozenset()
         ladder, count = None, 0
+
+        def place(self, length: int) -> None: ...
 
         def next(self, policy: Any) -> Any:
             self.count += 1

@@ -202,6 +202,8 @@ class Turns:
     def __init__(self) -> None:
         self.rounds = 0
 
+    def place(self, length: int) -> None: ...
+
     def next(self, policy: DraftPolicy) -> DraftPolicy:
         self.rounds += 1
         return policy if self.rounds % 3 else PLAIN

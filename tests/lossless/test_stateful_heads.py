@@ -214,6 +214,9 @@ class Pattern:
     def __init__(self, drafts):
         self.drafts, self.rounds, self.paused = drafts, 0, frozenset()
 
+    def place(self, length):
+        pass
+
     def next(self, policy):
         self.rounds += 1
         return policy if self.drafts(self.rounds) else PLAIN

@@ -7,6 +7,7 @@ is 0, which is enough for the host's side. On a GPU the same counts are of real 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ import torch
 from skipstone.engine import engine as engine_module
 from skipstone.engine import workspace
 from skipstone.engine.engine import CHAIN_LENGTH, TREE, Engine
+from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import best_first, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.inventory import memory_items
+from skipstone.engine.ladder import Ladder
+from skipstone.engine.pacing import Pace
 from skipstone.engine.workspace import MOST_ROUNDS, reach_of
 
 pytestmark = pytest.mark.interpreter
@@ -65,10 +69,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     def launched(function: Any, grid: Any) -> Callable:
         return lambda *args, **options: seen.compiled.add(compiled_for(function, args, options))
 
-    def captured(rounds: Rounds, kind: Any) -> Any:
-        seen.captured.append(kind)
-        rounds._body(kind)  # as a capture does
-        return capture(rounds, kind)
+    def captured(rounds: Rounds, kind: Any, depth: int | None = None) -> Any:
+        seen.captured.append(kind if depth is None else f"{kind} {depth}")
+        rounds._body(kind, depth)  # as a capture does
+        return capture(rounds, kind, depth)
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", launched)
     monkeypatch.setattr(Rounds, "_capture", captured)
@@ -108,6 +112,19 @@ def test_a_warm_engine_compiles_and_captures_nothing(engine: Any, watch: Watch) 
     assert names.count("_tree_attention_kernel") <= 2, "the model's and the head's, whatever the reach"
     requests(engine)
     assert watch.since(warm) == (set(), [])
+
+
+def test_lengths_that_a_plan_moves_among_are_captured_before(engine: Any, watch: Watch) -> None:
+    """Seen to fail: rounds of the planned depth alone, so the first request captured all others."""
+    rungs = {depth: Expected(1.0 + depth / 2, 15.0, 10.0 + depth) for depth in (2, 4, 5)}
+    engine.plan = SimpleNamespace(chosen=SimpleNamespace(policy=engine.policy), rungs=rungs)
+    engine.warm_up()
+    warm, reaches = watch.now(), {rounds.reach for rounds in engine.workspace.rounds.values()}
+    assert [warm[1].count(f"draft {depth}") for depth in (2, 4, 5)] == [len(reaches), len(reaches), 0]
+    engine._paces = {(1, True, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
+    for length, budget in ((5, 3), (480, 40), (20, 100)):
+        engine.generate([[1] * length], max_new_tokens=budget, ignore_eos=True)
+    assert watch.since(warm) == (set(), []) and engine.pace().ladder.rounds > 0
 
 
 def test_another_batch_compiles_nothing_either(engine: Any, watch: Watch) -> None:
