@@ -5,9 +5,11 @@ two, for a step takes longer the more stands before it); a round that drafted is
 steps that its tokens would have cost, to the account of the source that drafted: the text, or heads. While an account
 stays within what decoding has earned for it (a small share of its time) plus a credit of a few steps, its source goes
 on. Once it is overdrawn, that source pauses until other rounds have earned the credit back: heads may rest while the
-text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses; where it never pays it costs
-the share and no more. Every pause in a row without a gain between them halves what an account earns, so that trials
-grow rare: the cost of drafting that never pays falls with the length of the task.
+text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses; where it never pays it
+costs the share and no more. Every pause in a row without a gain between them halves what an account earns, so that
+trials grow rare: the cost of drafting that never pays falls with the length of the task. A pause must not outlast the
+texts that it was for, either: a paused source tries a few rounds of a new text, goes on there while each few of them
+gain, and leaves out more and more texts where they do not.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ WARM_STEPS_LONGER = 2  # the same where texts of another length were timed befor
 SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
+TRIAL_ROUNDS = 3  # of a new text, by a paused source
+MOST_LEFT_OUT = 7  # texts between two such trials
+LONGEST_ROUND = 17  # tokens: a text that grows by more, or shrinks, is another one
 OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
 
 
@@ -38,11 +43,36 @@ class Account:
     pauses: int = 0
     failures: int = 0  # pauses since its drafts last gained
     usual_ms: float | None = None  # of its rounds
+    trial: int = 0  # rounds left of one, while it is paused
+    tried_ms: float = 0.0  # lost in them
+    left_out: int = 0  # texts that go by before its next trial
+    missed: int = 0  # trials without a gain, since one with it
 
     @property
     def share(self) -> float:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
+
+    def begin(self) -> None:
+        """A new text: a trial, if it is paused and none is left out."""
+        self.trial, self.tried_ms = 0, 0.0
+        if self.paused and self.left_out:
+            self.left_out -= 1
+        elif self.paused:
+            self.trial = TRIAL_ROUNDS
+
+    def try_on(self, lost: float) -> None:
+        """A round of a trial. Where the last ones gained there are more of them."""
+        if not self.trial:  # it was launched before the last one's end was known
+            return
+        self.trial, self.tried_ms = self.trial - 1, self.tried_ms + lost
+        if self.trial:
+            return
+        if self.tried_ms < 0:
+            self.trial, self.missed = TRIAL_ROUNDS, 0
+        else:
+            self.left_out, self.missed = min(2**self.missed - 1, MOST_LEFT_OUT), self.missed + 1
+        self.tried_ms = 0.0
 
     def without_stalls(self, ms: float, plain_ms: float) -> float:
         """A round's time, without most of what a busy host, a collection of garbage or a capture put on top: one such
@@ -65,6 +95,7 @@ class Pace:
     trusted: frozenset[Source] = frozenset()
     _warm: list[float] = field(default_factory=list)
     _reach: int | None = None
+    _length: int = 0
     _elsewhere: dict[int, tuple[float | None, int, list[float]]] = field(default_factory=dict)
 
     @property
@@ -79,6 +110,10 @@ class Pace:
 
     def place(self, length: int) -> None:
         """The next rounds stand behind so many tokens: what a plain step takes there is known apart from elsewhere."""
+        if not self._length <= length <= self._length + LONGEST_ROUND:
+            for account in self.accounts.values():
+                account.begin()
+        self._length = length
         reach = max(SHORT, length.bit_length())
         if self._reach not in (None, reach):
             self._elsewhere[self._reach] = self.plain_ms, self.rounds_since_plain, self._warm
@@ -92,7 +127,7 @@ class Pace:
             self.accounts.setdefault(source, Account())
         if self.plain_ms is None or self.rounds_since_plain >= REFRESH_ROUNDS:
             return PLAIN
-        policy = policy.without(self.paused)
+        policy = policy.without([source for source in self.paused if not self.accounts[source].trial])
         return policy if self.ladder is None else replace(policy, max_depth=self.ladder.next)
 
     def round(self, ms: float, committed: float, sources: Collection[Source] = ()) -> None:
@@ -130,6 +165,8 @@ class Pace:
         account.owed_ms = max(account.owed_ms + (lost or 0.0) - earned, -GAIN_STEPS * self.plain_ms)
         if account.paused:
             account.paused = account.owed_ms > 0
+            if lost is not None:
+                account.try_on(lost)
         elif lost is not None:
             if account.owed_ms <= -GAIN_STEPS * self.plain_ms:
                 account.failures = 0
