@@ -94,9 +94,11 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     # runs of spaces are written as spaces, everything else with the mark that stands for one
     tokens = ["\u2581" * len(t) if t and not t.strip(" ") else t for t in metadata[f"{_PREFIX}tokens"]]
     kinds: list[int] = metadata.get(f"{_PREFIX}token_type", [int(TokenType.NORMAL)] * len(tokens))
+    scores = metadata[f"{_PREFIX}scores"]
+    if not len(scores) == len(kinds) == len(tokens):
+        raise ValueError(f"a vocabulary of {len(tokens)} tokens has {len(scores)} scores and {len(kinds)} types")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     text = {t: i for t, i in vocabulary.items() if kinds[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)}
-    scores = metadata[f"{_PREFIX}scores"]
 
     def rank(token: str) -> tuple[bool, float, int]:
         i = text[token]  # what users define has no score of its own, and is never cut

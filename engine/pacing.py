@@ -100,7 +100,7 @@ class Pace:
 
     @property
     def paused(self) -> frozenset[Source]:
-        """Sources that do not draft now."""
+        """Sources that do not draft now, but for trials of new texts."""
         return frozenset(source for source, account in self.accounts.items() if account.paused)
 
     @property

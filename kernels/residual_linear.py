@@ -176,31 +176,16 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 
 
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
+_K_1536 = {
+    "BN": 16, "BK": 256, "TAIL": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1, "EARLY": 1,
+}  # fmt: skip
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 576): {"TAIL": 32, "EARLY": 1, "BN": 16, "BK": 256, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1},
-    (576, 1536): {
-        "TAIL": 128,
-        "EARLY": 1,
-        "BN": 16,
-        "BK": 256,
-        "SPLIT": 4,
-        "num_warps": 4,
-        "num_stages": 1,
-        "PARTS": 1,
-    },
+    (576, 576): {"BN": 16, "BK": 256, "TAIL": 32, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1, "EARLY": 1},
+    (576, 1536): _K_1536,
     (896, 896): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
-    (1536, 1536): {
-        "TAIL": 128,
-        "EARLY": 1,
-        "BN": 16,
-        "BK": 256,
-        "SPLIT": 4,
-        "num_warps": 4,
-        "num_stages": 1,
-        "PARTS": 1,
-    },
-    (1536, 8960): {"EARLY": 1, "BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1},
+    (1536, 1536): _K_1536,
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1, "EARLY": 1},
 }
 
 

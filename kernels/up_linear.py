@@ -144,9 +144,9 @@ if triton is not None:
 
 # Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"HOLD": 256, "EARLY": 1, "BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 5},
+    (576, 1536): {"BN": 16, "BK": 64, "HOLD": 256, "SPLIT": 1, "num_warps": 4, "num_stages": 5, "EARLY": 1},
     (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
-    (1536, 8960): {"HOLD": 64, "BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
+    (1536, 8960): {"BN": 16, "BK": 64, "HOLD": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 

@@ -1,7 +1,7 @@
 """SentencePiece BPE out of a GGUF file, against its definition: join the best neighbours until none join.
 
 Planted bugs that these tests were seen to catch: scores taken the other way round, merges of byte tokens, no begin
-token unless the file says so, the mark of a first space forgotten behind a control token.
+token unless the file says so, no mark of a space in front of a text.
 """
 
 from __future__ import annotations
@@ -88,6 +88,19 @@ def test_the_best_neighbours_are_joined(tmp_path: Path, seed: int, prefix: bool)
             assert tokenizer.decode(ids[1:]) == text
     assert tokenizer.get_vocab().keys() >= {MARK * 2, MARK * 3, "[box]", "<0x00>"}
     assert list(tokenizer.stop_ids) == [2]
+
+
+def test_a_vocabulary_without_all_its_scores_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "a", "b"])
+    writer.add_token_scores([0.0, -1.0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="3 tokens has 2 scores"):
+        Tokenizer.from_gguf(tmp_path / "x.gguf")
 
 
 def test_the_begin_token_is_left_out_where_the_file_says_so(tmp_path: Path) -> None:
