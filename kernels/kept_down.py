@@ -46,6 +46,16 @@ def kept_down_reference(
 if triton is not None:
 
     @triton.jit
+    def _weights_at(weight, ids, at, end, cols, D: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`[SPLIT, BK, BN]` of the neurons at places of the list; zeros from `end` on and beyond D."""
+        real = at < end
+        neuron = tl.load(ids + at, mask=real, other=0)
+        return tl.load(
+            weight + neuron[:, :, None].to(tl.int64) * D + cols[None, None, :],
+            mask=real[:, :, None] & (cols < D)[None, None, :], other=0.0,
+        )  # fmt: skip
+
+    @triton.jit
     def _kept_down_kernel(  # type: ignore[no-untyped-def]
         a, weight, bias, hidden, out, next_weight, x_next, second_norm, x_second, stats, parts, arrived, live_of,
         ids, count_of,
@@ -53,6 +63,7 @@ if triton is not None:
         RESIDUAL: tl.constexpr, STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+        HOLD: tl.constexpr = 0, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -62,6 +73,10 @@ if triton is not None:
         share = tl.cdiv(tl.cdiv(count, SPLIT * BK), PARTS) * (SPLIT * BK)
         first = tl.program_id(2) * share
         end = tl.minimum(first + share, count)
+        ids += tl.program_id(0) * FF
+        place = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+        if HOLD:
+            held = _weights_at(weight, ids, first + place, end, cols, D)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=inside, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -76,24 +91,22 @@ if triton is not None:
             before = tl.load(to_before, mask=inside[None, :], other=0.0)
         pdl_wait(PDL)
 
+        pdl_next(PDL and EARLY)
         # Whole vectors, up to where `up_linear` leaves zeros: a ragged mask would load value by value.
         stop = tl.cdiv(end, ZEROS) * ZEROS if FF % ZEROS == 0 else end
-        ids += tl.program_id(0) * FF
         a_rows = a + rows.to(tl.int64) * FF
-        place = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
         sums = tl.zeros([SPLIT, BM, BN], tl.float32)
-        for start in range(first, end, SPLIT * BK):
-            at = start + place
-            real = at < end
-            neuron = tl.load(ids + at, mask=real, other=0)
+        if HOLD:
+            at = first + place
             x = tl.load(a_rows[None, :, None] + at[:, None, :], mask=(at < stop)[:, None, :], other=0.0)
-            w = tl.load(
-                weight + neuron[:, :, None].to(tl.int64) * D + cols[None, None, :],
-                mask=real[:, :, None] & inside[None, None, :], other=0.0,
-            )  # fmt: skip
+            sums = tl.dot(x, held, sums, input_precision=PRECISION)
+        for start in range(first + (SPLIT * BK if HOLD else 0), end, SPLIT * BK):
+            at = start + place
+            x = tl.load(a_rows[None, :, None] + at[:, None, :], mask=(at < stop)[:, None, :], other=0.0)
+            w = _weights_at(weight, ids, at, end, cols, D)
             sums = tl.dot(x, w, sums, input_precision=PRECISION)
         y = tl.sum(sums, 0)
-        pdl_next(PDL)
+        pdl_next(PDL and not EARLY)
         finish = True
         if PARTS > 1:
             own = tl.program_id(0) * NUM_TILES + tile

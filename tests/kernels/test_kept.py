@@ -102,10 +102,10 @@ def compact(counts: tuple[int, int], num_neurons: int, dtype: torch.dtype) -> Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [(1, 200), (63, 65), (128, 3)])
-@pytest.mark.parametrize(("parts", "split"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("parts", "split", "hold"), [(1, 1, 0), (3, 2, 0), (1, 1, 1), (3, 2, 1)])
 @pytest.mark.parametrize(("num_norms", "num_neurons"), [(0, 208), (1, 203), (2, 208)])
 def test_down(
-    dtype: torch.dtype, counts: tuple[int, int], parts: int, split: int, num_norms: int, num_neurons: int
+    dtype: torch.dtype, counts: tuple[int, int], parts: int, split: int, hold: int, num_norms: int, num_neurons: int
 ) -> None:
     width, kept = 72, lists(counts, num_neurons)
     a = compact(counts, num_neurons, dtype)
@@ -114,7 +114,7 @@ def test_down(
     bias = drawn(width, seed=3).to(dtype) if num_norms else None
     hidden, norms = drawn(32, width, seed=4), [drawn(width, seed=5 + i) + 1 for i in range(num_norms)]
     xs = [torch.full((32, width), float("nan"), dtype=dtype, device=DEVICE) for _ in norms]
-    settings = {"BN": 16, "BK": 32, "SPLIT": split, "PARTS": parts, "num_warps": 2, "num_stages": 2}
+    settings = {"BN": 16, "BK": 32, "SPLIT": split, "PARTS": parts, "HOLD": hold, "num_warps": 2, "num_stages": 2}
     stats, before = torch.full((32, 2, 5), float("nan"), device=DEVICE), None if num_norms == 0 else hidden
     scratch = Parts(32, width, 3, DEVICE)
     scratch.sums.fill_(float("nan"))
