@@ -49,7 +49,7 @@ if triton is not None:
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
-        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        w, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
         TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.weights_ahead`, `[BN, SPLIT * BK]`; none has a tail here, or holds a part."""
@@ -57,14 +57,14 @@ if triton is not None:
             at = tl.arange(0, SPLIT * BK)
             real = (at < SHARE) & (first + at < K)
             w_rows = w + first + cols.to(tl.int64) * K
-            return tl.load(w_rows[:, None] + at[None, :], mask=(cols < num_cols)[:, None] & real[None, :], other=0.0)
+            return tl.load(w_rows[:, None] + at[None, :], mask=real[None, :], other=0.0)
         else:
             return 0
 
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
-        x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
+        x, w, ahead, rows, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.rows_product` of one row, `[1, BN]`."""
         k = tl.arange(0, SPLIT * BK)
@@ -79,21 +79,20 @@ if triton is not None:
             for start in range(0, SHARE, SPLIT * BK):
                 at = start + k
                 real = (at < SHARE) & (first + at < K)
-                mask = (cols < num_cols)[:, None] & real[None, :]
                 a = tl.load(x_row[:, None] + at[None, :], mask=real[None, :], other=0.0).to(tl.float32)
-                total += a * tl.load(w_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+                total += a * tl.load(w_rows[:, None] + at[None, :], mask=real[None, :], other=0.0).to(tl.float32)
             return tl.sum(total, 1)[None, :]
 
     @triton.jit
     def normed_rows_product(  # type: ignore[no-untyped-def]
-        x, stats, w, ahead, rows, cols, num_cols, eps,
+        x, stats, w, ahead, rows, cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
         HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """`tile.normed_rows_product` of one row: its own branch for all of k is a product of tiles."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
-        y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION)
+        y = rows_product(x, w, ahead, rows, cols, D, D, 0, BK, SPLIT, PRECISION)
         scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         return y, scale, mean
 

@@ -90,7 +90,8 @@ if triton is not None:
         tile = tl.program_id(1)
         cols = tile * BN + tl.arange(0, BN)
         inside = cols < vocab_size
-        ahead = weights_ahead(weight, cols, vocab_size, D, D, 0, BK, SPLIT, TAIL)
+        named = tl.minimum(cols, vocab_size - 1)
+        ahead = weights_ahead(weight, named, D, D, 0, BK, SPLIT, TAIL)
         # nothing of these is written by another kernel
         ids = cols
         if HAS_IDS:
@@ -108,8 +109,8 @@ if triton is not None:
         if STORE_BEST:
             temperature = tl.load(options_of)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, cols, vocab_size, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION, TAIL,
+            x, stats, weight, ahead, rows, named, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            TAIL,
         )  # fmt: skip
         pdl_next(PDL)
         if STORE_BEST:

@@ -144,7 +144,6 @@ if triton is not None:
         HALF: tl.constexpr = HEAD_DIM // 2
         ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
         TILES: tl.constexpr = (HALF + BLOCK_P - 1) // BLOCK_P
-        num_cols = (NUM_HEADS + 2 * NUM_KV) * HEAD_DIM
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         head = tl.program_id(1) // TILES
         first_pair = (tl.program_id(1) % TILES) * BLOCK_P
@@ -159,13 +158,12 @@ if triton is not None:
             pair + second * ROTARY_HALF,
             pair + ROTARY_HALF + second * ((HEAD_DIM - ROTARY_DIM) // 2),
         )
-        cols = tl.where(pair < HALF, head * HEAD_DIM + place, num_cols)
-        ahead = weights_ahead(weight, cols, num_cols, D, D, 0, BK, SPLIT, TAIL)
-        inside = cols < num_cols
+        cols = head * HEAD_DIM + (place if HALF % BLOCK_P == 0 else tl.where(pair < HALF, place, 0))
+        ahead = weights_ahead(weight, cols, D, D, 0, BK, SPLIT, TAIL)
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=inside, other=0.0)
+            offset = tl.load(bias + cols)
         if LAYER_NORM:
-            off_mean = tl.load(shift + cols, mask=inside, other=0.0)
+            off_mean = tl.load(shift + cols)
         live = tl.load(live_of + rows) != 0
         position = tl.load(position_of + rows)
         sequence = tl.load(sequence_of + rows)
@@ -176,8 +174,8 @@ if triton is not None:
 
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, cols, num_cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION, TAIL,
+            x, stats, weight, ahead, rows, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            TAIL,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
@@ -187,6 +185,8 @@ if triton is not None:
             y -= (mean * scale * X_SCALE)[:, None] * off_mean[None, :]
         if HAS_BIAS:
             y += offset.to(tl.float32)[None, :]
+        if HALF % BLOCK_P > 0:  # a head's norm reads all of a block
+            y = tl.where((first_pair + both % BLOCK_P < HALF)[None, :], y, 0.0)
         a, b = tl.split(tl.permute(tl.reshape(y, [BM, 2, BLOCK_P]), [0, 2, 1]))
         _place(
             a, b, head, pair, c, s, rows, live, sequence, slot, q_norm, k_norm, q_out, k_cache, v_cache,

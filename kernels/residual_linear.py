@@ -77,7 +77,7 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -86,7 +86,8 @@ if triton is not None:
         first = 0
         if PARTS > 1:
             first = tl.program_id(2) * SHARE
-        ahead = weights_ahead(weight, cols, D, K, SHARE, first, BK, SPLIT, TAIL)
+        named = cols if D % BN == 0 else tl.minimum(cols, D - 1)
+        ahead = weights_ahead(weight, named, K, SHARE, first, BK, SPLIT, TAIL, HOLD)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -102,7 +103,9 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, cols, D, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
+        y = rows_product(a, weight, ahead, rows, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL, HOLD)
+        if D % BN > 0:
+            y = tl.where((cols < D)[None, :], y, 0.0)
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
         finish = True
@@ -190,8 +193,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Columns a program, depth of a product (and its tail), partial products, programs a tile, warps, stages,
-    whether the next kernel is let go at the wait."""
+    """Columns a program, depth of a product (and its tail), how much of k is held before the wait, partial products,
+    programs a tile, warps, stages, whether the next kernel is let go at the wait."""
     if dtype != torch.float32 and (width, k) in _TABLE:
         return _TABLE[width, k]
     if dtype == torch.float32:

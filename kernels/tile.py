@@ -114,47 +114,49 @@ if triton is not None:
             bring_near(later.to(tl.int64) + start, tl.minimum(share, later_bytes - start))
 
     @triton.jit
-    def _dealt(K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Places in a share, from FROM on, of BK k for each of SPLIT parts, and which there are: `[SPLIT, BK]`."""
-        at = FROM + tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
-        return at, (at < SHARE) & (first + at < K)
+    def _dealt(FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Places in a share, from FROM on, of BK k for each of SPLIT parts: `[SPLIT, BK]`."""
+        return FROM + tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
 
     @triton.jit
     def _weights(  # type: ignore[no-untyped-def]
-        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr,
-        SPLIT: tl.constexpr,
-    ):  # fmt: skip
-        at, real = _dealt(K, SHARE, first, FROM, BK, SPLIT)
-        w_rows = w + first + cols.to(tl.int64) * K
-        mask = (cols < num_cols)[None, None, :] & real[:, :, None]
-        return tl.load(w_rows[None, None, :] + at[:, :, None], mask=mask, other=0.0)
+        w, cols, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr
+    ):
+        at = _dealt(FROM, BK, SPLIT)
+        pointers = (w + first + cols.to(tl.int64) * K)[None, None, :] + at[:, :, None]
+        if FROM + SPLIT * BK <= SHARE and K % SHARE == 0:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=((at < SHARE) & (first + at < K))[:, :, None], other=0.0)
 
     @triton.jit
     def _inputs(  # type: ignore[no-untyped-def]
         x, rows, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr
     ):
-        at, real = _dealt(K, SHARE, first, FROM, BK, SPLIT)
-        x_rows = x + first + rows.to(tl.int64) * K
-        return tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+        at = _dealt(FROM, BK, SPLIT)
+        pointers = (x + first + rows.to(tl.int64) * K)[None, :, None] + at[:, None, :]
+        if FROM + SPLIT * BK <= SHARE and K % SHARE == 0:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=((at < SHARE) & (first + at < K))[:, None, :], other=0.0)
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
-        w, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        w, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
         TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """The weights of a product that deals all k out at once (SPLIT * (BK + TAIL) >= SHARE, SPLIT > 1): nothing that
         another kernel writes, so they are asked for before the wait. In two pieces, `[SPLIT, BK, BN]` and
         `[SPLIT, TAIL, BN]`, for blocks are powers of two and 576 is 4 * (128 + 16); with TAIL = 0 the first one twice.
-        Of other products the last HOLD of k, `[1, HOLD, BN]`, which takes SPLIT = 1; 0 with HOLD = 0."""
+        Of other products the last HOLD k of each part, `[SPLIT, HOLD, BN]`; 0 with HOLD = 0."""
         if SPLIT > 1 and SPLIT * (BK + TAIL) >= SHARE:
-            piece = _weights(w, cols, num_cols, K, SHARE, first, 0, BK, SPLIT)
+            piece = _weights(w, cols, K, SHARE, first, 0, BK, SPLIT)
             if TAIL > 0:
-                return piece, _weights(w, cols, num_cols, K, SHARE, first, SPLIT * BK, TAIL, SPLIT)
+                return piece, _weights(w, cols, K, SHARE, first, SPLIT * BK, TAIL, SPLIT)
             else:
                 return piece, piece
         elif HOLD > 0:
-            tl.static_assert(SPLIT == 1)
-            return _weights(w, cols, num_cols, K, SHARE, first, SHARE - HOLD, HOLD, 1)
+            return _weights(w, cols, K, SHARE, first, SHARE - SPLIT * HOLD, HOLD, SPLIT)
         else:
             return 0
 
@@ -179,25 +181,31 @@ if triton is not None:
 
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
-        x, w, ahead, rows, cols, num_cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr,
-        SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        x, w, ahead, rows, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
-        with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. Columns from num_cols on give
-        zero; rows that are not live give what their x holds, which nobody stores."""
+        with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. All cols must be the weight's: a
+        product that leaves some out costs predicates in every turn of the loop, so callers name another one there, and
+        leave out what comes of it. For the same reason k is compared with nothing where blocks end as it does."""
+        LOOPED: tl.constexpr = SHARE - SPLIT * HOLD
+        WHOLE: tl.constexpr = LOOPED % (SPLIT * BK) == 0 and K % SHARE == 0
         k = tl.arange(0, BK)
         x_rows = x + first + rows.to(tl.int64) * K
         w_rows = w + first + cols.to(tl.int64) * K
-        inside = cols < num_cols
         if SPLIT == 1:  # the warps share the columns
             if HOLD > 0:
-                held = _inputs(x, rows, K, SHARE, first, SHARE - HOLD, HOLD, 1)
+                held = _inputs(x, rows, K, SHARE, first, LOOPED, HOLD, 1)
             total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-            for start in range(0, SHARE - HOLD, BK):
+            for start in range(0, LOOPED, BK):
                 at = start + k
-                real = (at < SHARE - HOLD) & (first + at < K)
-                a = tl.load(x_rows[:, None] + at[None, :], mask=real[None, :], other=0.0)
-                b = tl.load(w_rows[None, :] + at[:, None], mask=inside[None, :] & real[:, None], other=0.0)
+                if WHOLE:
+                    a = tl.load(x_rows[:, None] + at[None, :])
+                    b = tl.load(w_rows[None, :] + at[:, None])
+                else:
+                    real = (at < LOOPED) & (first + at < K)
+                    a = tl.load(x_rows[:, None] + at[None, :], mask=real[None, :], other=0.0)
+                    b = tl.load(w_rows[None, :] + at[:, None], mask=real[:, None], other=0.0)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
             if HOLD > 0:
                 held, ahead = tl.reshape(held, [rows.shape[0], HOLD]), tl.reshape(ahead, [HOLD, cols.shape[0]])
@@ -208,15 +216,21 @@ if triton is not None:
             if SPLIT * (BK + TAIL) >= SHARE:
                 return _product_of(_inputs_of(x, rows, K, SHARE, first, BK, SPLIT, TAIL), ahead, TAIL, PRECISION)
             else:
+                if HOLD > 0:
+                    held = _inputs(x, rows, K, SHARE, first, LOOPED, HOLD, SPLIT)
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
-                for start in range(0, SHARE, SPLIT * BK):
+                for start in range(0, LOOPED, SPLIT * BK):
                     at = start + part[:, None] * BK + k[None, :]
-                    real = (at < SHARE) & (first + at < K)
-                    a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
-                    b = tl.load(
-                        w_rows[None, None, :] + at[:, :, None], mask=inside[None, None, :] & real[:, :, None], other=0.0
-                    )
+                    if WHOLE:
+                        a = tl.load(x_rows[None, :, None] + at[:, None, :])
+                        b = tl.load(w_rows[None, None, :] + at[:, :, None])
+                    else:
+                        real = (at < LOOPED) & (first + at < K)
+                        a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
+                        b = tl.load(w_rows[None, None, :] + at[:, :, None], mask=real[:, :, None], other=0.0)
                     parts = tl.dot(a, b, parts, input_precision=PRECISION)
+                if HOLD > 0:
+                    parts = tl.dot(held, ahead, parts, input_precision=PRECISION)
                 return tl.sum(parts, 0)
 
     @triton.jit
@@ -245,7 +259,7 @@ if triton is not None:
 
     @triton.jit
     def normed_rows_product(  # type: ignore[no-untyped-def]
-        x, stats, w, ahead, rows, cols, num_cols, eps,
+        x, stats, w, ahead, rows, cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
         HOLD: tl.constexpr = 0,
@@ -257,6 +271,6 @@ if triton is not None:
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
             y = _product_of(inputs, ahead, TAIL, PRECISION)
         else:
-            y = rows_product(x, w, ahead, rows, cols, num_cols, D, D, 0, BK, SPLIT, PRECISION, TAIL, HOLD)
+            y = rows_product(x, w, ahead, rows, cols, D, D, 0, BK, SPLIT, PRECISION, TAIL, HOLD)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         return y, scale, mean

@@ -82,21 +82,22 @@ if triton is not None:
             count = tl.load(count_of + tl.program_id(0))
             if tl.program_id(1) * BN >= tl.cdiv(count, ZEROS) * ZEROS:
                 return
-            neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=FF)
-        cols = tl.where(neuron < FF, neuron + (both // BN) * FF, WAYS * FF)
-        ahead = weights_ahead(weight, cols, WAYS * FF, D, D, 0, BK, SPLIT, TAIL, HOLD)
-        inside = cols < WAYS * FF
+            neuron = tl.load(kept + tl.program_id(0) * FF + neuron, mask=neuron < count, other=0)
+        elif FF % BN > 0:
+            neuron = tl.minimum(neuron, FF - 1)
+        cols = neuron + (both // BN) * FF
+        ahead = weights_ahead(weight, cols, D, D, 0, BK, SPLIT, TAIL, HOLD)
         if HAS_BIAS:
-            offset = tl.load(bias + cols, mask=inside, other=0.0)
+            offset = tl.load(bias + cols)
         if LAYER_NORM:
-            off_mean = tl.load(shift + cols, mask=inside, other=0.0)
+            off_mean = tl.load(shift + cols)
         live = tl.load(live_of + rows)
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, cols, WAYS * FF, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT,
-            PRECISION, TAIL, HOLD,
+            x, stats, weight, ahead, rows, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            TAIL, HOLD,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
         ask_later(later, later_bytes, later_share)
@@ -111,6 +112,8 @@ if triton is not None:
         else:
             y = _activate(y, ACTIVATION)
         neuron = tl.program_id(1) * BN + tl.arange(0, BN)
+        if ZEROS > 0:
+            y = tl.where((neuron < count)[None, :], y, 0.0)
         to = out + rows[:, None].to(tl.int64) * FF + neuron[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=(live != 0)[:, None] & (neuron < FF)[None, :])
 
