@@ -143,10 +143,21 @@ def kept_parts(width: int, num_neurons: int, dtype: torch.dtype) -> int:
     return _settings(width, num_neurons, dtype)["PARTS"]
 
 
+# Half types, by columns and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
+_TABLE: dict[tuple[int, int], dict[str, int]] = {
+    (576, 1536): {"BN": 64, "BK": 128, "SPLIT": 1, "PARTS": 14, "num_warps": 4, "num_stages": 4, "HOLD": 1},
+    (896, 4864): {"BN": 64, "BK": 32, "SPLIT": 1, "PARTS": 16, "num_warps": 4, "num_stages": 8},
+    (1536, 8960): {"BN": 64, "BK": 64, "SPLIT": 1, "PARTS": 11, "num_warps": 4, "num_stages": 8, "HOLD": 1},
+}
+
+
 def _settings(width: int, num_neurons: int, dtype: torch.dtype) -> dict[str, int]:
-    """Columns a program, depth of a product, partial products, programs a tile, warps, stages. A rule, not tuned: a
-    program's part of a weight's row is a whole line of 128 bytes. The weights in flight are of half the stages, for the
-    list is read so far ahead of them."""
+    """Columns a program, depth of a product, partial products, programs a tile, warps, stages, whether a share's first
+    block is held before the wait, and the next kernel let go there. Where nothing was tuned, a program's part of a
+    weight's row is a whole line of 128 bytes. The weights in flight are of half the stages, for the list is read so far
+    ahead of them."""
+    if dtype != torch.float32 and (width, num_neurons) in _TABLE:
+        return _TABLE[width, num_neurons]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "PARTS": 2, "num_warps": 4, "num_stages": 2}
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, triton.cdiv(width, 64)))

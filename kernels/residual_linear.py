@@ -77,7 +77,7 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -87,7 +87,7 @@ if triton is not None:
         if PARTS > 1:
             first = tl.program_id(2) * SHARE
         named = cols if D % BN == 0 else tl.minimum(cols, D - 1)
-        ahead = weights_ahead(weight, named, K, SHARE, first, BK, SPLIT, TAIL, HOLD)
+        ahead = weights_ahead(weight, named, K, SHARE, first, BK, SPLIT, TAIL)
         if HAS_BIAS:
             offset = tl.load(bias + cols, mask=cols < D, other=0.0)
         first_weight = cols.to(tl.float32)
@@ -103,7 +103,7 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL, HOLD)
+        y = rows_product(a, weight, ahead, rows, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
         if D % BN > 0:
             y = tl.where((cols < D)[None, :], y, 0.0)
         pdl_next(PDL and not EARLY)
@@ -179,12 +179,10 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 
 
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
-_K_1536 = {
-    "BN": 16, "BK": 256, "TAIL": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1, "EARLY": 1,
-}  # fmt: skip
+_K_1536 = {"BN": 16, "BK": 256, "TAIL": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1}
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
     (576, 576): {"BN": 16, "BK": 256, "TAIL": 32, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1, "EARLY": 1},
-    (576, 1536): _K_1536,
+    (576, 1536): {**_K_1536, "EARLY": 1},
     (896, 896): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
     (1536, 1536): _K_1536,
@@ -193,8 +191,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Columns a program, depth of a product (and its tail), how much of k is held before the wait, partial products,
-    programs a tile, warps, stages, whether the next kernel is let go at the wait."""
+    """Columns a program, depth of a product (and its tail), partial products, programs a tile, warps, stages,
+    whether the next kernel is let go at the wait."""
     if dtype != torch.float32 and (width, k) in _TABLE:
         return _TABLE[width, k]
     if dtype == torch.float32:

@@ -148,7 +148,7 @@ if triton is not None:
         """The weights of a product that deals all k out at once (SPLIT * (BK + TAIL) >= SHARE, SPLIT > 1): nothing that
         another kernel writes, so they are asked for before the wait. In two pieces, `[SPLIT, BK, BN]` and
         `[SPLIT, TAIL, BN]`, for blocks are powers of two and 576 is 4 * (128 + 16); with TAIL = 0 the first one twice.
-        Of other products the last HOLD k of each part, `[SPLIT, HOLD, BN]`; 0 with HOLD = 0."""
+        Of other products the last HOLD of k, `[1, HOLD, BN]`, which takes SPLIT = 1; 0 with HOLD = 0."""
         if SPLIT > 1 and SPLIT * (BK + TAIL) >= SHARE:
             piece = _weights(w, cols, K, SHARE, first, 0, BK, SPLIT)
             if TAIL > 0:
@@ -156,7 +156,8 @@ if triton is not None:
             else:
                 return piece, piece
         elif HOLD > 0:
-            return _weights(w, cols, K, SHARE, first, SHARE - SPLIT * HOLD, HOLD, SPLIT)
+            tl.static_assert(SPLIT == 1)
+            return _weights(w, cols, K, SHARE, first, SHARE - HOLD, HOLD, 1)
         else:
             return 0
 
@@ -188,7 +189,7 @@ if triton is not None:
         with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. All cols must be the weight's: a
         product that leaves some out costs predicates in every turn of the loop, so callers name another one there, and
         leave out what comes of it. For the same reason k is compared with nothing where blocks end as it does."""
-        LOOPED: tl.constexpr = SHARE - SPLIT * HOLD
+        LOOPED: tl.constexpr = SHARE - HOLD
         WHOLE: tl.constexpr = LOOPED % (SPLIT * BK) == 0 and K % SHARE == 0
         k = tl.arange(0, BK)
         x_rows = x + first + rows.to(tl.int64) * K
@@ -216,8 +217,6 @@ if triton is not None:
             if SPLIT * (BK + TAIL) >= SHARE:
                 return _product_of(_inputs_of(x, rows, K, SHARE, first, BK, SPLIT, TAIL), ahead, TAIL, PRECISION)
             else:
-                if HOLD > 0:
-                    held = _inputs(x, rows, K, SHARE, first, LOOPED, HOLD, SPLIT)
                 parts = tl.zeros([SPLIT, rows.shape[0], cols.shape[0]], tl.float32)
                 for start in range(0, LOOPED, SPLIT * BK):
                     at = start + part[:, None] * BK + k[None, :]
@@ -229,8 +228,6 @@ if triton is not None:
                         a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=real[:, None, :], other=0.0)
                         b = tl.load(w_rows[None, None, :] + at[:, :, None], mask=real[:, :, None], other=0.0)
                     parts = tl.dot(a, b, parts, input_precision=PRECISION)
-                if HOLD > 0:
-                    parts = tl.dot(held, ahead, parts, input_precision=PRECISION)
                 return tl.sum(parts, 0)
 
     @triton.jit

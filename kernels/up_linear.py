@@ -147,9 +147,9 @@ if triton is not None:
 
 # Half types, by hidden size and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
-    (576, 1536): {"BN": 16, "BK": 64, "HOLD": 256, "SPLIT": 1, "num_warps": 4, "num_stages": 5, "EARLY": 1},
-    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6},
-    (1536, 8960): {"BN": 16, "BK": 64, "HOLD": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
+    (576, 1536): {"BN": 16, "BK": 64, "HOLD": 128, "SPLIT": 1, "num_warps": 4, "num_stages": 5, "EARLY": 1},
+    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
 
 
@@ -191,6 +191,8 @@ def up_linear(
         rows, shape, later, pdl, settings: as in `qkv`.
     """
     chosen = _settings(shape, x.dtype) if settings is None else settings
+    if kept is not None and settings is None:
+        chosen = {**chosen, "EARLY": 1}  # `kept_down` has its list to read
     grid = (len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))
     _up_kernel[grid](
         x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
