@@ -77,7 +77,7 @@ if triton is not None:
         STATS: tl.constexpr, MEANS: tl.constexpr, NORMS: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
-        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0,
+        TAIL: tl.constexpr = 0, EARLY: tl.constexpr = 0, MASK: tl.constexpr = 0,
     ):  # fmt: skip
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
         tile = tl.program_id(1)
@@ -103,7 +103,7 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
+        y = rows_product(a, weight, ahead, rows, live if MASK else None, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
         if D % BN > 0:
             y = tl.where((cols < D)[None, :], y, 0.0)
         pdl_next(PDL and not EARLY)

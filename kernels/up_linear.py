@@ -72,7 +72,7 @@ if triton is not None:
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
-        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0, MASK: tl.constexpr = 0,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -96,7 +96,7 @@ if triton is not None:
 
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            x, stats, weight, ahead, rows, live if MASK else None, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
             TAIL, HOLD,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
@@ -151,14 +151,20 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
     (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5},
     (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4},
 }
+_LISTED: dict[tuple[int, ...], dict[str, int]] = {  # in front of `kept_down`
+    (576, 1536): {"BN": 16, "BK": 64, "HOLD": 256, "SPLIT": 1, "num_warps": 4, "num_stages": 5, "EARLY": 1},
+    (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6, "EARLY": 1},
+    (1536, 8960): {"BN": 16, "BK": 64, "HOLD": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4, "EARLY": 1},
+}
 
 
-def _settings(shape: LayerShape, dtype: torch.dtype) -> dict[str, int]:
+def _settings(shape: LayerShape, dtype: torch.dtype, listed: bool = False) -> dict[str, int]:
     """Neurons a program, depth of a product (and its tail), how much of k is held before the wait, partial products,
     warps, stages, whether `down` is let go at the wait."""
     size = shape.hidden_size, shape.intermediate_size
-    if dtype != torch.float32 and size in _TABLE:
-        return _TABLE[size]
+    table = _LISTED if listed else _TABLE
+    if dtype != torch.float32 and size in table:
+        return table[size]
     if dtype == torch.float32:
         return {"BN": 16, "BK": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     return {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5}
@@ -190,9 +196,7 @@ def up_linear(
         kept: the neurons of each tile of rows; None: all.
         rows, shape, later, pdl, settings: as in `qkv`.
     """
-    chosen = _settings(shape, x.dtype) if settings is None else settings
-    if kept is not None and settings is None:
-        chosen = {**chosen, "EARLY": 1}  # `kept_down` has its list to read
+    chosen = _settings(shape, x.dtype, kept is not None) if settings is None else settings
     grid = (len(rows) // BLOCK_ROWS, triton.cdiv(shape.intermediate_size, chosen["BN"]))
     _up_kernel[grid](
         x, stats, weight, bias, shift, out, rows.live, None if kept is None else kept.ids,
