@@ -64,7 +64,7 @@ if triton is not None:
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
         x, w, ahead, rows, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
-        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0, live=None,
     ):  # fmt: skip
         """`tile.rows_product` of one row, `[1, BN]`."""
         k = tl.arange(0, SPLIT * BK)

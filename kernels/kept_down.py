@@ -146,8 +146,8 @@ def kept_parts(width: int, num_neurons: int, dtype: torch.dtype) -> int:
 # Half types, by columns and neurons; tuned offline on an H200 over whole steps (docs/kernels.md).
 _TABLE: dict[tuple[int, int], dict[str, int]] = {
     (576, 1536): {"BN": 64, "BK": 128, "SPLIT": 1, "PARTS": 14, "num_warps": 4, "num_stages": 4, "HOLD": 1},
-    (896, 4864): {"BN": 64, "BK": 32, "SPLIT": 1, "PARTS": 16, "num_warps": 4, "num_stages": 8},
-    (1536, 8960): {"BN": 64, "BK": 64, "SPLIT": 1, "PARTS": 11, "num_warps": 4, "num_stages": 8, "HOLD": 1},
+    (896, 4864): {"BN": 64, "BK": 32, "SPLIT": 1, "PARTS": 16, "num_warps": 4, "num_stages": 8, "EARLY": 1},
+    (1536, 8960): {"BN": 64, "BK": 64, "SPLIT": 1, "PARTS": 11, "num_warps": 4, "num_stages": 8, "HOLD": 1, "EARLY": 1},
 }
 
 

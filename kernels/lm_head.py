@@ -109,7 +109,7 @@ if triton is not None:
         if STORE_BEST:
             temperature = tl.load(options_of)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, None, named, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            x, stats, weight, ahead, rows, named, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
             TAIL,
         )  # fmt: skip
         pdl_next(PDL)

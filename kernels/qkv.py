@@ -139,7 +139,7 @@ if triton is not None:
         HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr, QK_NORM: tl.constexpr, X_SCALE: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BLOCK_P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
-        EARLY: tl.constexpr = 0, MASK: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0,
     ):  # fmt: skip
         HALF: tl.constexpr = HEAD_DIM // 2
         ROTARY_HALF: tl.constexpr = ROTARY_DIM // 2
@@ -174,7 +174,7 @@ if triton is not None:
 
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, live if MASK else None, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            x, stats, weight, ahead, rows, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
             TAIL,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)

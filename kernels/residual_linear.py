@@ -103,7 +103,9 @@ if triton is not None:
         pdl_wait(PDL)
 
         pdl_next(PDL and EARLY)
-        y = rows_product(a, weight, ahead, rows, live if MASK else None, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL)
+        y = rows_product(
+            a, weight, ahead, rows, named, K, SHARE, first, BK, SPLIT, PRECISION, TAIL, 0, live if MASK else None
+        )
         if D % BN > 0:
             y = tl.where((cols < D)[None, :], y, 0.0)
         pdl_next(PDL and not EARLY)
@@ -179,11 +181,11 @@ def most_parts(width: int, k: int, dtype: torch.dtype) -> int:
 
 
 # Half types, by columns and k; tuned offline on an H200 over whole steps (docs/kernels.md).
-_K_1536 = {"BN": 16, "BK": 256, "TAIL": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1}
+_K_1536 = {"BN": 16, "BK": 256, "TAIL": 128, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1, "MASK": 1}
 _TABLE: dict[tuple[int, ...], dict[str, int]] = {
     (576, 576): {"BN": 16, "BK": 256, "TAIL": 32, "SPLIT": 2, "num_warps": 2, "num_stages": 1, "PARTS": 1, "EARLY": 1},
     (576, 1536): {**_K_1536, "EARLY": 1},
-    (896, 896): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1},
+    (896, 896): {"BN": 8, "BK": 256, "SPLIT": 4, "num_warps": 4, "num_stages": 1, "PARTS": 1, "MASK": 1},
     (896, 4864): {"BN": 8, "BK": 128, "SPLIT": 4, "num_warps": 2, "num_stages": 5, "PARTS": 1},
     (1536, 1536): _K_1536,
     (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 8, "num_warps": 4, "num_stages": 5, "PARTS": 1, "EARLY": 1},
@@ -192,7 +194,8 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 
 def _settings(width: int, k: int, dtype: torch.dtype) -> dict[str, int]:
     """Columns a program, depth of a product (and its tail), partial products, programs a tile, warps, stages,
-    whether the next kernel is let go at the wait."""
+    whether the next kernel is let go at the wait, whether rows that are not live are left alone where all k is dealt
+    out at once."""
     if dtype != torch.float32 and (width, k) in _TABLE:
         return _TABLE[width, k]
     if dtype == torch.float32:

@@ -131,7 +131,15 @@ if triton is not None:
 
     @triton.jit
     def _inputs(  # type: ignore[no-untyped-def]
-        x, rows, live, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr
+        x,
+        rows,
+        live,
+        K: tl.constexpr,
+        SHARE: tl.constexpr,
+        first,
+        FROM: tl.constexpr,
+        BK: tl.constexpr,
+        SPLIT: tl.constexpr,
     ):
         at = _dealt(FROM, BK, SPLIT)
         pointers = (x + first + rows.to(tl.int64) * K)[None, :, None] + at[:, None, :]
@@ -141,10 +149,10 @@ if triton is not None:
             else:
                 return tl.load(pointers, mask=(live != 0)[None, :, None], other=0.0)
         else:
-            mask = ((at < SHARE) & (first + at < K))[:, None, :]
+            real = ((at < SHARE) & (first + at < K))[:, None, :]
             if live is not None:
-                mask = mask & (live != 0)[None, :, None]
-            return tl.load(pointers, mask=mask, other=0.0)
+                real &= (live != 0)[None, :, None]
+            return tl.load(pointers, mask=real, other=0.0)
 
     @triton.jit
     def weights_ahead(  # type: ignore[no-untyped-def]
@@ -169,7 +177,15 @@ if triton is not None:
 
     @triton.jit
     def _inputs_of(  # type: ignore[no-untyped-def]
-        x, rows, live, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr
+        x,
+        rows,
+        live,
+        K: tl.constexpr,
+        SHARE: tl.constexpr,
+        first,
+        BK: tl.constexpr,
+        SPLIT: tl.constexpr,
+        TAIL: tl.constexpr,
     ):
         """x for `weights_ahead`, `[SPLIT, 16, BK]` and `[SPLIT, 16, TAIL]`."""
         piece = _inputs(x, rows, live, K, SHARE, first, 0, BK, SPLIT)
@@ -188,13 +204,14 @@ if triton is not None:
 
     @triton.jit
     def rows_product(  # type: ignore[no-untyped-def]
-        x, w, ahead, rows, live, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
-        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0,
+        x, w, ahead, rows, cols, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
+        PRECISION: tl.constexpr, TAIL: tl.constexpr = 0, HOLD: tl.constexpr = 0, live=None,
     ):  # fmt: skip
         """fp32 [16, BN]: sum over k in first .. first + SHARE - 1 of x[rows, k] w[cols, k], both `[., K]`; all of them
-        with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. All cols must be the weight's: a
-        product that leaves some out costs predicates in every turn of the loop, so callers name another one there, and
-        leave out what comes of it. For the same reason k is compared with nothing where blocks end as it does."""
+        with SHARE = K, first = 0. `ahead` is `weights_ahead` of the same arguments. All cols must be the weight's:
+        callers name another one in place of one that is not there, and forget what comes of it. k is compared with
+        nothing where blocks end as it does. With `live` [16], x of other rows is left alone where all k is dealt out at
+        once; in a loop a predicate costs more than it saves (docs/kernels.md)."""
         LOOPED: tl.constexpr = SHARE - HOLD
         WHOLE: tl.constexpr = LOOPED % (SPLIT * BK) == 0 and K % SHARE == 0
         k = tl.arange(0, BK)
@@ -202,15 +219,12 @@ if triton is not None:
         w_rows = w + first + cols.to(tl.int64) * K
         if SPLIT == 1:  # the warps share the columns
             if HOLD > 0:
-                held = _inputs(x, rows, live, K, SHARE, first, LOOPED, HOLD, 1)
+                held = _inputs(x, rows, None, K, SHARE, first, LOOPED, HOLD, 1)
             total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
             for start in range(0, LOOPED, BK):
                 at = start + k
                 if WHOLE:
-                    if live is None:
-                        a = tl.load(x_rows[:, None] + at[None, :])
-                    else:
-                        a = tl.load(x_rows[:, None] + at[None, :], mask=(live != 0)[:, None], other=0.0)
+                    a = tl.load(x_rows[:, None] + at[None, :])
                     b = tl.load(w_rows[None, :] + at[:, None])
                 else:
                     real = (at < LOOPED) & (first + at < K)
@@ -230,10 +244,7 @@ if triton is not None:
                 for start in range(0, LOOPED, SPLIT * BK):
                     at = start + part[:, None] * BK + k[None, :]
                     if WHOLE:
-                        if live is None:
-                            a = tl.load(x_rows[None, :, None] + at[:, None, :])
-                        else:
-                            a = tl.load(x_rows[None, :, None] + at[:, None, :], mask=(live != 0)[None, :, None], other=0.0)
+                        a = tl.load(x_rows[None, :, None] + at[:, None, :])
                         b = tl.load(w_rows[None, None, :] + at[:, :, None])
                     else:
                         real = (at < LOOPED) & (first + at < K)
@@ -268,7 +279,7 @@ if triton is not None:
 
     @triton.jit
     def normed_rows_product(  # type: ignore[no-untyped-def]
-        x, stats, w, ahead, rows, live, cols, eps,
+        x, stats, w, ahead, rows, cols, eps,
         D: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_S: tl.constexpr, LAYER_NORM: tl.constexpr,
         X_SCALE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr = 0,
         HOLD: tl.constexpr = 0,
@@ -276,10 +287,10 @@ if triton is not None:
         """`rows_product` of all k and the `row_scale` that belongs to it: (y, r / X_SCALE, m)."""
         squares, sums = load_stats(stats, rows, NUM_STATS, BLOCK_S, LAYER_NORM)
         if SPLIT > 1 and SPLIT * (BK + TAIL) >= D:  # the sums are added up while x is on its way
-            inputs = _inputs_of(x, rows, live, D, D, 0, BK, SPLIT, TAIL)
+            inputs = _inputs_of(x, rows, None, D, D, 0, BK, SPLIT, TAIL)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
             y = _product_of(inputs, ahead, TAIL, PRECISION)
         else:
-            y = rows_product(x, w, ahead, rows, live, cols, D, D, 0, BK, SPLIT, PRECISION, TAIL, HOLD)
+            y = rows_product(x, w, ahead, rows, cols, D, D, 0, BK, SPLIT, PRECISION, TAIL, HOLD)
             scale, mean = row_scale(squares, sums, D, eps, X_SCALE, LAYER_NORM)
         return y, scale, mean

@@ -72,7 +72,7 @@ if triton is not None:
         GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYER_NORM: tl.constexpr,
         ZEROS: tl.constexpr, X_SCALE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr = 0,
-        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0, MASK: tl.constexpr = 0,
+        EARLY: tl.constexpr = 0, HOLD: tl.constexpr = 0,
     ):  # fmt: skip
         WAYS: tl.constexpr = 2 if GATED else 1
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -96,7 +96,7 @@ if triton is not None:
 
         pdl_next(PDL and EARLY)
         y, scale, mean = normed_rows_product(
-            x, stats, weight, ahead, rows, live if MASK else None, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
+            x, stats, weight, ahead, rows, cols, eps, D, NUM_STATS, BLOCK_S, LAYER_NORM, X_SCALE, BK, SPLIT, PRECISION,
             TAIL, HOLD,
         )  # fmt: skip
         pdl_next(PDL and not EARLY)
@@ -154,7 +154,7 @@ _TABLE: dict[tuple[int, ...], dict[str, int]] = {
 _LISTED: dict[tuple[int, ...], dict[str, int]] = {  # in front of `kept_down`
     (576, 1536): {"BN": 16, "BK": 64, "HOLD": 256, "SPLIT": 1, "num_warps": 4, "num_stages": 5, "EARLY": 1},
     (896, 4864): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 6, "EARLY": 1},
-    (1536, 8960): {"BN": 16, "BK": 64, "HOLD": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 4, "EARLY": 1},
+    (1536, 8960): {"BN": 16, "BK": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 5, "EARLY": 1},
 }
 
 

@@ -162,6 +162,9 @@ def test_a_product_dealt_out_at_once_in_two_pieces(k: int, deal: tuple[int, int,
     hidden, out = drawn(32, width, seed=4), torch.full((32, width), float("nan"), device=DEVICE)
     residual_linear(a, weight, None, hidden, out, some_rows(live), settings={**settings, "PARTS": 1})
     near(out[live], (a.float() @ weight.float().T + hidden)[live], dtype)
+    masked = torch.full_like(out, float("nan"))
+    residual_linear(a, weight, None, hidden, masked, some_rows(live), settings={**settings, "PARTS": 1, "MASK": 1})
+    assert torch.equal(masked.nan_to_num(), out.nan_to_num())  # rows that are not live were left alone
     shape = replace(LLAMA, hidden_size=k, intermediate_size=width // 2)
     _, _, x, stats = deferred(shape, dtype)
     act = torch.full((32, width // 2), float("nan"), dtype=dtype, device=DEVICE)
