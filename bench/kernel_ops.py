@@ -44,8 +44,9 @@ class Kernels:
     num_rows: int = NUM_ROWS
 
     def table(self, config: ModelConfig, name: str, dtype: torch.dtype) -> Settings:
-        """What an operation's own table says, a product's tail too if it has none, but for the moment at which it lets
-        the next kernel go and what it holds of longer weights meanwhile: one operation alone cannot tell."""
+        """What an operation's own table says, a product's tail too if it has none, but for what one operation alone
+        cannot tell, of which all rows are live: the moment at which it lets the next kernel go, what it holds of longer
+        weights meanwhile, and whether it leaves rows alone that are not live."""
         if name in ("o", "down"):
             own = self.residual._settings(*weight_shape(config, name), dtype)
         elif name == "lm_head":
@@ -53,7 +54,7 @@ class Kernels:
         else:
             own = getattr(self, name)._settings(layer_shape(config), dtype)
         whole = {"TAIL": 0, **own} if "BK" in own else own
-        return {key: value for key, value in whole.items() if key not in ("EARLY", "HOLD")}
+        return {key: value for key, value in whole.items() if key not in ("EARLY", "HOLD", "MASK")}
 
 
 @dataclass(frozen=True)
