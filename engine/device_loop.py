@@ -22,10 +22,11 @@ import torch
 
 from ..heads.base import ExitHead
 from ..heads.stateful import BlockHead, RecurrentHead
+from ..kernels.draft_text import LONGEST
 from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .device_draft import RecurrentDraft
-from .gate import PLAIN, DraftPolicy, Source
+from .gate import PLAIN, DraftPolicy, Lookup, Source
 from .graphs import AHEAD, Kind, Moment, Record, Rounds, Start, Ticket, elapsed_ms
 from .loop import (
     Machinery,
@@ -42,6 +43,7 @@ from .loop import (
 )
 from .pacing import Pace
 from .stopping import Emission
+from .text_draft import TextDraft
 from .tree import Acceptance, DraftTree
 from .trunk_draft import TrunkDraft, speaks_on_device
 
@@ -49,15 +51,20 @@ MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 
 
-def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Levels | None:
+def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Levels | Lookup | None:
     """How a policy's trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
     are not verification's own while they draft.
 
     A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; adapters,
     linear and block heads behind layers of the trunk draft chains and trees, by either measure of their gates; block
-    heads not apart, since their layers take the trunk's tiles.
+    heads not apart, since their layers take the trunk's tiles. The text drafts chains where no head is asked behind it.
     """
-    if policy.lookup is not None or not policy.exits or not policy.max_nodes or not policy.max_depth:
+    if (text := policy.lookup) is not None:
+        if policy.exits or text.branch > 1 or text.min_match > LONGEST:
+            return None
+        most = min(text.max_nodes, policy.max_nodes, policy.max_depth)
+        return replace(text, max_nodes=most) if most else None
+    if not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
     gates = [policy.gates[e] for e in policy.exits]
     length = min(policy.max_depth, policy.max_nodes)
@@ -127,9 +134,11 @@ def decode_on_device(
         read.append((request, start, rounds.now()))
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
+        texts = {request.sequence: request.history.token_ids for request in requests}
         if isinstance(rounds.draft, RecurrentDraft):
-            texts = {request.sequence: request.history.token_ids for request in requests}
             rounds.draft.start(on.memories[0], texts, partial(rounds.replay, "absorb"))
+        elif isinstance(rounds.draft, TextDraft):
+            rounds.draft.start(texts)
         elif rounds.draft is not None:
             rounds.draft.start([request.sequence for request in requests])
     rounds.start_clock()
@@ -191,7 +200,8 @@ def decode_on_device(
                         rounds.resume(request.sequence, _end(on, request))
                     stopped, queue.waiting = [], MOST_UNREAD
             if pace is not None and policy.drafts:
-                asked: set[Source] = {"heads"} if ticket.kind == "draft" else set()
+                source: Source = "text" if isinstance(rounds.draft, TextDraft) else "heads"
+                asked = {source} if ticket.kind == "draft" else set()
                 if ticket.kind == "given":
                     asked = sources_of(shape, [own.tree for own in given.values()])
                 keep_pace(pace, active, num_tokens / len(active), asked, elapsed)

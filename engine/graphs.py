@@ -33,7 +33,8 @@ from .device_state import fill, upload
 from .fused import FusedStep, FusedWeights
 from .sampling import SamplingParams
 from .sparsity.teal_step import ChannelWeights, TealStep
-from .tree import MAX_NODES, DraftTree
+from .text_draft import TextDraft
+from .tree import FROM_TEXT, MAX_NODES, DraftTree
 from .trunk_draft import TrunkDraft
 
 Kind = Literal["plain", "draft", "given", "absorb"]
@@ -103,7 +104,9 @@ class Record:
             return None
         tree = DraftTree(values[36])
         for node in range(1, values[2]):
-            tree.add(values[52 + node], values[36 + node], exit_layer=exit_layers[node], entropy=entropies[node])
+            exit_layer = exit_layers[node]
+            entropy = None if exit_layer == FROM_TEXT else entropies[node]
+            tree.add(values[52 + node], values[36 + node], exit_layer=exit_layer, entropy=entropy)
         tokens, nodes = tuple(values[4 : 5 + accepted]), tuple(values[21 : 21 + accepted])
         return cls(values[1], tokens, nodes, tree, num_refused, row_layers)
 
@@ -167,7 +170,7 @@ class Rounds:
         processed: bool = False,
         width: int = MAX_NODES,
         taps: Sequence[int] = (),
-        draft: Callable[[Rounds], RecurrentDraft | TrunkDraft] | None = None,
+        draft: Callable[[Rounds], RecurrentDraft | TrunkDraft | TextDraft] | None = None,
         reach: int | None = None,
         pdl: bool | None = None,
     ) -> None:
@@ -381,7 +384,9 @@ class Rounds:
                 self.draft.draft()
             self._verify(self.width, self.draft.levels.reached)
             return
-        if kind in ("absorb", "draft"):
+        if kind == "draft" and isinstance(self.draft, TextDraft):
+            self.draft.draft()
+        elif kind in ("absorb", "draft"):
             assert isinstance(self.draft, RecurrentDraft)
             self.draft.absorb()
             if kind == "absorb":
@@ -428,6 +433,8 @@ class Rounds:
             count_tokens(self.record, self.penalties, pdl=pdl)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)
+        elif isinstance(self.draft, TextDraft):
+            self.draft.keep(self.record)
         elif self.draft is not None:
             self.draft.keep(step.rows, taps, self.record, self.path_nodes, self.num_path, reached)
         publish(self._report, self._ring, self._next_slot, pdl=pdl)

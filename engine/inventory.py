@@ -17,6 +17,7 @@ from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
 from .engine import Engine
 from .fused import FusedStep
+from .gate import Lookup
 from .model import Decoder, Norm
 from .prompt_reader import SIZES
 from .tree import MAX_NODES
@@ -123,7 +124,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     each = held // sum(counts)
     rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
     items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
-    if shape is None or engine.heads is None:
+    if shape is None or isinstance(shape, Lookup) or engine.heads is None:
         return items
     outputs = engine.heads.config.num_outputs
     asked = [engine.heads.heads[e] for e in engine.policy_for(batch).exits]

@@ -21,13 +21,14 @@ from .cache import CachePlan, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
 from .device_loop import kinds_of, shape_of
 from .fused import FusedWeights
-from .gate import DraftPolicy
+from .gate import DraftPolicy, Lookup
 from .graphs import Rounds
 from .head_memory import HeadMemory, MemoryPlan
 from .loop import is_out_of_memory
 from .model import Decoder
 from .prompt_reader import PromptReader
 from .sparsity.teal_step import ChannelWeights, TealStep
+from .text_draft import TextDraft
 from .tree import MAX_NODES
 from .trunk_draft import TrunkDraft
 
@@ -138,8 +139,10 @@ class Workspace:
         def current(own: Rounds) -> bool:
             if isinstance(own.draft, RecurrentDraft):
                 drafts = memory is not None and own.draft.draws_on(memory)
+            elif isinstance(own.draft, TrunkDraft):
+                drafts = own.draft.asks(heads, self.memories, thinned or weights)
             else:
-                drafts = own.draft is None or own.draft.asks(heads, self.memories, thinned or weights)
+                drafts = True
             return own.cache is cache and own.weights is weights and drafts
 
         self.rounds = {k: own for k, own in self.rounds.items() if current(own)}
@@ -150,7 +153,9 @@ class Workspace:
             known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
             blocks = [own.weights for own in drafts if isinstance(own, TrunkDraft)]
 
-            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
+            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft | TextDraft:
+                if isinstance(shape, Lookup):
+                    return TextDraft(shape, batch, own.reach, own.trees, own.exits, own.sequences, own.pdl)
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Levels):
                     step, each = own.steps[own.width], own.width
@@ -180,7 +185,7 @@ class Workspace:
 
 def round_shape(
     policy: DraftPolicy, head_set: HeadSet | None, apart: bool = False
-) -> tuple[Shape | Levels | None, int, tuple[int, ...]]:
+) -> tuple[Shape | Levels | Lookup | None, int, tuple[int, ...]]:
     """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads; `apart`
     as in `shape_of`."""
     heads = {} if head_set is None else head_set.heads

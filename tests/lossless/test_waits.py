@@ -6,10 +6,10 @@ has no such race; here it tells which addresses each launch reads and stores bef
 is stored before the wait, nothing is read before it that the launch in front stored, and in every launch some program
 waits, or those behind it would not wait for those in front.
 
-Regimes: plain rounds, drafts by a recurrent head, by exits of the trunk (also of layers that drop inputs) and by the
-host, grammar of layers (parallel, norms behind), neurons skipped, prompts of several tiles. Planted bugs seen to fail
-here: tiles of one prompt taken for settled, the residual of a parallel layer read behind the kernel that writes it,
-rows laid right in front of `qkv`, a list of what is kept read before the product's wait.
+Regimes: plain rounds, drafts by a recurrent head, by exits of the trunk (also of layers that drop inputs), by the text
+and by the host, grammar of layers (parallel, norms behind), neurons skipped, prompts of several tiles. Planted bugs
+seen to fail here: tiles of one prompt taken for settled, the residual of a parallel layer read behind the kernel that
+writes it, rows laid right in front of `qkv`, a list of what is kept read before the product's wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pytest
 import torch
 from skipstone.engine.cache import KVCache, plan_cache
 from skipstone.engine.fused import FusedStep, FusedWeights
-from skipstone.engine.gate import NEVER, DraftPolicy, Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import NEVER, DraftPolicy, Gate, best_first, every, fixed_exit, from_text
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.model import Decoder
 from skipstone.engine.prompt_reader import PromptReader
@@ -225,6 +225,13 @@ def test_prompts_of_several_tiles(
     reader = PromptReader(FusedWeights(decoder), cache, lambda length: 420, sizes=(64,))
     reader.read(0, [n % 50 for n in range(404)], first=340)  # its last tile sees all of positions 256..383
     assert bool(watch.wrong) == settled, sorted(set(watch.wrong))
+
+
+def test_drafts_from_the_text(watch: Watch, engine_of: Callable) -> None:
+    engine = engine_of(num_layers=2, max_context=200)
+    rounds(engine, from_text(1))
+    assert {"_draft_text_kernel", "_keep_text_kernel", "_qkv_kernel"} <= set(watch.launches)
+    assert not watch.wrong, sorted(set(watch.wrong))
 
 
 def a_round(decoder: Decoder, by_neuron: bool = False) -> None:
