@@ -13,11 +13,9 @@ import heapq
 import itertools
 from collections.abc import Iterable, Sequence
 
+from ..kernels.draft_text import LONGEST, MOST_PLACES  # one source, for the device drafts the same
 from .gate import Lookup
 from .tree import FROM_TEXT, DraftTree
-
-MOST_PLACES = 64  # of one match, the newest; a text of one repeated token would otherwise have thousands
-LONGEST = 32  # matched tokens that are told apart
 
 
 class TextIndex:

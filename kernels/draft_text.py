@@ -22,7 +22,7 @@ try:
 except ImportError:
     triton = None
 
-MOST_PLACES = 64  # of one match, the newest
+MOST_PLACES = 64  # of one match, the newest; a text of one repeated token would otherwise have thousands
 LONGEST = 32  # matched tokens that are told apart
 FROM_TEXT = -1  # a node's exit layer
 BLOCK = 512  # places compared at once

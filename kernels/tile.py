@@ -131,16 +131,9 @@ if triton is not None:
 
     @triton.jit
     def _inputs(  # type: ignore[no-untyped-def]
-        x,
-        rows,
-        live,
-        K: tl.constexpr,
-        SHARE: tl.constexpr,
-        first,
-        FROM: tl.constexpr,
-        BK: tl.constexpr,
+        x, rows, live, K: tl.constexpr, SHARE: tl.constexpr, first, FROM: tl.constexpr, BK: tl.constexpr,
         SPLIT: tl.constexpr,
-    ):
+    ):  # fmt: skip
         at = _dealt(FROM, BK, SPLIT)
         pointers = (x + first + rows.to(tl.int64) * K)[None, :, None] + at[:, None, :]
         if FROM + SPLIT * BK <= SHARE and K % SHARE == 0:
@@ -177,16 +170,9 @@ if triton is not None:
 
     @triton.jit
     def _inputs_of(  # type: ignore[no-untyped-def]
-        x,
-        rows,
-        live,
-        K: tl.constexpr,
-        SHARE: tl.constexpr,
-        first,
-        BK: tl.constexpr,
-        SPLIT: tl.constexpr,
+        x, rows, live, K: tl.constexpr, SHARE: tl.constexpr, first, BK: tl.constexpr, SPLIT: tl.constexpr,
         TAIL: tl.constexpr,
-    ):
+    ):  # fmt: skip
         """x for `weights_ahead`, `[SPLIT, 16, BK]` and `[SPLIT, 16, TAIL]`."""
         piece = _inputs(x, rows, live, K, SHARE, first, 0, BK, SPLIT)
         if TAIL > 0:
