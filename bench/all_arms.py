@@ -63,4 +63,5 @@ def is_slow(arm: Arm) -> bool:
     if engine.decoder.device.type == "cpu" or arm.speculation is False:
         return False
     waits = engine.fused is None or isinstance(arm, EarlyExitArm)
-    return waits or (policy.drafts and round_shape(policy, engine.heads)[0] is None)
+    shape, text, *_ = round_shape(policy, engine.heads)
+    return waits or (policy.drafts and shape is None and text is None)

@@ -27,7 +27,7 @@ from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .device_draft import RecurrentDraft
 from .gate import PLAIN, DraftPolicy, Lookup, Source
-from .graphs import AHEAD, Kind, Moment, Record, Rounds, Start, Ticket, elapsed_ms
+from .graphs import AHEAD, BY_HEADS, Kind, Moment, Record, Rounds, Start, Ticket, elapsed_ms
 from .loop import (
     Machinery,
     Origin,
@@ -43,27 +43,24 @@ from .loop import (
 )
 from .pacing import Pace
 from .stopping import Emission
-from .text_draft import TextDraft
-from .tree import Acceptance, DraftTree
+from .tree import FROM_TEXT, MAX_NODES, Acceptance, DraftTree
 from .trunk_draft import TrunkDraft, speaks_on_device
 
 MOST_WAITING = 16  # pairs that a drafting round's head takes in; more are taken in by rounds of their own
 MOST_UNREAD = 40  # pairs that may wait while drafting is paused
 
 
-def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Levels | Lookup | None:
-    """How a policy's trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
+def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = False) -> Shape | Levels | None:
+    """How heads' trees grow on the device; None where the host has to grow them. `apart`: the layers before an exit
     are not verification's own while they draft.
 
     A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; adapters,
     linear and block heads behind layers of the trunk draft chains and trees, by either measure of their gates; block
-    heads not apart, since their layers take the trunk's tiles. The text drafts chains where no head is asked behind it.
+    heads not apart, since their layers take the trunk's tiles. The text drafts in front of recurrent heads alone.
     """
-    if (text := policy.lookup) is not None:
-        if policy.exits or text.branch > 1 or text.min_match > LONGEST:
-            return None
-        most = min(text.max_nodes, policy.max_nodes, policy.max_depth)
-        return replace(text, max_nodes=most) if most else None
+    if policy.lookup is not None:
+        shape = shape_of(replace(policy, lookup=None), heads, apart)
+        return shape if isinstance(shape, Shape) and text_of(policy) is not None else None
     if not policy.exits or not policy.max_nodes or not policy.max_depth:
         return None
     gates = [policy.gates[e] for e in policy.exits]
@@ -88,13 +85,26 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
         return None
 
 
+def text_of(policy: DraftPolicy) -> Lookup | None:
+    """The chains from the text that can be drafted on the device; None: none, or the host drafts."""
+    text, most = policy.lookup, min(policy.max_nodes, policy.max_depth)
+    if text is None or text.branch > 1 or text.min_match > LONGEST or not most:
+        return None
+    return replace(text, max_nodes=min(text.max_nodes, most))
+
+
+KIND_OF: dict[tuple[Source, ...], Kind] = {("heads",): "draft", ("text",): "text", ("text", "heads"): "both"}
+
+
 def kinds_of(rounds: Rounds, policy: DraftPolicy) -> list[Kind]:
-    """The rounds that decoding by a policy launches."""
+    """The rounds that decoding by a policy launches, of which sources may pause."""
     if not policy.drafts:
         return ["plain"]
-    if rounds.draft is None:
+    if rounds.draft is None and rounds.text is None:
         return ["plain", "given"]
-    return ["plain", "draft", "absorb"] if isinstance(rounds.draft, RecurrentDraft) else ["plain", "draft"]
+    heads: list[Kind] = ["draft", "absorb"] if isinstance(rounds.draft, RecurrentDraft) else ["draft"]
+    text: list[Kind] = ["text"] if rounds.draft is None else ["text", "both"]
+    return ["plain", *(heads if rounds.draft is not None else []), *(text if rounds.text is not None else [])]
 
 
 @dataclass
@@ -107,11 +117,12 @@ class _Queue:
 
     def launch(self, kind: Kind, depth: int | None = None) -> None:
         if isinstance(self.rounds.draft, RecurrentDraft):
-            limit = MOST_WAITING if kind == "draft" else MOST_UNREAD
+            most = 1 if kind == "plain" else MAX_NODES  # that this round adds
+            limit = MOST_WAITING if kind in BY_HEADS else MOST_UNREAD + 1 - most
             while self.waiting > limit:
                 self.rounds.replay("absorb")
                 self.waiting -= MOST_WAITING
-            self.waiting = MOST_WAITING if kind == "draft" else self.waiting + 1
+            self.waiting = MOST_WAITING if kind in BY_HEADS else self.waiting + most
         self.tickets.append(self.rounds.launch(kind, depth))
 
 
@@ -124,7 +135,7 @@ def decode_on_device(
         rounds: of this batch and cache, the policy's kinds prepared; `rounds.draft` drafts it, or the host does and
             gives trees.
     """
-    by_host = policy.drafts and rounds.draft is None
+    by_host = policy.drafts and rounds.draft is None and rounds.text is None
     if on.sparse is not None:
         on = replace(on, keep=rounds.keep)
     read: list[tuple[Request, Moment, Moment]] = []
@@ -134,11 +145,9 @@ def decode_on_device(
         read.append((request, start, rounds.now()))
     with torch.inference_mode():
         rounds.begin([_start(on, request) for request in requests])
-        texts = {request.sequence: request.history.token_ids for request in requests}
         if isinstance(rounds.draft, RecurrentDraft):
+            texts = {request.sequence: request.history.token_ids for request in requests}
             rounds.draft.start(on.memories[0], texts, partial(rounds.replay, "absorb"))
-        elif isinstance(rounds.draft, TextDraft):
-            rounds.draft.start(texts)
         elif rounds.draft is not None:
             rounds.draft.start([request.sequence for request in requests])
     rounds.start_clock()
@@ -170,7 +179,7 @@ def decode_on_device(
                 for request, start, end in read:
                     request.statistics.prefill_ms += elapsed_ms(start, end)
                 read.clear()
-                released, num_tokens = [], 0
+                released, num_tokens, trees = [], 0, []
                 for request in active:
                     record = records[request.sequence]
                     request.statistics.decode_ms += elapsed
@@ -181,7 +190,9 @@ def decode_on_device(
                         continue
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
-                    if pace is not None and pace.ladder is not None and ticket.kind == "draft":
+                    trees.append(record.tree)
+                    by_heads = ticket.kind in BY_HEADS and FROM_TEXT not in record.tree.exit_layers
+                    if pace is not None and pace.ladder is not None and by_heads:
                         assert ticket.depth is not None
                         length = min(ticket.depth, policy.max_nodes, _end(on, request) - len(request.history) - 1)
                         pace.ladder.saw(length, len(record.nodes))
@@ -200,9 +211,12 @@ def decode_on_device(
                         rounds.resume(request.sequence, _end(on, request))
                     stopped, queue.waiting = [], MOST_UNREAD
             if pace is not None and policy.drafts:
-                source: Source = "text" if isinstance(rounds.draft, TextDraft) else "heads"
-                asked = {source} if ticket.kind == "draft" else set()
-                if ticket.kind == "given":
+                asked: set[Source] = {"heads"} if ticket.kind == "draft" else set()
+                if ticket.kind == "text":  # its rows cost something wherever it suggests nothing, too
+                    asked = {"text"}
+                elif ticket.kind == "both":
+                    asked = sources_of(policy, trees)
+                elif ticket.kind == "given":
                     asked = sources_of(shape, [own.tree for own in given.values()])
                 keep_pace(pace, active, num_tokens / len(active), asked, elapsed)
             left = time.perf_counter()
@@ -228,7 +242,7 @@ def _launch(
 ) -> dict[int, _Given]:
     """Start the next round; returns the trees that the host drafted for it, by sequence."""
     if policy.drafts and not by_host:
-        queue.launch("draft", policy.max_depth)
+        queue.launch(KIND_OF[policy.sources], policy.max_depth)
         return {}
     works = [begin(on, request) for request in active] if policy.drafts else []
     refused = grow(on, active, works, policy) if works else []

@@ -31,14 +31,17 @@ from .cache import KVCache
 from .device_draft import RecurrentDraft
 from .device_state import fill, upload
 from .fused import FusedStep, FusedWeights
+from .gate import Lookup
 from .sampling import SamplingParams
 from .sparsity.teal_step import ChannelWeights, TealStep
 from .text_draft import TextDraft
 from .tree import FROM_TEXT, MAX_NODES, DraftTree
 from .trunk_draft import TrunkDraft
 
-Kind = Literal["plain", "draft", "given", "absorb"]
+# who drafts: nobody, heads, the text, the text and heads where it suggests nothing, the host; "absorb" drafts nothing
+Kind = Literal["plain", "draft", "text", "both", "given", "absorb"]
 Moment = Any  # an event on a GPU, else ms of the CPU's clock
+BY_HEADS = ("draft", "both")
 AHEAD = 2  # rounds in flight at most
 NUM_STOPS = 16  # stop ids at most
 
@@ -102,6 +105,8 @@ class Record:
         accepted = values[0]
         if accepted < 0:
             return None
+        if FROM_TEXT in exit_layers[: values[2]]:
+            num_refused = 0
         tree = DraftTree(values[36])
         for node in range(1, values[2]):
             exit_layer = exit_layers[node]
@@ -125,7 +130,9 @@ class Ticket:
             self.end.synchronize()
         elapsed = elapsed_ms(self._since, self.end)
         numbers, exits, *counts = self._rounds.read(self._slot)
-        refused, row_layers = (own.tolist() if self.kind == "draft" else [0] * len(own) for own in counts)
+        refused, row_layers = (own.tolist() if self.kind in BY_HEADS else [0] * len(own) for own in counts)
+        if self.kind == "draft" and self._rounds.text is not None:
+            exits = torch.zeros_like(exits)  # what the text left there
         entropies = numbers[:, 68 : 68 + MAX_NODES].view(torch.float32).tolist()
         rows = zip(numbers.tolist(), entropies, exits.tolist(), refused, row_layers, strict=True)
         return [Record.read(*row) for row in rows], elapsed
@@ -155,7 +162,8 @@ class Rounds:
         width: rows a sequence has in a round that drafts: 2, 4, 8 or 16. Where weights are stored by neuron every round
             has 16: a tile has one list of neurons, so its rows are of one sequence.
         taps: layers whose residual streams are kept for heads that read them.
-        draft: makes what drafts on the device, of these rounds' state; None verifies trees that the host gives.
+        draft: makes the heads' part that drafts on the device, of these rounds' state; None where none does.
+        text: chains that the text drafts on the device. With neither, trees that the host gives are verified.
         reach: tokens that a sequence may hold in these rounds; None: as many as the cache. Attention launches programs
             for all of it, so short requests run in rounds of a short reach.
         pdl: programmatic dependent launch; None where the GPU has it.
@@ -170,7 +178,8 @@ class Rounds:
         processed: bool = False,
         width: int = MAX_NODES,
         taps: Sequence[int] = (),
-        draft: Callable[[Rounds], RecurrentDraft | TrunkDraft | TextDraft] | None = None,
+        draft: Callable[[Rounds], RecurrentDraft | TrunkDraft] | None = None,
+        text: Lookup | None = None,
         reach: int | None = None,
         pdl: bool | None = None,
     ) -> None:
@@ -215,11 +224,14 @@ class Rounds:
             else:
                 tiles = num_tiles(vocab, head.dtype)
                 self._outputs[rows_each] = torch.zeros(rows, tiles, device=device), whole(rows, tiles)
+        self.text: TextDraft | None = None
+        if text is not None:
+            self.text = TextDraft(text, batch, self.reach, self.trees, self.exits, self.sequences, self.pdl)
         self.draft = None if draft is None else draft(self)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.pool = replace(self.draft.pool, num_refused=self.num_refused)
         self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}  # None: kernel by kernel, on the CPU
-        self._shorter: dict[int, torch.cuda.CUDAGraph | None] = {}  # "draft", with trees of fewer levels
+        self._shorter: dict[tuple[Kind, int], torch.cuda.CUDAGraph | None] = {}  # with heads' trees of fewer levels
         self._steps: list[torch.cuda.CUDAGraph | None] = []  # of drafts that end early, in front of "draft"
         # a slot is read before it is written again
         self._ring = torch.zeros(AHEAD + 2, len(self._report), dtype=torch.int32, pin_memory=on_gpu)
@@ -240,11 +252,12 @@ class Rounds:
         """Capture rounds, of a recurrent head's drafts also such with trees of these depths; before `begin`, because a
         captured round must find no sequence active."""
         missing = [kind for kind in kinds if kind not in self._graphs]
+        shorter: list[tuple[Kind, int]] = []
         if isinstance(self.draft, RecurrentDraft):
-            depths = [d for d in depths if d < self.draft.shape.max_depth and d not in self._shorter]
-        else:
-            depths = ()
-        if not missing and not depths:
+            some = [depth for depth in depths if depth < self.draft.shape.max_depth]
+            shorter = [(kind, depth) for kind in kinds if kind in BY_HEADS for depth in some]
+            shorter = [key for key in shorter if key not in self._shorter]
+        if not missing and not shorter:
             return
         self.sequences.active.zero_()
         self.trees.count.zero_()
@@ -253,8 +266,8 @@ class Rounds:
                 self._steps.append(captured(partial(self.draft.step, depth), self.cache.device))
         for kind in missing:
             self._graphs[kind] = self._capture(kind)
-        for depth in depths:
-            self._shorter[depth] = self._capture("draft", depth)
+        for kind, depth in shorter:
+            self._shorter[kind, depth] = self._capture(kind, depth)
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Take over sequences whose prompts are in the cache; all others are idle.
@@ -300,6 +313,8 @@ class Rounds:
                 ]
             ),
         )
+        if self.text is not None:
+            self.text.start({start.sequence: start.token_ids for start in starts})
         self.top_k.fill_(min(params.top_k, self.weights.config.vocab_size))
         if self.penalties is not None:
             bias = dict(params.logit_bias)
@@ -341,10 +356,11 @@ class Rounds:
         """Enqueue a round that `prepare` has made. Of one that verifies, the report goes to the ring's next slot."""
         if kind == "draft" and self._steps:
             self._draft_step_by_step()
-        depth = depth if depth in self._shorter else None
+        if depth is not None and (kind, depth) not in self._shorter:
+            depth = None
         graph = None
         if self.cache.device.type == "cuda":
-            graph = self._graphs[kind] if depth is None else self._shorter[depth]
+            graph = self._graphs[kind] if depth is None else self._shorter[kind, depth]
         if graph is None:
             self._body(kind, depth)
         else:
@@ -384,14 +400,15 @@ class Rounds:
                 self.draft.draft()
             self._verify(self.width, self.draft.levels.reached)
             return
-        if kind == "draft" and isinstance(self.draft, TextDraft):
-            self.draft.draft()
-        elif kind in ("absorb", "draft"):
+        if kind == "absorb" or kind in BY_HEADS:
             assert isinstance(self.draft, RecurrentDraft)
             self.draft.absorb()
             if kind == "absorb":
                 return
             self.draft.draft(depth)
+        if kind in ("text", "both"):
+            assert self.text is not None
+            self.text.draft(over=kind == "both")
         self._verify(self.rows_each(kind))
 
     def _verify(self, rows_each: int, reached: int = 0) -> None:
@@ -433,8 +450,8 @@ class Rounds:
             count_tokens(self.record, self.penalties, pdl=pdl)
         if isinstance(self.draft, RecurrentDraft):
             self.draft.keep(taps, self.record, self.path_nodes, self.num_path, rows_each)
-        elif isinstance(self.draft, TextDraft):
-            self.draft.keep(self.record)
         elif self.draft is not None:
             self.draft.keep(step.rows, taps, self.record, self.path_nodes, self.num_path, reached)
+        if self.text is not None:
+            self.text.keep(self.record)
         publish(self._report, self._ring, self._next_slot, pdl=pdl)

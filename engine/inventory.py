@@ -17,7 +17,6 @@ from ..kernels.linear import PackedLinear
 from .cache import CachePlan, KVCache, plan_cache
 from .engine import Engine
 from .fused import FusedStep
-from .gate import Lookup
 from .model import Decoder, Norm
 from .prompt_reader import SIZES
 from .tree import MAX_NODES
@@ -115,7 +114,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     if engine.fused is None:
         return []
     batch, config = plan.batch, engine.decoder.config
-    shape, width, taps = round_shape(engine.policy_for(batch), engine.heads, engine.thinned is not None)
+    shape, _, width, taps = round_shape(engine.policy_for(batch), engine.heads, engine.thinned is not None)
     cache = KVCache(plan, torch.device("meta"))
     widths = {MAX_NODES} if engine.fused.by_neuron else {1, width}
     counts = sorted({_tiled(batch * rows_each) for rows_each in widths})
@@ -124,7 +123,7 @@ def _round_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
     each = held // sum(counts)
     rows = f"{' + '.join(map(str, counts))} rows x {each:,} bytes (residual streams, activations, partial sums)"
     items = [MemoryItem(f"rows of device rounds of {batch} x {width}", held, rows)]
-    if shape is None or isinstance(shape, Lookup) or engine.heads is None:
+    if shape is None or engine.heads is None:
         return items
     outputs = engine.heads.config.num_outputs
     asked = [engine.heads.heads[e] for e in engine.policy_for(batch).exits]
@@ -161,7 +160,7 @@ def _prompt_items(engine: Engine, plan: CachePlan) -> list[MemoryItem]:
         return []
     width, longest = engine.decoder.config.hidden_size, engine._longest_fused()
     reach = min(reach_of(plan.context if longest is None else longest), plan.context)
-    cache, taps = KVCache(plan, torch.device("meta")), round_shape(engine.policy_for(plan.batch), engine.heads)[2]
+    cache, taps = KVCache(plan, torch.device("meta")), round_shape(engine.policy_for(plan.batch), engine.heads)[3]
     steps = [FusedStep(engine.fused, cache, size, reach=reach) for size in SIZES]
     held = sum(map(_held_bytes, steps)) + sum(SIZES) * len(taps) * width * 4
     if engine.fused.by_neuron:  # sums of what neurons did

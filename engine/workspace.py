@@ -19,7 +19,7 @@ from ..kernels.grow_level import Levels
 from ..kernels.grow_tree import Shape
 from .cache import CachePlan, KVCache, free_memory, plan_cache
 from .device_draft import RecurrentDraft
-from .device_loop import kinds_of, shape_of
+from .device_loop import kinds_of, shape_of, text_of
 from .fused import FusedWeights
 from .gate import DraftPolicy, Lookup
 from .graphs import Rounds
@@ -28,7 +28,6 @@ from .loop import is_out_of_memory
 from .model import Decoder
 from .prompt_reader import PromptReader
 from .sparsity.teal_step import ChannelWeights, TealStep
-from .text_draft import TextDraft
 from .tree import MAX_NODES
 from .trunk_draft import TrunkDraft
 
@@ -131,18 +130,16 @@ class Workspace:
         that a recurrent head may draft in place of the policy's."""
         heads = {} if head_set is None else head_set.heads
         head = heads.get(0)
-        shape, width, taps = round_shape(policy, head_set, thinned is not None)
+        shape, text, width, taps = round_shape(policy, head_set, thinned is not None)
         reach = min(reach_of(context), cache.plan.context)
-        key = batch, processed, shape, width, taps, reach
+        key = batch, processed, shape, text, width, taps, reach
         memory = self.memories.get(0)
 
         def current(own: Rounds) -> bool:
             if isinstance(own.draft, RecurrentDraft):
                 drafts = memory is not None and own.draft.draws_on(memory)
-            elif isinstance(own.draft, TrunkDraft):
-                drafts = own.draft.asks(heads, self.memories, thinned or weights)
             else:
-                drafts = True
+                drafts = own.draft is None or own.draft.asks(heads, self.memories, thinned or weights)
             return own.cache is cache and own.weights is weights and drafts
 
         self.rounds = {k: own for k, own in self.rounds.items() if current(own)}
@@ -153,9 +150,7 @@ class Workspace:
             known = next((own.weights for own in drafts if isinstance(own, RecurrentDraft)), None)
             blocks = [own.weights for own in drafts if isinstance(own, TrunkDraft)]
 
-            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft | TextDraft:
-                if isinstance(shape, Lookup):
-                    return TextDraft(shape, batch, own.reach, own.trees, own.exits, own.sequences, own.pdl)
+            def draft(own: Rounds) -> RecurrentDraft | TrunkDraft:
                 state = own.trees, own.sequences, own.seeds, own.options
                 if isinstance(shape, Levels):
                     step, each = own.steps[own.width], own.width
@@ -173,7 +168,7 @@ class Workspace:
 
             found = Rounds(
                 weights, cache, batch, processed=processed, width=width, taps=taps,
-                draft=None if shape is None else draft, reach=reach,
+                draft=None if shape is None else draft, text=text, reach=reach,
             )  # fmt: skip
         self.rounds[key] = found
         while len(self.rounds) > self.most_rounds:
@@ -185,15 +180,15 @@ class Workspace:
 
 def round_shape(
     policy: DraftPolicy, head_set: HeadSet | None, apart: bool = False
-) -> tuple[Shape | Levels | Lookup | None, int, tuple[int, ...]]:
-    """Of device rounds: how drafts grow there (None: the host drafts), rows a sequence, layers kept for heads; `apart`
-    as in `shape_of`."""
+) -> tuple[Shape | Levels | None, Lookup | None, int, tuple[int, ...]]:
+    """Of device rounds: how heads' and the text's drafts grow there (None of either: the host drafts), rows a sequence,
+    layers kept for heads; `apart` as in `shape_of`."""
     heads = {} if head_set is None else head_set.heads
     shape = shape_of(policy, heads, apart)
     taps = {t for e in policy.exits if isinstance(h := heads[e], StatefulHead) for t in (e, *h.taps) if t}
-    width = 1 << policy.max_nodes.bit_length() if policy.drafts else 1
-    width = width if shape is None else 1 << shape.max_nodes.bit_length()
-    return shape, width, tuple(sorted(taps))
+    text = None if policy.exits and shape is None else text_of(policy)
+    most = max((own.max_nodes for own in (shape, text) if own is not None), default=policy.max_nodes)
+    return shape, text, 1 << most.bit_length() if policy.drafts else 1, tuple(sorted(taps))
 
 
 def _remembers(rounds: Rounds) -> bool:

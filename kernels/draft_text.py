@@ -51,7 +51,7 @@ if triton is not None:
         text, stride, active_of, base_of, end_of, tree_tokens, tree_parents, tree_depths, tree_paths, tree_count,
         tree_entropies, exits, min_match, per_match, max_nodes,
         N: tl.constexpr, LONGEST: tl.constexpr, MOST_PLACES: tl.constexpr, FROM_TEXT: tl.constexpr,
-        BLOCK: tl.constexpr, PDL: tl.constexpr,
+        OVER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
         pdl_next(PDL)
@@ -81,14 +81,17 @@ if triton is not None:
         room = tl.minimum(tl.minimum(max_nodes, per_match * best), size - place)
         count = tl.where(best > 0, tl.maximum(tl.minimum(room, tl.load(end_of + b) - base - 2), 0), 0)
         node = tl.arange(0, N)
-        held = (node >= 1) & (node <= count)
-        token = tl.load(text + place + node - 1, mask=held, other=0)
         at = b * N + node
+        held = (node >= 1) & (node <= count)
+        tl.store(exits + at, tl.where(held, FROM_TEXT, 0))
+        if OVER:  # noqa: SIM102 (one is known when it is compiled)
+            if count == 0:  # another's tree is there
+                return
+        token = tl.load(text + place + node - 1, mask=held, other=0)
         tl.store(tree_tokens + at, token, mask=node >= 1)
         tl.store(tree_parents + at, tl.where(held, node - 1, tl.where(node == 0, -1, 0)))
         tl.store(tree_depths + at, tl.where(held, node, 0))
         tl.store(tree_entropies + at, (node * 0).to(tl.float32))
-        tl.store(exits + at, tl.where(held, FROM_TEXT, 0))
         path = tl.where(held[:, None] & (node[None, :] <= node[:, None]), node[None, :], 0)
         tl.store(tree_paths + at[:, None] * N + node[None, :], path)
         tl.store(tree_count + b, count + 1)
@@ -117,6 +120,7 @@ def draft_text(
     min_match: int,
     per_match: int,
     max_nodes: int,
+    over: bool = False,
     pdl: bool = False,
 ) -> None:
     """Overwrite every active sequence's tree: its root alone where the text suggests nothing.
@@ -127,6 +131,7 @@ def draft_text(
         trees: roots are left as they are.
         exits: int32 `[B, 16]`, `FROM_TEXT` for each drafted node, 0 elsewhere.
         min_match, per_match, max_nodes: of `engine/gate.py: Lookup`.
+        over: leave the tree that is there where the text suggests nothing.
         pdl: as in `qkv`.
 
     Raises:
@@ -139,7 +144,8 @@ def draft_text(
     _draft_text_kernel[(len(sequences.base),)](
         text, text.stride(0), sequences.active, sequences.base, sequences.end, trees.tokens, trees.parents,
         trees.depths, trees.paths, trees.count, trees.entropies, exits, min_match, per_match, max_nodes,
-        N=PATH, LONGEST=LONGEST, MOST_PLACES=MOST_PLACES, FROM_TEXT=FROM_TEXT, BLOCK=BLOCK, PDL=pdl, num_warps=4,
+        N=PATH, LONGEST=LONGEST, MOST_PLACES=MOST_PLACES, FROM_TEXT=FROM_TEXT, OVER=over, BLOCK=BLOCK,
+        PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

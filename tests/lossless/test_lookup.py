@@ -103,11 +103,12 @@ def test_a_verifier_that_follows_the_text_blindly_is_caught(
 
 @pytest.mark.interpreter
 @pytest.mark.hazard(6, 24)
-@pytest.mark.parametrize("policy", ["chain", "tree", "mixed best first"])
+@pytest.mark.parametrize("policy", ["chain", "tree", "mixed chain", "mixed best first", "mixed trees"])
 def test_rounds_on_the_device(
     policy: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chains from the text alone are drafted there, other drafts with a lookup by the host: the same trees."""
+    """Chains from the text are drafted there, alone and where a recurrent head drafts if there are none, and trees from
+    the text by the host: the same trees."""
     # a short context, so that attention launches few programs that leave at once
     short = functools.partial(engine_of, max_context=200)
     engine = engine_with_heads(short, stateful) if policy.startswith("mixed") else short(num_layers=2)
@@ -128,7 +129,8 @@ def test_rounds_on_the_device(
         assert (out.stats.num_drafted, out.stats.num_accepted) == (own.stats.num_drafted, own.stats.num_accepted)
         assert out.stats.tokens_by_exit == own.stats.tokens_by_exit and out.exit_layers == own.exit_layers
     assert sum(out.stats.num_accepted for out in outs) > 0
-    assert set(kinds) == {"draft"} if policy == "chain" else {"given"} <= set(kinds) <= {"given", "plain"}
+    kind = {"chain": "text", "mixed chain": "both", "mixed best first": "both"}.get(policy, "given")
+    assert kind in kinds and set(kinds) <= {kind, "plain"}
     alone = {"policy": POLICIES[policy], "max_new_tokens": new, "temperature": 0.4}
     events = [[*engine.stream(ids, seed=s, **alone)] for ids, s in zip(prompts, (5, 6), strict=True)]
     for own, expected in zip(events, plain, strict=True):
@@ -140,24 +142,39 @@ def test_rounds_on_the_device(
 
 @pytest.mark.interpreter
 @pytest.mark.hazard(6, 24)
-def test_the_text_by_turns_on_the_device(engine_of: Callable, assert_same_output: Callable) -> None:
-    """Rounds that draft and plain ones, whose tokens the text must hold too; more requests in the same rounds. Planted
-    bug: a text that takes in nothing of plain rounds drafts other trees than the host's."""
-    engine = engine_of(num_layers=2, max_context=200)
+@pytest.mark.parametrize("heads", ["none", "recurrent"])
+def test_sources_by_turns_on_the_device(
+    heads: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of the text, of heads, of both and plain ones, each of which the others must hear of; more requests in the
+    same rounds. Planted bugs: a text that takes in nothing of plain rounds, or a head nothing of the text's, drafts
+    other trees than the host's; heads' nodes that keep the text's mark."""
+    engine = engine_of(num_layers=2 if heads == "none" else 4, max_context=200)
+    if heads == "recurrent":
+        stateful(engine, "recurrent", prompts=PROMPTS)
+        engine.policy = replace(fixed_exit(0, 2), lookup=TEXT)
     options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.4, "seed": 3}
-    paces = {(1, on_device, False): Turns(plain_ms=1e9) for on_device in (False, True)}
-    engine._paces = dict(paces)
-    waiting = [engine.generate(ids, lookup=True, **options) for ids in PROMPTS]
+
+    def by_turns(ids: list[int]) -> Any:
+        engine._paces = {(1, on_device, False): Turns(plain_ms=1e9) for on_device in (False, True)}
+        return engine.generate(ids, lookup=True, **options)
+
+    waiting = [by_turns(ids) for ids in PROMPTS]
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     engine.workspace.cache = None
     plain = [engine.generate(ids, speculation=False, **options) for ids in PROMPTS]
-    outs = [engine.generate(ids, lookup=True, **options) for ids in PROMPTS]
+    kinds = set()
+    launch = Rounds.launch
+    monkeypatch.setattr(Rounds, "launch", lambda own, kind, *rest: (kinds.add(kind), launch(own, kind, *rest))[1])
+    outs = [by_turns(ids) for ids in PROMPTS]
     for out, expected, own in zip(outs, plain, waiting, strict=True):
         assert_same_output(out, expected)
         assert (out.stats.num_drafted, out.stats.num_accepted) == (own.stats.num_drafted, own.stats.num_accepted)
+        assert out.stats.tokens_by_exit == own.stats.tokens_by_exit
     assert sum(out.stats.num_accepted for out in outs) > 0
-    assert len({key for key in engine.workspace.rounds if key[2] is not None}) == 1
+    assert kinds == ({"plain", "text"} if heads == "none" else {"plain", "text", "draft", "both"})
+    assert len({key for key in engine.workspace.rounds if key[3] is not None}) == 1
 
 
 class Turns(Pace):
