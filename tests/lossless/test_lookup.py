@@ -6,6 +6,8 @@ Prompts that repeat give matches, most of them wrong.
 from __future__ import annotations
 
 import functools
+import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from skipstone.engine import loop
+from skipstone.engine.device_draft import RecurrentDraft
+from skipstone.engine.device_loop import _Queue
 from skipstone.engine.engine import _default_policy
 from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
-from skipstone.engine.graphs import Rounds
+from skipstone.engine.graphs import BY_HEADS, Rounds
 from skipstone.engine.ladder import Ladder
 from skipstone.engine.load import load
 from skipstone.engine.pacing import Pace
 from skipstone.engine.tree import FROM_TEXT, Acceptance
+from skipstone.kernels.head_rows import RING
 
 PROMPTS = [[4, 9, 2, 7, 4, 9, 2], [*range(5, 20), *range(5, 20)], [3, 3, 3, 3]]
 NEW = 16
@@ -166,7 +171,14 @@ def test_sources_by_turns_on_the_device(
     plain = [engine.generate(ids, speculation=False, **options) for ids in PROMPTS]
     kinds = set()
     launch = Rounds.launch
-    monkeypatch.setattr(Rounds, "launch", lambda own, kind, *rest: (kinds.add(kind), launch(own, kind, *rest))[1])
+
+    def launched(own: Rounds, kind: Any, *rest: Any) -> Any:
+        kinds.add(kind)
+        if kind == "draft":  # any round of the text may have left its mark
+            own.exits.fill_(FROM_TEXT)
+        return launch(own, kind, *rest)
+
+    monkeypatch.setattr(Rounds, "launch", launched)
     outs = [by_turns(ids) for ids in PROMPTS]
     for out, expected, own in zip(outs, plain, waiting, strict=True):
         assert_same_output(out, expected)
@@ -175,6 +187,29 @@ def test_sources_by_turns_on_the_device(
     assert sum(out.stats.num_accepted for out in outs) > 0
     assert kinds == ({"plain", "text"} if heads == "none" else {"plain", "text", "draft", "both"})
     assert len({key for key in engine.workspace.rounds if key[3] is not None}) == 1
+
+
+def test_pairs_that_wait_are_taken_in_before_a_head_drafts() -> None:
+    """A round of the text may commit 16 tokens; a drafting round finds 16 pairs at most, and the ring holds all."""
+
+    class Waiting:
+        draft = RecurrentDraft.__new__(RecurrentDraft)
+        pairs, most = 0, 0
+
+        def replay(self, kind: str) -> None:
+            assert kind == "absorb"
+            self.pairs = max(0, self.pairs - 16)
+
+        def launch(self, kind: str, depth: int | None = None) -> None:
+            assert kind not in BY_HEADS or self.pairs <= 16
+            self.pairs = 16 if kind in BY_HEADS else self.pairs + (1 if kind == "plain" else 16)
+            self.most = max(self.most, self.pairs)
+
+    rounds = Waiting()
+    queue, rng = _Queue(rounds, deque(), 0), random.Random(1)  # type: ignore[arg-type]
+    for _ in range(3000):
+        queue.launch(rng.choice(["plain", "plain", "text", "draft", "both"]))
+    assert 32 < rounds.most <= RING
 
 
 class Turns(Pace):
