@@ -159,17 +159,18 @@ def test_sources_by_turns_on_the_device(
     if heads == "recurrent":
         stateful(engine, "recurrent", prompts=PROMPTS)
         engine.policy = replace(fixed_exit(0, 2), lookup=TEXT)
-    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.4, "seed": 3}
+    prompts = PROMPTS if heads == "none" else PROMPTS[:2]
+    options: dict[str, Any] = {"max_new_tokens": 16 if heads == "none" else 12, "temperature": 0.4, "seed": 3}
 
     def by_turns(ids: list[int]) -> Any:
         engine._paces = {(1, on_device, False): Turns(plain_ms=1e9) for on_device in (False, True)}
         return engine.generate(ids, lookup=True, **options)
 
-    waiting = [by_turns(ids) for ids in PROMPTS[:2]]
+    waiting = [by_turns(ids) for ids in prompts]
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     engine.workspace.cache = None
-    plain = [engine.generate(ids, speculation=False, **options) for ids in PROMPTS[:2]]
+    plain = [engine.generate(ids, speculation=False, **options) for ids in prompts]
     kinds = set()
     launch = Rounds.launch
 
@@ -180,7 +181,7 @@ def test_sources_by_turns_on_the_device(
         return launch(own, kind, *rest)
 
     monkeypatch.setattr(Rounds, "launch", launched)
-    outs = [by_turns(ids) for ids in PROMPTS[:2]]
+    outs = [by_turns(ids) for ids in prompts]
     for out, expected, own in zip(outs, plain, waiting, strict=True):
         assert_same_output(out, expected)
         assert (out.stats.num_drafted, out.stats.num_accepted) == (own.stats.num_drafted, own.stats.num_accepted)
