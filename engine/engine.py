@@ -691,7 +691,7 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> Draft
     what one does (fused kernels, few sequences), else chains; others are asked as their calibration says, or not at
     all.
 
-    Rounds on a GPU are launched before the host has read the tokens of the last ones, so the text is left out there.
+    On a GPU the text is left out: what it is worth there in front of a head has not been measured.
     """
     policy = PLAIN
     if heads is not None and 0 in heads.exits:

@@ -138,7 +138,7 @@ def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[in
 
 
 def lookups_of(engine: Engine) -> Sequence[Lookup]:
-    """Drafts from the text that are considered: none where rounds run on the device, before the host reads tokens."""
+    """Drafts from the text that are considered: none where rounds run on the device, for which they have no costs."""
     return LOOKUPS if engine.fused is None else ()
 
 

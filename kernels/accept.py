@@ -41,6 +41,7 @@ except ImportError:
     triton = None
 
 RECORD = 96
+RECORD_BASE, RECORD_TOKENS = 3, 4  # where it has the committed length before the round, and the tokens
 RUNNING, STOP, END, FAILED = 0, 1, 2, 3
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .accept import RECORD_BASE
 from .rows import PATH
 
 try:
@@ -18,8 +19,6 @@ try:
     from .tile import pdl_next, pdl_wait
 except ImportError:
     triton = None
-
-RECORD_BASE = 3  # where a record of `accept.py` has the committed length before the round
 
 
 def commit_reference(cache: Tensor, sequence: int, base: int, path: list[int]) -> None:

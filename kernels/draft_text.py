@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .accept import RECORD_BASE, RECORD_TOKENS
 from .grow_tree import Sequences, Trees
 from .rows import PATH
 
@@ -24,7 +25,7 @@ except ImportError:
 
 MOST_PLACES = 64  # of one match, the newest; a text of one repeated token would otherwise have thousands
 LONGEST = 32  # matched tokens that are told apart
-FROM_TEXT = -1  # a node's exit layer
+FROM_TEXT = -1  # a node's exit layer, `engine/tree.py: FROM_TEXT`
 BLOCK = 512  # places compared at once
 
 
@@ -98,15 +99,16 @@ if triton is not None:
 
     @triton.jit
     def _keep_text_kernel(  # type: ignore[no-untyped-def]
-        record, text, stride, capacity, RECORD: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr
-    ):
+        record, text, stride, capacity,
+        RECORD: tl.constexpr, BASE: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
         pdl_wait(PDL)
         pdl_next(PDL)
         b = tl.program_id(0)
         record += b * RECORD
         place = tl.arange(0, N)
-        accepted, base = tl.load(record), tl.load(record + 3)
-        token = tl.load(record + 4 + place, mask=place <= accepted, other=-1)
+        accepted, base = tl.load(record), tl.load(record + BASE)
+        token = tl.load(record + TOKENS + place, mask=place <= accepted, other=-1)
         at = base + 1 + place
         tl.store(text + b.to(tl.int64) * stride + at, token, mask=(token >= 0) & (at < capacity))
 
@@ -162,8 +164,8 @@ def keep_text(record: Tensor, text: Tensor, *, pdl: bool = False) -> None:
     if len(text) != batch:
         raise ValueError(f"a record of {batch} sequences does not fit a text of {len(text)}")
     _keep_text_kernel[(batch,)](
-        record, text, text.stride(0), text.shape[1], RECORD=size, N=PATH, PDL=pdl, num_warps=1,
-        **({"launch_pdl": True} if pdl else {}),
+        record, text, text.stride(0), text.shape[1], RECORD=size, BASE=RECORD_BASE, TOKENS=RECORD_TOKENS, N=PATH,
+        PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

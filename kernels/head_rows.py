@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .accept import RECORD_BASE, RECORD_TOKENS
 from .rows import PATH, Rows
 from .tile import x_scale
 
@@ -33,7 +34,6 @@ except ImportError:
     triton = None
 
 RING = 64  # pairs that wait at most
-RECORD_BASE, RECORD_TOKENS = 3, 4  # of `accept`'s record
 TAPS_A_LAUNCH = 4
 EPS = 1e-5
 
