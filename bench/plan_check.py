@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..engine.engine import Engine
-from ..engine.planner import Choice, Plan, lookups_of, rank
+from ..engine.planner import Choice, Plan, rank
 from ..engine.workspace import MOST_ROUNDS
 from .arms import Arm, EngineArm
 from .intervals import interval, rate_ratio
@@ -56,7 +56,7 @@ def check(
     if tokenizer is None:
         raise ValueError("this engine has no tokenizer, so it cannot read questions")
     everything = engine.heads.calibration if engine.heads is not None and arms is None else None
-    others = made.choices[:arms] if everything is None else rank(everything, made.costs, lookups_of(engine))
+    others = made.choices[:arms] if everything is None else rank(everything, made.costs)
     start, compared = time.monotonic(), 0
     answered: list[int] = []
     different: list[str] = []

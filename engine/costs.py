@@ -235,7 +235,7 @@ def _rank(guesses: Guesses, at: int, path: tuple[int, ...], count: int) -> list[
 
 def _fused_costs(engine: Engine, seconds: float) -> Costs:
     """The same where rounds are CUDA graphs: whole rounds of a few shapes are timed, and their differences are the
-    parts. NOT yet run on a GPU; tested on made-up clocks."""
+    parts."""
     assert engine.heads is not None
     prompt = [
         (7 * i + 3) % engine.decoder.config.vocab_size

@@ -691,11 +691,11 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> Draft
     what one does (fused kernels, few sequences), else chains; others are asked as their calibration says, or not at
     all.
 
-    On a GPU the text is left out: what it is worth there in front of a head has not been measured.
+    With fused kernels the text drafts alone or not at all: in front of a head's trees it gains nothing (docs/log.md).
     """
     policy = PLAIN
     if heads is not None and 0 in heads.exits:
         policy = best_first(*TREE) if fused and batch < CHAINS_FROM else fixed_exit(0, CHAIN_LENGTH)
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
-    return policy if fused else dataclasses.replace(policy, lookup=Lookup())
+    return policy if fused and policy.drafts else dataclasses.replace(policy, lookup=Lookup())

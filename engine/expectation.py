@@ -42,7 +42,8 @@ class Costs:
         open_ms: a head at exit 0 that takes in what was verified, and its first answer.
         grow_ms: rows -> one more answer of that head.
         prefill_ms: one prompt token.
-        reuse: verification goes on from the layers that drafting has run.
+        reuse: verification goes on from the layers that drafting has run; not so in captured rounds, whose heads draft
+            and whose rows are laid before it is known whether the text suggests anything.
     """
 
     num_layers: int
@@ -147,17 +148,24 @@ def _plain(rehearsal: Rehearsal, costs: Costs) -> Rounds:
 
 
 def _from_text(policy: DraftPolicy, lookup: Lookup, rehearsal: Rehearsal, costs: Costs, others: Rounds) -> Rounds:
-    """Rounds that the text drafts where it has a match, and the others."""
+    """Rounds that the text drafts where it has a match, and the others. Captured ones take as long in either case."""
     if rehearsal.text is None or lookup.branch > 1:
         raise ValueError("lookups of one branch are played, and only where the text was rehearsed")
     matched, length, right = rehearsal.text
     drafted = np.where(matched >= lookup.min_match, lookup.per_match * matched, 0)
     for most in (lookup.max_nodes, policy.max_nodes, length, rehearsal.left - 1):
         drafted = np.minimum(drafted, most)
-    ms = costs.num_layers * costs.layer[drafted + 1] + costs.output[drafted + 1] + costs.step_ms
-    own = np.minimum(right, drafted), drafted, ms
-    accepted, drafted, ms = (np.where(drafted > 0, x, y) for x, y in zip(own, others, strict=True))
-    return accepted, drafted, ms
+    rows = drafted + 1 if costs.reuse else np.maximum(drafted + 1, 2)
+    ms = costs.num_layers * costs.layer[rows] + costs.output[rows] + costs.step_ms
+    found = drafted > 0
+    if not costs.reuse:
+        ms = np.maximum(ms, others[2])
+    accepted, nodes, took = others
+    return (
+        np.where(found, np.minimum(right, drafted), accepted),
+        np.where(found, drafted, nodes),
+        np.where(found | (not costs.reuse), ms, took),
+    )
 
 
 def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:

@@ -33,7 +33,7 @@ from .pretrained import cache_dir
 if TYPE_CHECKING:
     from .engine import Engine
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 # Of the tokens that heads had right in the rehearsal, how many they have right on harder text. Users' text is rarely as
 # easy as a head's own held-out prompts, and then long drafts lose most and drafts from the text nothing (docs/log.md).
 KEPT = 0.75
@@ -116,7 +116,7 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
             "these heads were not rehearsed, so nothing is known of their drafts: run `skipstone calibrate`"
         )
     costs = measure_costs(engine, seconds) if costs is None else costs
-    choices = rank(engine.heads.calibration, costs, lookups_of(engine))
+    choices = rank(engine.heads.calibration, costs)
     chosen = choose(choices)
     moves = engine.fused is None or chosen.policy.exits == (0,)
     rungs = rungs_of(chosen.policy, engine.heads.calibration.rehearsal, costs) if moves else {}
@@ -137,13 +137,10 @@ def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[in
     return {length: expect(replace(heads, max_depth=length), rehearsal, costs) for length in lengths}
 
 
-def lookups_of(engine: Engine) -> Sequence[Lookup]:
-    """Drafts from the text that are considered: none where rounds run on the device, for which they have no costs."""
-    return LOOKUPS if engine.fused is None else ()
-
-
-def rank(calibration: Calibration, costs: Costs, lookups: Sequence[Lookup] = LOOKUPS) -> list[Choice]:
-    """Every policy considered, the fastest over both texts first: of heads, of the text, and both."""
+def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
+    """Every policy considered, the fastest over both texts first: of heads, of the text, and both. The text is set in
+    front of heads that draft chains; in captured rounds (not `Costs.reuse`) of those at exit 0 alone, for the host
+    grows the rest."""
     rehearsal = calibration.rehearsal
     if rehearsal is None:
         raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
@@ -159,11 +156,12 @@ def rank(calibration: Calibration, costs: Costs, lookups: Sequence[Lookup] = LOO
     found = ranked(candidates(calibration))
     if rehearsal.text is None:
         return found
-    beside = [choice for choice in found if choice.policy.exits and not choice.policy.beam][:MOST_MIXED]
+    chains = [choice for choice in found if choice.policy.exits and not choice.policy.beam]
+    beside = [choice for choice in chains if costs.reuse or choice.policy.exits == (0,)][:MOST_MIXED]
     mixed = [
         ((f"{choice.name}+" if choice.policy.exits else "") + f"lookup:{own.max_nodes}:{own.min_match}",
          replace(choice.policy, lookup=own))
-        for choice, own in itertools.product([_plain(found), *beside], lookups)
+        for choice, own in itertools.product([_plain(found), *beside], LOOKUPS)
     ]  # fmt: skip
     return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.over_both)
 

@@ -103,6 +103,23 @@ def test_time_of_drafts_from_the_text():
     assert (found.tokens, found.drafted) == (6 / 3, (4 + 0 + 2) / 3)
 
 
+def test_time_of_captured_drafts_from_the_text():
+    """The same text where rounds are captured: one that suggests nothing lays its rows as well, and heads have drafted
+    before it is known whether the text does."""
+    text = np.array([[2, 9, 0, 3, 9, 9], [9, 9, 0, 9, 9, 9], [1, 9, 0, 9, 9, 9]])
+    rehearsal = Rehearsal(
+        (6,), text=text, chain_entropy=np.ones((2, 6), np.float32), chain_right=np.array([0, 0, 1, 0, 0, 0])
+    )
+    costs = Costs(4, {1: 1.0, 2: 2.0}, {1: 10.0}, open_ms=3.0, grow_ms={1: 1.0}, reuse=False)
+    alone = expect(DraftPolicy(lookup=Lookup()), rehearsal, costs)
+    assert (alone.tokens, alone.ms) == (6 / 3, 4 * 2.0 + 10.0)
+    both = expect(replace(fixed_exit(0, 2), lookup=Lookup()), rehearsal, costs)
+    assert (both.tokens, both.ms) == (
+        6 / 3,
+        pytest.approx(4 * 2.0 + 10.0 + (4 + 4 + 3) / 3),
+    )  # the last has room for one
+
+
 @pytest.mark.parametrize(("depth", "nodes"), [(2, 3), (3, 7), (5, 15)])
 def test_best_first_trees(recurrent, depth, nodes):
     """Pools are a little narrower than all trees: a hundredth is allowed."""

@@ -150,7 +150,8 @@ def test_the_text_is_planned_where_it_is_right_and_left_out_where_it_is_not():
     mixed = rank(calibration(0.95, 0.1, text=5), rows)
     assert {choice.policy.sources for choice in mixed} == {(), ("text",), ("heads",), ("text", "heads")}
     assert len({choice.name for choice in mixed}) == len(mixed)
-    assert all(choice.policy.lookup is None for choice in rank(calibration(0.95, 0.1, text=5), rows, ()))
+    captured = rank(calibration(0.95, 0.1, text=5), replace(rows, reuse=False))
+    assert {choice.policy.sources for choice in captured} == {(), ("text",), ("heads",)}  # of trunk exits: by the host
 
 
 def test_parts_from_probes():
