@@ -87,10 +87,10 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
 
 def text_of(policy: DraftPolicy) -> Lookup | None:
     """The chains from the text that can be drafted on the device; None: none, or the host drafts."""
-    text, most = policy.lookup, min(policy.max_nodes, policy.max_depth)
-    if text is None or text.branch > 1 or text.min_match > LONGEST or not most:
+    text = policy.lookup
+    if text is None or text.branch > 1 or text.min_match > LONGEST or not policy.max_nodes:
         return None
-    return replace(text, max_nodes=min(text.max_nodes, most))
+    return replace(text, max_nodes=min(text.max_nodes, policy.max_nodes))
 
 
 KIND_OF: dict[tuple[Source, ...], Kind] = {("heads",): "draft", ("text",): "text", ("text", "heads"): "both"}
