@@ -23,8 +23,9 @@ from .energy import meter_of
 from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
 
 ARM_FORMS = (
-    "plain, default, always, lookup[:NODES[:MATCH]], suffix[:NODES[:MATCH]] (drafts from the text; behind another form "
-    "with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best first, from a head at exit 0), "
+    "plain, default, always, lookup[:NODES[:MATCH[:EACH]]], suffix likewise (drafts from the text, EACH for each token "
+    "of a match; behind another form with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best "
+    "first, from a head at exit 0), "
     "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
     "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
     "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set, FORM%TARGET skips weights, "
@@ -291,10 +292,10 @@ _LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix)((?::[^:+@]*)*)$")
 def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
     try:
         sizes = [int(part) for part in found[2].split(":")[1:]]
-        nodes, match = [*sizes, *(Lookup.max_nodes, Lookup.min_match)[len(sizes) :]]
+        nodes, match, each = [*sizes, *(Lookup.max_nodes, Lookup.min_match, Lookup.per_match)[len(sizes) :]]
     except ValueError:
-        raise ValueError(f"arm {name!r}: expected {found[1]}[:NODES[:MATCH]], e.g. {found[1]}:8:2") from None
-    return from_text(match, max_nodes=nodes, branch=BRANCHES[found[1]])
+        raise ValueError(f"arm {name!r}: expected {found[1]}[:NODES[:MATCH[:EACH]]], e.g. {found[1]}:8:2") from None
+    return from_text(match, each, nodes, BRANCHES[found[1]])
 
 
 def _with_text(arm: Arm, name: str, found: re.Match[str]) -> Arm:

@@ -21,7 +21,7 @@ from .device_loop import decode_on_device
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
+from .gate import PLAIN, WHOLE, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -698,4 +698,6 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> Draft
         policy = best_first(*TREE) if fused and batch < CHAINS_FROM else fixed_exit(0, CHAIN_LENGTH)
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
-    return policy if fused and policy.drafts else dataclasses.replace(policy, lookup=Lookup())
+    if fused and policy.drafts:
+        return policy
+    return dataclasses.replace(policy, lookup=WHOLE if fused else Lookup())

@@ -63,6 +63,7 @@ class Lookup:
             raise ValueError(f"sizes of a lookup are at least 1 and its nodes at most {MAX_NODES - 1}, got {self}")
 
 
+WHOLE = Lookup(per_match=MAX_NODES - 1, max_nodes=MAX_NODES - 1)  # where the rows of a tile cost what one does
 ALWAYS = Gate(math.inf, math.inf)
 NEVER = Gate(-math.inf, -math.inf)
 

@@ -27,7 +27,7 @@ from ..heads.head_set import HeadSet
 from ..heads.rehearsal import Rehearsal
 from .costs import SECONDS, measure_costs
 from .expectation import Costs, Expected, expect
-from .gate import PLAIN, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
+from .gate import PLAIN, WHOLE, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
 from .pretrained import cache_dir
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ KEPT = 0.75
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
-LOOKUPS = tuple(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3))
+LOOKUPS = (
+    *(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3)),
+    *(replace(WHOLE, min_match=match) for match in (1, 2, 3)),
+)
 LONGEST = 6  # chain that the plan may go on to while running
 MOST_MIXED = 12  # policies of heads that lookups are set beside: the best without them
 NUM_ALTERNATIVES = 20
@@ -159,11 +162,15 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     chains = [choice for choice in found if choice.policy.exits and not choice.policy.beam]
     beside = [choice for choice in chains if costs.reuse or choice.policy.exits == (0,)][:MOST_MIXED]
     mixed = [
-        ((f"{choice.name}+" if choice.policy.exits else "") + f"lookup:{own.max_nodes}:{own.min_match}",
-         replace(choice.policy, lookup=own))
+        ((f"{choice.name}+" if choice.policy.exits else "") + _name_of(own), replace(choice.policy, lookup=own))
         for choice, own in itertools.product([_plain(found), *beside], LOOKUPS)
     ]  # fmt: skip
     return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.over_both)
+
+
+def _name_of(lookup: Lookup) -> str:
+    each = "" if lookup.per_match == Lookup.per_match else f":{lookup.per_match}"
+    return f"lookup:{lookup.max_nodes}:{lookup.min_match}{each}"
 
 
 def choose(choices: Sequence[Choice]) -> Choice:

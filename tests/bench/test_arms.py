@@ -10,8 +10,9 @@ import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
 from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
-from skipstone.engine.gate import PLAIN
+from skipstone.engine.gate import PLAIN, Lookup
 from skipstone.engine.load import load
+from skipstone.engine.planner import LOOKUPS, _name_of
 from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.weights import save_converted
 
@@ -58,6 +59,12 @@ def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None
         parse_arms("tree:3:2", own)
     with pytest.raises(ValueError, match="needs a head at exit 0"):
         parse_arms("tree:3:2:5", engine)
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_names_of_planned_lookups_are_arms(engine: Engine, lookup: Lookup) -> None:
+    _, arm = parse_arms(_name_of(lookup), engine)
+    assert arm.policy.lookup == lookup
 
 
 def test_the_text_drafts_alone_and_beside_heads_of_another_set(engine: Engine, stateful: Any) -> None:
