@@ -40,10 +40,8 @@ KEPT = 0.75
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
-LOOKUPS = (
-    *(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3)),
-    *(replace(WHOLE, min_match=match) for match in (1, 2, 3)),
-)
+LOOKUPS = tuple(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3))
+WHOLE_LOOKUPS = tuple(replace(WHOLE, min_match=match) for match in (1, 2, 3))  # of captured rounds
 LONGEST = 6  # chain that the plan may go on to while running
 MOST_MIXED = 12  # policies of heads that lookups are set beside: the best without them
 NUM_ALTERNATIVES = 20
@@ -142,8 +140,8 @@ def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[in
 
 def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     """Every policy considered, the fastest over both texts first: of heads, of the text, and both. The text is set in
-    front of heads that draft chains; in captured rounds (not `Costs.reuse`) of those at exit 0 alone, for the host
-    grows the rest."""
+    front of heads that draft chains. In captured rounds (not `Costs.reuse`) those are of exit 0 alone, for the host
+    grows the rest, and the text drafts as much as a tile holds."""
     rehearsal = calibration.rehearsal
     if rehearsal is None:
         raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
@@ -163,7 +161,7 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     beside = [choice for choice in chains if costs.reuse or choice.policy.exits == (0,)][:MOST_MIXED]
     mixed = [
         ((f"{choice.name}+" if choice.policy.exits else "") + _name_of(own), replace(choice.policy, lookup=own))
-        for choice, own in itertools.product([_plain(found), *beside], LOOKUPS)
+        for choice, own in itertools.product([_plain(found), *beside], LOOKUPS if costs.reuse else WHOLE_LOOKUPS)
     ]  # fmt: skip
     return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.over_both)
 

@@ -12,7 +12,7 @@ from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_referenc
 from skipstone.engine.engine import Engine
 from skipstone.engine.gate import PLAIN, Lookup
 from skipstone.engine.load import load
-from skipstone.engine.planner import LOOKUPS, _name_of
+from skipstone.engine.planner import LOOKUPS, WHOLE_LOOKUPS, _name_of
 from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.weights import save_converted
 
@@ -61,7 +61,7 @@ def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None
         parse_arms("tree:3:2:5", engine)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("lookup", [*LOOKUPS, *WHOLE_LOOKUPS])
 def test_names_of_planned_lookups_are_arms(engine: Engine, lookup: Lookup) -> None:
     _, arm = parse_arms(_name_of(lookup), engine)
     assert arm.policy.lookup == lookup
