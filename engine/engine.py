@@ -691,13 +691,17 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> Draft
     what one does (fused kernels, few sequences), else chains; others are asked as their calibration says, or not at
     all.
 
-    With fused kernels the text drafts alone or not at all: in front of a head's trees it gains nothing (docs/log.md).
+    There the text drafts as much as a tile holds: behind matches of three tokens in front of trees, which are better
+    than shorter ones (docs/log.md), else behind any; not in front of trunk exits, for the host would have to draft.
+    Of many sequences the text drafts nothing with fused kernels, for it would widen every round.
     """
     policy = PLAIN
     if heads is not None and 0 in heads.exits:
         policy = best_first(*TREE) if fused and batch < CHAINS_FROM else fixed_exit(0, CHAIN_LENGTH)
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
-    if fused and policy.drafts:
+    if not fused:
+        return dataclasses.replace(policy, lookup=Lookup())
+    if batch >= CHAINS_FROM or policy.exits not in ((), (0,)):
         return policy
-    return dataclasses.replace(policy, lookup=WHOLE if fused else Lookup())
+    return dataclasses.replace(policy, lookup=dataclasses.replace(WHOLE, min_match=3) if policy.drafts else WHOLE)

@@ -37,6 +37,9 @@ PLAN_VERSION = 6
 # Of the tokens that heads had right in the rehearsal, how many they have right on harder text. Users' text is rarely as
 # easy as a head's own held-out prompts, and then long drafts lose most and drafts from the text nothing (docs/log.md).
 KEPT = 0.75
+# Of the speed on rehearsed text, what drafts from the text in front of heads may cost in captured rounds: held-out
+# prompts hold little to copy, users' often do, and there such drafts bring up to a third (docs/log.md).
+TEXT_MAY_COST = 0.05
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
@@ -118,7 +121,7 @@ def plan(engine: Engine, seconds: float = SECONDS, costs: Costs | None = None) -
         )
     costs = measure_costs(engine, seconds) if costs is None else costs
     choices = rank(engine.heads.calibration, costs)
-    chosen = choose(choices)
+    chosen = choose(choices, captured=not costs.reuse)
     moves = engine.fused is None or chosen.policy.exits == (0,)
     rungs = rungs_of(chosen.policy, engine.heads.calibration.rehearsal, costs) if moves else {}
     seconds = time.perf_counter() - start
@@ -140,8 +143,8 @@ def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[in
 
 def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     """Every policy considered, the fastest over both texts first: of heads, of the text, and both. The text is set in
-    front of heads that draft chains. In captured rounds (not `Costs.reuse`) those are of exit 0 alone, for the host
-    grows the rest, and the text drafts as much as a tile holds."""
+    front of heads' chains; in captured rounds (not `Costs.reuse`) of chains and trees from exit 0, for the host grows
+    the rest, and drafts as much as a tile holds."""
     rehearsal = calibration.rehearsal
     if rehearsal is None:
         raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
@@ -157,8 +160,11 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     found = ranked(candidates(calibration))
     if rehearsal.text is None:
         return found
-    chains = [choice for choice in found if choice.policy.exits and not choice.policy.beam]
-    beside = [choice for choice in chains if costs.reuse or choice.policy.exits == (0,)][:MOST_MIXED]
+    beside = [
+        choice
+        for choice in found
+        if (choice.policy.exits and not choice.policy.beam if costs.reuse else choice.policy.exits == (0,))
+    ][:MOST_MIXED]
     mixed = [
         ((f"{choice.name}+" if choice.policy.exits else "") + _name_of(own), replace(choice.policy, lookup=own))
         for choice, own in itertools.product([_plain(found), *beside], LOOKUPS if costs.reuse else WHOLE_LOOKUPS)
@@ -171,9 +177,15 @@ def _name_of(lookup: Lookup) -> str:
     return f"lookup:{lookup.max_nodes}:{lookup.min_match}{each}"
 
 
-def choose(choices: Sequence[Choice]) -> Choice:
-    """The fastest over both texts; plain decoding is one of them."""
-    return max(choices, key=lambda choice: choice.over_both)
+def choose(choices: Sequence[Choice], captured: bool = False) -> Choice:
+    """The fastest over both texts; plain decoding is one of them. `captured`: in captured rounds the text drafts in
+    front of its heads, unless that costs more than `TEXT_MAY_COST`."""
+    best = max(choices, key=lambda choice: choice.over_both)
+    same = [own for own in choices if own.policy.lookup and replace(own.policy, lookup=None) == best.policy]
+    if not (captured and same and best.policy.drafts):
+        return best
+    mixed = max(same, key=lambda choice: choice.over_both)
+    return mixed if mixed.over_both >= (1.0 - TEXT_MAY_COST) * best.over_both else best
 
 
 def _shown(choices: Sequence[Choice], chosen: Choice) -> tuple[Choice, ...]:

@@ -154,6 +154,23 @@ def test_the_text_is_planned_where_it_is_right_and_left_out_where_it_is_not():
     assert {choice.policy.sources for choice in captured} == {(), ("text",), ("heads",)}  # of trunk exits: by the host
 
 
+def test_captured_rounds_put_the_text_in_front_unless_it_costs_much():
+    """Trees and a text that is seldom right: in front of them where that costs little, not where it costs a tenth."""
+    rows = replace(COSTS, layer_ms={1: 1.0, 16: 1.01}, reuse=False)
+    trees = {(3, 15): TreeCounts(4.0, 15.0, 3.0)}
+    fitted = calibration(0.0, 0.0, text=0)
+    for share, expected in ((0.02, ("text", "heads")), (0.3, ("heads",))):
+        wrong = np.random.default_rng(1).random(400) < share  # of matches, none is right
+        own = replace(
+            fitted.rehearsal, text=np.stack([np.where(wrong, 3, 0), fitted.rehearsal.left, np.zeros(400, int)])
+        )
+        own = replace(own, chain_entropy=np.ones((8, 400), np.float32), chain_right=np.zeros(400, int))
+        own = replace(own, beam=4, branch=4, trees=trees)
+        choices = rank(replace(fitted, rehearsal=own), rows)
+        assert choose(choices).policy.sources == ("heads",)
+        assert choose(choices, captured=True).policy.sources == expected
+
+
 def test_parts_from_probes():
     times = {
         "rows:1": 40.0, "rows:4": 44.0, "output:1": 4.0, "output:4": 5.0, "tree:4": 47.0, "ask:5": 23.0, "chain:1": 6.0,
