@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from .cache import KVCache, plan_cache
 from .draft import DraftRow, Guesses, draft
 from .expectation import Costs
 from .forward import Working, advance, node_logits
-from .gate import DraftPolicy, best_first, fixed_exit
+from .gate import PLAIN, WHOLE, DraftPolicy, best_first, fixed_exit
 from .head_memory import HeadMemory, plan_memory
 from .tree import MAX_NODES, DraftTree
 
@@ -250,7 +251,7 @@ def _fused_costs(engine: Engine, seconds: float) -> Costs:
         prefill.append(out.stats.prefill_ms)
         return float(out.stats.decode_ms / out.stats.num_verifications)
 
-    shapes: dict[str, DraftPolicy | None] = {"plain": None}
+    shapes: dict[str, DraftPolicy | None] = {"plain": None, "text": replace(PLAIN, lookup=WHOLE)}
     for exit_layer in engine.heads.exits:
         shapes |= {f"exit:{exit_layer}:{n}": fixed_exit(exit_layer, n) for n in (1, STEPS)}
     if 0 in engine.heads.exits:
@@ -262,21 +263,24 @@ def _fused_costs(engine: Engine, seconds: float) -> Costs:
 
 
 def fused_costs_of(times: dict[str, float], num_layers: int, prefill_ms: float) -> Costs:
-    """From whole rounds: plain, exit:E:N (chains of N from exit E) and best:N (trees of N steps), in ms."""
-    plain, verify, ask = times["plain"], {1: times["plain"]}, {}
+    """From whole rounds, in ms: plain, text (a tile is verified, whatever the text suggests, and nothing else is done),
+    exit:E:N (chains of N from exit E) and best:N (trees of N steps)."""
+    plain, ask = times["plain"], dict[int, float]()
     grow: dict[int, float] = {}
+    verify = {1: plain, 2: max(plain, times["text"])}
     for exit_layer in sorted({int(n.split(":")[1]) for n in times if n.startswith("exit:")}):
         one, many = times[f"exit:{exit_layer}:1"], times[f"exit:{exit_layer}:{STEPS}"]
         each = max(0.0, (many - one) / (STEPS - 1))  # rows of one tile: wider verifications cost nearly nothing
-        verify[2] = max(plain, min(verify.get(2, one), one - each))
         if exit_layer:
             ask[exit_layer] = each
+            verify[2] = max(plain, min(verify[2], one - each))  # it goes on from the layers that drafting ran
         else:
             grow[1] = each
+    opening = max(0.0, times["exit:0:1"] - verify[2]) if grow else 0.0
     if grow:
         few, many = times["best:2"], times[f"best:{STEPS}"]
         grow[BEAM] = max(grow[1], (many - few) / (STEPS - 2))
-        verify[MAX_NODES] = max(verify[2], few - grow[1] - grow[BEAM])
+        verify[MAX_NODES] = max(verify[2], few - opening - grow[BEAM])
     layer_ms = 0.0
     if len(ask) > 1:  # a draft token runs its layers and asks once
         layer_ms = float(max(0.0, np.polyfit(list(ask), list(ask.values()), 1)[0]))
@@ -286,7 +290,7 @@ def fused_costs_of(times: dict[str, float], num_layers: int, prefill_ms: float) 
         {1: 0.0},
         draft_layer_ms=layer_ms,
         ask_ms={e: max(0.0, ms - e * layer_ms) for e, ms in ask.items()},
-        open_ms=grow.get(1, 0.0),
+        open_ms=opening,
         grow_ms=grow,
         prefill_ms=prefill_ms,
         reuse=False,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine import planner
-from skipstone.engine.costs import STEPS, costs_of, fused_costs_of, measure_costs, take_turns
+from skipstone.engine.costs import STEPS, _fused_costs, costs_of, fused_costs_of, measure_costs, take_turns
 from skipstone.engine.expectation import Costs, Expected
 from skipstone.engine.gate import PLAIN, Gate, Lookup, best_first, every, fixed_exit, from_text
 from skipstone.engine.load import load
@@ -185,14 +185,17 @@ def test_parts_from_probes():
 
 
 def test_parts_from_whole_rounds():
-    """Of a GPU: a made-up one where verifying takes 100, 104 for 16 rows, a step of the head 10, with a beam 12."""
-    times = {"plain": 100.0, "exit:0:1": 110.0, f"exit:0:{STEPS}": 100.0 + 10 * STEPS}
-    times |= {"best:2": 104.0 + 10 + 12, f"best:{STEPS}": 104.0 + 10 + 12 * (STEPS - 1)}
+    """Of a GPU: a made-up one where verifying takes 100, 102 for more rows, 104 for a tree of 16, a head's first step
+    15, another 10, with a beam 12."""
+    times = {"plain": 100.0, "text": 102.0, "exit:0:1": 117.0, f"exit:0:{STEPS}": 107.0 + 10 * STEPS}
+    times |= {"best:2": 104.0 + 15 + 12, f"best:{STEPS}": 104.0 + 15 + 12 * (STEPS - 1)}
     costs = fused_costs_of(times, 10, 0.1)
     assert costs.plain_ms == pytest.approx(100.0) and not costs.reuse
-    assert costs.tree_verification(16) == pytest.approx(104.0)
-    assert (costs.open_ms, costs.grow_ms) == (10.0, {1: 10.0, 4: 12.0})
-    trunk = {"plain": 100.0} | {f"exit:{e}:{n}": 100.0 + n * (5 + 2 * e) for e in (4, 8) for n in (1, STEPS)}
+    assert costs.tree_verification(2) == pytest.approx(102.0) and costs.tree_verification(16) == pytest.approx(104.0)
+    assert (costs.open_ms, costs.grow_ms) == (15.0, {1: 10.0, 4: 12.0})
+    trunk = {"plain": 100.0, "text": 103.0} | {
+        f"exit:{e}:{n}": 100.0 + n * (5 + 2 * e) for e in (4, 8) for n in (1, STEPS)
+    }
     costs = fused_costs_of(trunk, 10, 0.1)
     assert costs.draft_layer_ms == pytest.approx(2.0) and costs.ask_ms == pytest.approx({4: 5.0, 8: 5.0})
 
@@ -214,6 +217,8 @@ def test_a_machine_is_measured(engine, engine_of, stateful):
     stateful(other, "recurrent")
     costs = measure_costs(other, 0.0)
     assert costs.open_ms > 0 and set(costs.grow_ms) == {1, 4} and not costs.ask_ms
+    whole = _fused_costs(other, 0.0)  # by whole rounds, as where they are captured
+    assert not whole.reuse and set(whole.grow_ms) == {1, 4} and set(whole.layer_ms) == {1, 2, 16}
 
 
 def test_a_plan_is_kept_and_followed(engine, tiny_folder, tiny_heads_folder):
