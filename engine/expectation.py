@@ -202,7 +202,7 @@ def _chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Rounds:
     sure = rehearsal.chain_entropy[:depth] < policy.gates[0].low
     drafted = np.minimum(np.cumprod(sure, 0).sum(0), limit)
     accepted = np.minimum(rehearsal.chain_right, drafted)
-    asked = drafted + (drafted < limit)
+    asked = drafted + (drafted < limit) if costs.reuse else np.full_like(drafted, depth)  # captured: every step
     grow = costs.grow_ms[min(costs.grow_ms)]
     ms = np.where(asked > 0, costs.open_ms + np.maximum(asked - 1, 0) * grow, 0.0)
     ms = ms + costs.num_layers * costs.layer[drafted + 1] + costs.output[drafted + 1] + costs.step_ms
