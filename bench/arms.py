@@ -24,8 +24,8 @@ from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
 
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH[:EACH]]], suffix likewise (drafts from the text, EACH for each token "
-    "of a match; behind another form with +: heads where the text has none), tree:BEAM:BRANCH:DEPTH[:ENTROPY] (best "
-    "first, from a head at exit 0), "
+    "of a match; behind another form with +: heads where the text has none), "
+    "tree:BEAM:BRANCH:DEPTH[:NODES[:ENTROPY]] (best first, from a head at exit 0), "
     "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
     "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
     "early:LEVEL[:EXIT+EXIT...] (early exit, lossy); FORM@HEADS takes another head set, FORM%TARGET skips weights, "
@@ -404,11 +404,13 @@ def _tree(name: str, engine: Engine) -> DraftPolicy:
     if engine.heads is None or 0 not in engine.heads.exits:
         raise ValueError(f"arm {name!r} needs a head at exit 0 (recurrent), and this engine has none; give --heads")
     try:
-        sizes, stop = name.split(":")[1:4], name.split(":")[4:]
-        beam, branch, depth = map(int, sizes)
-        return best_first(beam, branch, depth, stop=float(stop[0]) if stop else math.inf)
+        sizes, stop = name.split(":")[1:5], name.split(":")[5:]
+        beam, branch, depth, *nodes = map(int, sizes)
+        return best_first(beam, branch, depth, *nodes, stop=float(stop[0]) if stop else math.inf)
     except ValueError:
-        raise ValueError(f"arm {name!r}: expected tree:BEAM:BRANCH:DEPTH[:ENTROPY], e.g. tree:4:4:6:3.5") from None
+        raise ValueError(
+            f"arm {name!r}: expected tree:BEAM:BRANCH:DEPTH[:NODES[:ENTROPY]], e.g. tree:4:4:6 or tree:4:4:6:15:3.5"
+        ) from None
 
 
 def _exit_and_length(name: str) -> tuple[int, int]:

@@ -160,14 +160,15 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     found = ranked(candidates(calibration))
     if rehearsal.text is None:
         return found
-    beside = [
-        choice
-        for choice in found
-        if (choice.policy.exits and not choice.policy.beam if costs.reuse else choice.policy.exits == (0,))
-    ][:MOST_MIXED]
+
+    def follows(policy: DraftPolicy) -> bool:
+        return bool(policy.exits) and not policy.beam if costs.reuse else policy.exits == (0,)
+
+    beside = [choice for choice in found if follows(choice.policy)][:MOST_MIXED]
+    lookups = LOOKUPS if costs.reuse else WHOLE_LOOKUPS
     mixed = [
         ((f"{choice.name}+" if choice.policy.exits else "") + _name_of(own), replace(choice.policy, lookup=own))
-        for choice, own in itertools.product([_plain(found), *beside], LOOKUPS if costs.reuse else WHOLE_LOOKUPS)
+        for choice, own in itertools.product([_plain(found), *beside], lookups)
     ]  # fmt: skip
     return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.over_both)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
 from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
-from skipstone.engine.gate import PLAIN, Lookup
+from skipstone.engine.gate import PLAIN, WHOLE, Lookup, best_first
 from skipstone.engine.load import load
 from skipstone.engine.planner import LOOKUPS, WHOLE_LOOKUPS, _name_of
 from skipstone.engine.pretrained import load_pretrained
@@ -49,12 +50,14 @@ def test_every_form_decodes_and_plain_comes_first(engine: Engine) -> None:
 def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None:
     own = Engine(engine.decoder, engine.tokenizer)
     stateful(own, "recurrent")
-    plain, chain, tree, gated = parse_arms("fixed:0:4,tree:3:2:5,tree:3:2:5:2.5", own)
+    plain, chain, tree, gated = parse_arms("fixed:0:4,tree:3:2:5,tree:3:2:5:9:2.5", own)
     outcomes = [arm.run(ids_of(engine), SAMPLING) for arm in (plain, chain, tree, gated)]
     assert len({tuple(outcome.token_ids) for outcome in outcomes}) == 1
     assert outcomes[2].stats is not None and outcomes[2].stats.num_drafted > 0
     assert tree.describe()["beam"] == 3 and tree.describe()["gates"] == {"0": [None, None]}
-    assert gated.describe()["gates"] == {"0": [None, 2.5]}
+    assert gated.describe()["gates"] == {"0": [None, 2.5]} and gated.policy.max_nodes == 9
+    (_, planned) = parse_arms("tree:4:4:3:11+lookup:15:3:15", own)  # as plans name it
+    assert planned.policy == replace(best_first(4, 4, 3, 11), lookup=replace(WHOLE, min_match=3))
     with pytest.raises(ValueError, match="expected tree:BEAM:BRANCH:DEPTH"):
         parse_arms("tree:3:2", own)
     with pytest.raises(ValueError, match="needs a head at exit 0"):
