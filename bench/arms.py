@@ -6,7 +6,6 @@ An arm turns prompt ids into an `Outcome`. Arms of our own engine must give the 
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -403,14 +402,15 @@ def _arm(name: str, engine: Engine) -> Arm:
 def _tree(name: str, engine: Engine) -> DraftPolicy:
     if engine.heads is None or 0 not in engine.heads.exits:
         raise ValueError(f"arm {name!r} needs a head at exit 0 (recurrent), and this engine has none; give --heads")
+    parts = name.split(":")[1:]
     try:
-        sizes, stop = name.split(":")[1:5], name.split(":")[5:]
-        beam, branch, depth, *nodes = map(int, sizes)
-        return best_first(beam, branch, depth, *nodes, stop=float(stop[0]) if stop else math.inf)
+        beam, branch, depth, *nodes = map(int, parts[:4])
+        (stop,) = map(float, parts[4:] or ("inf",))
     except ValueError:
         raise ValueError(
             f"arm {name!r}: expected tree:BEAM:BRANCH:DEPTH[:NODES[:ENTROPY]], e.g. tree:4:4:6 or tree:4:4:6:15:3.5"
         ) from None
+    return best_first(beam, branch, depth, *nodes, stop=stop)
 
 
 def _exit_and_length(name: str) -> tuple[int, int]:

@@ -309,7 +309,9 @@ def _rounds(engine: Engine, prompt: Sequence[int], num_tokens: int, kind: Kind, 
 
 
 def _generate(engine: Engine, prompt: Sequence[int], num_tokens: int, speculation: Any) -> Generation:
-    out = engine.generate(list(prompt), speculation=speculation, max_new_tokens=num_tokens, ignore_eos=True)
+    out = engine.generate(  # no drafts from the text: its rounds are of another kind
+        list(prompt), speculation=speculation, lookup=False, max_new_tokens=num_tokens, ignore_eos=True
+    )
     assert isinstance(out, Generation)
     return out
 

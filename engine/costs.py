@@ -271,9 +271,8 @@ def fused_costs_of(times: dict[str, float], num_layers: int, prefill_ms: float) 
     for exit_layer in sorted({int(n.split(":")[1]) for n in times if n.startswith("exit:")}):
         one, many = times[f"exit:{exit_layer}:1"], times[f"exit:{exit_layer}:{STEPS}"]
         each = max(0.0, (many - one) / (STEPS - 1))  # rows of one tile: wider verifications cost nearly nothing
-        if exit_layer:
+        if exit_layer:  # verification goes on from the layers that drafting ran, which is left out
             ask[exit_layer] = each
-            verify[2] = max(plain, min(verify[2], one - each))  # it goes on from the layers that drafting ran
         else:
             grow[1] = each
     opening = max(0.0, times["exit:0:1"] - verify[2]) if grow else 0.0

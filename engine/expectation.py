@@ -8,7 +8,7 @@ it round by round: draft as the gates allow, accept as far as right, go on behin
 Two stand-ins are not exact. Behind its first wrong token a chain from trunk exits is taken to be as sure as the heads
 are at the text's own next positions, which touches its cost, never its accepted tokens. Trees are known by their means
 alone: where the text drafts in front of them, they are taken to be as good at the places that it leaves them as
-elsewhere (tokens 4 % too many to 8 % too few, docs/log.md).
+elsewhere (5 % too many tokens to 8 % too few, docs/log.md).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Costs:
         open_ms: a head at exit 0 that takes in what was verified, and its first answer.
         grow_ms: rows -> one more answer of that head.
         prefill_ms: one prompt token.
-        reuse: verification goes on from the layers that drafting has run; not so in captured rounds, whose heads draft
-            and whose rows are laid before it is known whether the text suggests anything.
+        reuse: verification goes on from the layers that drafting has run. False of captured rounds: whole rounds were
+            timed, and heads draft and rows are laid before it is known whether the text suggests anything.
     """
 
     num_layers: int
@@ -152,23 +152,26 @@ def _plain(rehearsal: Rehearsal, costs: Costs) -> Rounds:
 
 
 def _from_text(policy: DraftPolicy, lookup: Lookup, rehearsal: Rehearsal, costs: Costs, others: Rounds) -> Rounds:
-    """Rounds that the text drafts where it has a match, and the others. Captured ones take as long in either case."""
+    """Rounds that the text drafts where it has a match, and the others. In captured ones heads have drafted in either
+    case, and rows are verified."""
     if rehearsal.text is None or lookup.branch > 1:
         raise ValueError("lookups of one branch are played, and only where the text was rehearsed")
     matched, length, right = rehearsal.text
     drafted = np.where(matched >= lookup.min_match, lookup.per_match * matched, 0)
     for most in (lookup.max_nodes, policy.max_nodes, length, rehearsal.left - 1):
         drafted = np.minimum(drafted, most)
-    rows = drafted + 1 if costs.reuse else np.maximum(drafted + 1, 2)
-    ms = costs.num_layers * costs.layer[rows] + costs.output[rows] + costs.step_ms
-    found = drafted > 0
-    if not costs.reuse:
-        ms = np.maximum(ms, others[2])
     accepted, nodes, took = others
+    found, at = drafted > 0, np.arange(MAX_NODES + 1)
+    verified = costs.num_layers * costs.layer + costs.output + costs.step_ms  # by rows
+    ms = verified[drafted + 1]
+    if not costs.reuse:
+        heads = np.maximum(took - np.interp(nodes + 1, at, verified), 0.0)
+        ms = ms + heads
+        took = np.maximum(took, verified[2] + heads)
     return (
         np.where(found, np.minimum(right, drafted), accepted),
         np.where(found, drafted, nodes),
-        np.where(found | (not costs.reuse), ms, took),
+        np.where(found, ms, took),
     )
 
 

@@ -75,7 +75,7 @@ class DraftPolicy:
     Attributes:
         exits: exit layers to ask in turn, shallow first; the first confident head speaks. Empty is plain decoding.
         gates: the gate of each exit.
-        max_depth: most tokens drafted one after the other.
+        max_depth: most tokens that heads draft one after the other; the text's have their lookup's sizes.
         max_nodes: most drafted nodes of a tree, at most 15.
         branch: candidates kept where a gate says branch; in a best-first tree, children of every node.
         beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
@@ -135,7 +135,7 @@ PLAIN = DraftPolicy()
 
 def from_text(min_match: int = 1, per_match: int = 2, max_nodes: int = 8, branch: int = 1) -> DraftPolicy:
     """Drafts from the text alone; see `Lookup`. No heads are needed."""
-    return DraftPolicy(max_depth=max_nodes, lookup=Lookup(min_match, per_match, max_nodes, branch))
+    return DraftPolicy(lookup=Lookup(min_match, per_match, max_nodes, branch))
 
 
 def fixed_exit(exit_layer: int, length: int) -> DraftPolicy:

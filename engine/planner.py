@@ -2,8 +2,8 @@
 
 Costs measured on this machine (`costs.py`) and the heads' rehearsal give every policy its expected tokens per second
 (`expectation.py`), on the rehearsed texts and on ones that are harder for the heads; the fastest over as much of either
-is taken, or plain decoding. A plan is kept in the cache folder under a fingerprint of everything that it depends on,
-and `load` uses it.
+is taken, or plain decoding; in captured rounds with the text in front of its heads, where that costs little. A plan is
+kept in the cache folder under a fingerprint of everything that it depends on, and `load` uses it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .pretrained import cache_dir
 if TYPE_CHECKING:
     from .engine import Engine
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 # Of the tokens that heads had right in the rehearsal, how many they have right on harder text. Users' text is rarely as
 # easy as a head's own held-out prompts, and then long drafts lose most and drafts from the text nothing (docs/log.md).
 KEPT = 0.75
-# Of the speed on rehearsed text, what drafts from the text in front of heads may cost in captured rounds: held-out
+# Of the speed over both texts, what drafts from the text in front of heads may cost in captured rounds: held-out
 # prompts hold little to copy, users' often do, and there such drafts bring up to a third (docs/log.md).
 TEXT_MAY_COST = 0.05
 MOST_EXITS = 3  # asked in turn
@@ -319,7 +319,9 @@ def follow_plan(engine: Engine, measure: bool = False) -> Plan | None:
         made = plan(engine)
         store_plan(made)
     if made is not None:
-        engine.plan, engine.policy, engine._paces = made, made.chosen.policy, {}
+        engine.plan, engine._policy, engine._paces = made, made.chosen.policy, {}
+        if engine.fused is None:  # captured trees and texts would widen every round of many sequences
+            engine._policy_of_many = made.chosen.policy
     return made
 
 

@@ -98,7 +98,8 @@ Always = Annotated[bool, typer.Option("--always-speculate", help="Draft also whe
 FromText = Annotated[
     bool | None,
     typer.Option(
-        "--lookup/--no-lookup", help="Draft from the text where it repeats itself; by default on a CPU, not on a GPU."
+        "--lookup/--no-lookup",
+        help="Draft from the text where it repeats itself; the default, but in front of trunk exits on a GPU.",
     ),
 ]
 Mode = Annotated[
@@ -659,9 +660,10 @@ def bench(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Of plain, default, always, lookup, suffix (drafts from the text; FORM+lookup: else heads), "
-            "tree:BEAM:BRANCH:DEPTH, accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the "
-            "probability of the whole draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
+            help="Of plain, default, always, lookup[:NODES[:MATCH]], suffix (drafts from the text; FORM+lookup: else "
+            "heads), tree:BEAM:BRANCH:DEPTH[:NODES], accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], "
+            "likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the probability of the whole draft), fixed:EXIT:LENGTH, "
+            "bare:EXIT:LENGTH, "
             "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS: another head set, FORM%TARGET skips weights: "
             "tda[:SHARE], teal[:LEVEL] (lossy), teal-draft[:LEVEL]. To sweep: LEVEL 0.6-0.95, LENGTH 1-6, EXIT * (all "
             "that have heads). all: everything that makes sense for these heads.",

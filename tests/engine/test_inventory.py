@@ -79,7 +79,7 @@ def test_logits_of_trunk_exits_are_in_the_budget(engine_of: Callable) -> None:
 
 def test_rounds_that_the_host_drafts_for_hold_rows_only(engine_of: Callable) -> None:
     engine = engine_of()
-    engine.policy = PLAIN  # what it is without heads on a GPU
+    engine.policy = PLAIN
     with torch.inference_mode():
         engine.fused = FusedWeights(engine.decoder)
     (item,) = (item for item in memory_items(engine, 1, 100) if "device rounds" in item.what)

@@ -198,6 +198,7 @@ def test_parts_from_whole_rounds():
     }
     costs = fused_costs_of(trunk, 10, 0.1)
     assert costs.draft_layer_ms == pytest.approx(2.0) and costs.ask_ms == pytest.approx({4: 5.0, 8: 5.0})
+    assert 10 * costs.layer[2] == pytest.approx(103.0)
 
 
 def test_probes_take_turns_and_slow_moments_do_not_count():

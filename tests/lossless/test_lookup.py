@@ -236,7 +236,8 @@ def test_the_default_is_plain_decoding_whatever_the_pace_says(
     assert engine.policy.sources == (("text",) if heads == "none" else ("text", "heads"))
     fused = _default_policy(engine.heads, fused=True)
     assert fused.sources == engine.policy.sources and fused.lookup.max_nodes == 15
-    assert "text" not in _default_policy(engine.heads, fused=True, batch=8).sources
+    assert fused.lookup.min_match == (1 if heads == "none" else 3)
+    assert _default_policy(engine.heads, fused=True, batch=8).lookup is None
     options: dict[str, Any] = {"max_new_tokens": 40, **sampling}
     plain = [engine.generate(p, seed=s, speculation=False, **options) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)]
     for pace in (Pace(), Turns(), Pace(plain_ms=1e9)):
