@@ -17,6 +17,7 @@ from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
 from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text, likely
 from ..engine.statistics import Statistics
+from ..engine.tree import MAX_NODES
 from ..heads.head_set import HeadSet, adapter_config
 from .energy import meter_of
 from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
@@ -404,13 +405,13 @@ def _tree(name: str, engine: Engine) -> DraftPolicy:
         raise ValueError(f"arm {name!r} needs a head at exit 0 (recurrent), and this engine has none; give --heads")
     parts = name.split(":")[1:]
     try:
-        beam, branch, depth, *nodes = map(int, parts[:4])
+        beam, branch, depth, nodes = map(int, [*parts[:4], str(MAX_NODES - 1)][:4])
         (stop,) = map(float, parts[4:] or ("inf",))
     except ValueError:
         raise ValueError(
             f"arm {name!r}: expected tree:BEAM:BRANCH:DEPTH[:NODES[:ENTROPY]], e.g. tree:4:4:6 or tree:4:4:6:15:3.5"
         ) from None
-    return best_first(beam, branch, depth, *nodes, stop=stop)
+    return best_first(beam, branch, depth, nodes, stop=stop)
 
 
 def _exit_and_length(name: str) -> tuple[int, int]:

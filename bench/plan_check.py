@@ -87,8 +87,8 @@ def check(
         return [row(own.name, own) for own in choices] + [row(PLANNED, made.chosen)]
 
     retimed = []
-    before = engine.plan, engine.policy, engine._paces
-    engine.plan, engine.policy = made, made.chosen.policy
+    before = engine.plan, engine._policy, engine._paces
+    engine.plan, engine._policy = made, None
     try:
         rows = timed(others, repeats, seconds if everything is None else SWEEP_SHARE * seconds)
         if everything is not None:
@@ -97,7 +97,7 @@ def check(
             again = [choice for choice in others if choice.name in names]
             retimed = timed(again, max(repeats, LEAST_REPEATS), seconds)
     finally:
-        engine.plan, engine.policy, engine._paces = before
+        engine.plan, engine._policy, engine._paces = before
         engine.workspace.most_rounds = MOST_ROUNDS
     fixed = [row for row in retimed or rows if row["name"] != PLANNED]
     best = min(fixed, key=lambda row: row["chosen_share"])

@@ -21,7 +21,7 @@ from .device_loop import decode_on_device
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, WHOLE, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
+from .gate import PLAIN, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -48,12 +48,16 @@ if TYPE_CHECKING:
 
 Speculation = bool | Literal["always"]
 Prefill = Literal["auto", "sdpa", "flash", "fused"]
-Way = tuple[int, bool, bool]  # what a step's time depends on: batch, whether rounds run on the device, extra work
+# What a step's time and drafts depend on: batch, whether rounds run on the device, extra work, texts that are `LONG`.
+Way = tuple[int, bool, bool, bool]
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
 TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
 # Sequences at once from which chains are drafted where fewer draft trees. Measured at 1 and at 8 only (H200, against
 # plain decoding): trees of 15 nodes 2.12x and 0.89x, chains of 3 1.76x and 1.25x (at 8 0.71x and 0.94x end to end).
 CHAINS_FROM = 4
+# Tokens before an answer from which they are, too: more rows read more keys. Measured behind 2,048, 4,096 and 8,192
+# tokens (H200): trees 1.60x, 1.32x and 1.02x of plain decoding, chains 1.51x, 1.42x and 1.19x (docs/measured.md).
+LONG = 3000
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
 ONE_BY_ONE = (
     "verify='teal' decodes plainly on a GPU: rows that drop different inputs share no reads there, so a draft's "
@@ -141,10 +145,7 @@ class Engine:
                     "rows that agree, or this target's masks are of another kind than TDA's: leave it out"
                 )
             self._thin_out(sparsity if isinstance(sparsity, TealLevel) else None, draft)
-        self._policy = self._policy_of_many = PLAIN
-        if self._disagreement is None:
-            self._policy = _default_policy(heads, self.fused is not None)
-            self._policy_of_many = _default_policy(heads, self.fused is not None, batch=CHAINS_FROM)
+        self._policy: DraftPolicy | None = None
         self.plan: Plan | None = None
         self.workspace = Workspace(decoder)
         self._paces: dict[Way, Pace] = {}
@@ -197,13 +198,22 @@ class Engine:
 
     @policy.setter
     def policy(self, policy: DraftPolicy) -> None:
-        self._policy = self._policy_of_many = policy
+        self._policy = policy
 
-    def policy_for(self, batch: int) -> DraftPolicy:
-        """How so many sequences at once draft where they are not told: a policy that was set holds for all of them."""
+    def policy_for(self, batch: int, context: int = 0) -> DraftPolicy:
+        """How so many sequences at once draft where they are not told, before whose answers stand `context` tokens. A
+        policy that was set holds for all of them; a plan, which is for one sequence and short texts, with fused kernels
+        for those alone."""
         if self._one_by_one:
             return PLAIN
-        return self._policy if batch < CHAINS_FROM else self._policy_of_many
+        if self._policy is not None:
+            return self._policy
+        if self._disagreement is not None:
+            return PLAIN
+        fused = self.fused is not None
+        if self.plan is not None and not (fused and _is_wide(batch, context)):
+            return self.plan.chosen.policy
+        return _default_policy(self.heads, fused, batch, context)
 
     @property
     def warning(self) -> str | None:
@@ -396,10 +406,12 @@ class Engine:
         start = time.perf_counter()
         tokens = min(WARM_PROMPT, self.decoder.config.max_context - 2 * MAX_NODES)
         options = {**sampling, "max_new_tokens": MAX_NODES, "ignore_eos": True}
-        usual, ladder = self.policy_for(batch), self._ladder(batch)
+        usual, long = self.policy_for(batch), self.policy_for(batch, LONG)
+        apart = long.drafts and long != usual and self.decoder.config.max_context > LONG
+        ladder = self._ladder(usual, batch)
         if ladder is not None:
             usual = dataclasses.replace(usual, max_depth=ladder.longest)
-        policies = [PLAIN, usual] if usual.drafts else [PLAIN]
+        policies = [PLAIN, *([usual] if usual.drafts else []), *([long] if apart else [])]
         for policy in policies:
             self.generate([[1] * tokens] * batch, policy=policy, **options)
         with self._claimed():
@@ -409,7 +421,7 @@ class Engine:
             if fused is None or cache is None:
                 return time.perf_counter() - start
             for policy in policies:
-                reach = 0
+                reach = LONG if apart and policy is long else 0
                 while reach < cache.plan.context:
                     reach = min(reach_of(reach + 1), cache.plan.context)
                     memories = self._memories_for(policy, cache)
@@ -418,7 +430,7 @@ class Engine:
                         with torch.inference_mode():
                             for size in reader.sizes:
                                 reader.step(size, reach, tuple(sorted(taps)))
-                    depths = () if ladder is None else tuple(ladder.rungs)
+                    depths = () if ladder is None or policy is not usual else tuple(ladder.rungs)
                     self._rounds_for(fused, cache, batch, policy, needs_processing(params), reach, depths)
         return time.perf_counter() - start
 
@@ -475,7 +487,7 @@ class Engine:
     def pace(self, batch: int = 1) -> Pace | None:
         """What is known of plain steps and of whether drafting pays, for batches of one size without penalties, filters
         or log-probabilities; None before the first."""
-        return self._paces.get((batch, self.fused is not None, False))
+        return self._paces.get((batch, self.fused is not None, False, False))
 
     def _decode(
         self,
@@ -498,7 +510,7 @@ class Engine:
             raise ValueError("accuracy is of mode='early_exit'; lossless drafting takes policy=calibrated(...)")
         if speculation not in (True, False, "always"):
             raise ValueError(f"speculation is {speculation!r}, expected True, False or 'always'")
-        chosen = PLAIN if speculation is False else (policy or self.policy_for(len(requests)))
+        chosen = PLAIN if speculation is False else (policy or self.policy_for(len(requests), _written(requests)))
         if lookup is not None:
             chosen = dataclasses.replace(chosen, lookup=(chosen.lookup or Lookup()) if lookup else None)
         if chosen.drafts and self._one_by_one:
@@ -519,11 +531,11 @@ class Engine:
         pace = None
         if speculation is True and policy is None:
             slower = processed or any(one.logprobs is not None for one in params)
-            way = len(requests), fused is not None, slower
+            way = len(requests), fused is not None, slower, _written(requests) >= LONG
             calibration = None if self.heads is None else self.heads.calibration
             rehearsed = calibration is not None and calibration.rehearsal is not None
             trusted: frozenset[Source] = frozenset({"heads"} if rehearsed else ())
-            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(len(requests)), trusted=trusted))
+            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(chosen, len(requests)), trusted=trusted))
             if pace.ladder is not None:  # heads' memories need room for its longest drafts
                 chosen = dataclasses.replace(chosen, max_depth=pace.ladder.longest)
         cache = self.workspace.cache_for(len(requests), _longest(requests))
@@ -567,12 +579,11 @@ class Engine:
             for request in requests:
                 request.statistics.record_fallback("out of memory")
 
-    def _ladder(self, batch: int) -> Ladder | None:
-        """Of the plan, which is for one sequence, if it is followed."""
-        followed = self.plan is not None and self.policy is self.plan.chosen.policy
-        return (
-            Ladder(self.plan.rungs) if self.plan is not None and followed and self.plan.rungs and batch == 1 else None
-        )
+    def _ladder(self, policy: DraftPolicy, batch: int) -> Ladder | None:
+        """Of the plan, which is for one sequence, if this policy is its choice."""
+        if self.plan is None or batch > 1 or policy is not self.plan.chosen.policy or not self.plan.rungs:
+            return None
+        return Ladder(self.plan.rungs)
 
     def _exit_early(
         self, requests: list[Request], accuracy: float | None, speculation: Speculation, policy: DraftPolicy | None
@@ -686,22 +697,34 @@ def _longest(requests: Sequence[Request]) -> int:
     return max(len(request.history) + request.checker.num_remaining for request in requests)
 
 
-def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1) -> DraftPolicy:
-    """The text drafts where it repeats itself, else heads do. One without trunk layers drafts trees where 16 rows cost
-    what one does (fused kernels, few sequences), else chains; others are asked as their calibration says, or not at
-    all.
+def _written(requests: Sequence[Request]) -> int:
+    """Tokens of the longest request so far."""
+    return max(len(request.history) for request in requests)
 
-    There the text drafts as much as a tile holds: behind matches of three tokens in front of trees, which are better
-    than shorter ones (docs/log.md), else behind any; not in front of trunk exits, for the host would have to draft.
-    Of many sequences the text drafts nothing with fused kernels, for it would widen every round.
+
+def _is_wide(batch: int, context: int) -> bool:
+    """Whether rounds of the fused kernels take notably longer with 16 rows a sequence than with few."""
+    return batch >= CHAINS_FROM or context >= LONG
+
+
+def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1, context: int = 0) -> DraftPolicy:
+    """The text drafts where it repeats itself, else heads do. One without trunk layers drafts trees where 16 rows cost
+    what one does (fused kernels, few sequences, short texts), else chains; others are asked as their calibration says,
+    or not at all.
+
+    With fused kernels the text drafts as many tokens as the rows hold: behind matches of three tokens in front of a
+    head, which is better than shorter ones (docs/log.md), else behind any; not in front of trunk exits, for the host
+    would have to draft, and not for many sequences.
     """
+    few = not (fused and _is_wide(batch, context))
     policy = PLAIN
     if heads is not None and 0 in heads.exits:
-        policy = best_first(*TREE) if fused and batch < CHAINS_FROM else fixed_exit(0, CHAIN_LENGTH)
+        policy = best_first(*TREE) if fused and few else fixed_exit(0, CHAIN_LENGTH)
     elif heads is not None and heads.calibration is not None:
         policy = calibrated(heads.calibration)
     if not fused:
         return dataclasses.replace(policy, lookup=Lookup())
     if batch >= CHAINS_FROM or policy.exits not in ((), (0,)):
         return policy
-    return dataclasses.replace(policy, lookup=dataclasses.replace(WHOLE, min_match=3) if policy.drafts else WHOLE)
+    most = MAX_NODES - 1 if few else CHAIN_LENGTH
+    return dataclasses.replace(policy, lookup=Lookup(3 if policy.drafts else 1, MAX_NODES - 1, most))

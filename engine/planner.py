@@ -319,9 +319,7 @@ def follow_plan(engine: Engine, measure: bool = False) -> Plan | None:
         made = plan(engine)
         store_plan(made)
     if made is not None:
-        engine.plan, engine._policy, engine._paces = made, made.chosen.policy, {}
-        if engine.fused is None:  # captured trees and texts would widen every round of many sequences
-            engine._policy_of_many = made.chosen.policy
+        engine.plan, engine._policy, engine._paces = made, None, {}
     return made
 
 

@@ -456,5 +456,5 @@ def test_paces_of_steps_that_cost_otherwise_are_kept_apart(engine, planned):
     engine.policy = fixed_exit(2, 3)
     for options in ({}, {"logprobs": 1}, {"repetition_penalty": 1.2}):
         engine.generate(PROMPT, max_new_tokens=4, **options)
-    assert set(engine._paces) == {(1, False, False), (1, False, True)}
-    assert engine.pace() is engine._paces[1, False, False]
+    assert set(engine._paces) == {(1, False, False, False), (1, False, True, False)}
+    assert engine.pace() is engine._paces[1, False, False, False]

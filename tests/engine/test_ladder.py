@@ -81,7 +81,7 @@ def test_a_text_that_ends_says_nothing_of_drafts_that_did_not_fit(engine_of: Any
     engine.policy = fixed_exit(2, 3)
     for new in (1, 3):
         pace = Pace(plain_ms=1e9, ladder=ladder(0.5))
-        engine._paces = {(1, False, False): pace}
+        engine._paces = {(1, False, False, False): pace}
         for _ in range(5):
             engine.generate(prompt, max_new_tokens=new)
         assert pace.ladder is not None and pace.ladder.rounds >= 5

@@ -770,7 +770,7 @@ def test_drafting_pauses_and_resumes(half: Any, stateful: Callable, assert_same_
         def round(self, ms: float, committed: float, sources: Any) -> None:
             assert ms > 0 and committed >= 1
 
-    half.policy, half._paces[2, True, False] = best_first(4, 4, 4, 15), Turns()
+    half.policy, half._paces[2, True, False, False] = best_first(4, 4, 4, 15), Turns()
     for out, expected in zip(half.generate(PROMPTS, seeds=[5, 6], max_new_tokens=200), plain, strict=True):
         assert_same_output(out, expected)
         assert out.stats.num_accepted > 0

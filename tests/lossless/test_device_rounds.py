@@ -98,7 +98,7 @@ def test_lengths_that_move_while_running_change_no_token(
     ladder = Ladder({n: Expected(1.0 + n, n, 10.0 + n) for n in (1, 2, 3)})
     turns = itertools.cycle((3, 1, 2))
     monkeypatch.setattr(Ladder, "next", property(lambda ladder: next(turns)))
-    engine._paces = {(1, True, False): Pace(plain_ms=1e9, ladder=ladder)}
+    engine._paces = {(1, True, False, False): Pace(plain_ms=1e9, ladder=ladder)}
     wait, trees, saw, seen = Ticket.wait, [], Ladder.saw, []
 
     def waited(ticket: Ticket) -> Any:

@@ -17,7 +17,7 @@ import torch
 from skipstone.engine import loop
 from skipstone.engine.device_draft import RecurrentDraft
 from skipstone.engine.device_loop import _Queue
-from skipstone.engine.engine import _default_policy
+from skipstone.engine.engine import LONG, _default_policy
 from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
 from skipstone.engine.gate import DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
@@ -156,6 +156,7 @@ def test_sources_by_turns_on_the_device(
     same rounds. Planted bugs: a text that takes in nothing of plain rounds, or a head nothing of the text's, drafts
     other trees than the host's; heads' nodes that keep the text's mark."""
     engine = engine_of(num_layers=2 if heads == "none" else 4, max_context=200)
+    engine.policy = from_text()
     if heads == "recurrent":
         stateful(engine, "recurrent", prompts=PROMPTS)
         engine.policy = replace(fixed_exit(0, 2), lookup=TEXT)
@@ -163,7 +164,7 @@ def test_sources_by_turns_on_the_device(
     options: dict[str, Any] = {"max_new_tokens": 16 if heads == "none" else 12, "temperature": 0.4, "seed": 3}
 
     def by_turns(ids: list[int]) -> Any:
-        engine._paces = {(1, on_device, False): Turns(plain_ms=1e9) for on_device in (False, True)}
+        engine._paces = {(1, on_device, False, False): Turns(plain_ms=1e9) for on_device in (False, True)}
         return engine.generate(ids, lookup=True, **options)
 
     waiting = [by_turns(ids) for ids in prompts]
@@ -238,10 +239,13 @@ def test_the_default_is_plain_decoding_whatever_the_pace_says(
     assert fused.sources == engine.policy.sources and fused.lookup.max_nodes == 15
     assert fused.lookup.min_match == (1 if heads == "none" else 3)
     assert _default_policy(engine.heads, fused=True, batch=8).lookup is None
+    long = _default_policy(engine.heads, fused=True, context=LONG)  # rounds of four rows
+    assert long.lookup == replace(fused.lookup, max_nodes=3) and not long.beam
+    assert not long.exits or long.max_depth == 3
     options: dict[str, Any] = {"max_new_tokens": 40, **sampling}
     plain = [engine.generate(p, seed=s, speculation=False, **options) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)]
     for pace in (Pace(), Turns(), Pace(plain_ms=1e9)):
-        engine._paces = {(1, False, False): pace, (3, False, False): pace}
+        engine._paces = {(1, False, False, False): pace, (3, False, False, False): pace}
         together = engine.generate(PROMPTS, seeds=[5, 6, 7], **options)
         alone = [engine.generate(p, seed=s, **options) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)]
         for out, expected in zip([*together, *alone], [*plain, *plain], strict=True):
@@ -262,7 +266,7 @@ def test_lengths_that_move_while_running_change_no_token(
     rungs = {n: Expected(1.0 + n, n, 10.0 + n) for n in range(1, 7)}
     monkeypatch.setattr(Ladder, "next", property(lambda ladder: 1 + ladder.rounds % 6))
     plain = engine.generate(PROMPTS[1], seed=6, speculation=False, max_new_tokens=80)
-    engine._paces = {(1, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
+    engine._paces = {(1, False, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
     out = engine.generate(PROMPTS[1], seed=6, max_new_tokens=80)
     assert_same_output(out, plain)
     assert set(out.stats.rounds_by_drafted) >= {1, 2, 3, 4} and 0 in out.stats.tokens_by_exit

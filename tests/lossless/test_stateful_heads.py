@@ -246,7 +246,7 @@ def test_drafts_after_a_pause_are_those_of_an_engine_that_never_paused(
         return accept_block(request, tree, *rest)
 
     monkeypatch.setattr(loop, "accept_block", listening)
-    engine.policy, engine._paces[1, False, False] = policy, Pattern(drafts)
+    engine.policy, engine._paces[1, False, False, False] = policy, Pattern(drafts)
     out = engine.generate(PROMPTS[0], max_new_tokens=180)
     rounds = [(ids, tree) for ids, tree in drafted if len(tree) > 1]
     assert len(rounds) >= 5 and len(rounds) < len(drafted)

@@ -122,7 +122,7 @@ def test_lengths_that_a_plan_moves_among_are_captured_before(engine: Any, watch:
     engine.warm_up()
     warm, reaches = watch.now(), {rounds.reach for rounds in engine.workspace.rounds.values()}
     assert [warm[1].count(f"draft {depth}") for depth in (2, 4, 5)] == [len(reaches), len(reaches), 0]
-    engine._paces = {(1, True, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
+    engine._paces = {(1, True, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
     for length, budget in ((5, 3), (480, 40), (20, 100)):
         engine.generate([[1] * length], max_new_tokens=budget, ignore_eos=True)
     assert watch.since(warm) == (set(), []) and engine.pace().ladder.rounds > 0
@@ -167,9 +167,33 @@ def test_several_sequences_draft_chains_by_default(
     warm = watch.now()
     engine.generate([[1, 2, 3]] * 5, speculation="always", max_new_tokens=4)
     assert watch.since(warm) == (set(), [])
+    engine.plan = SimpleNamespace(chosen=SimpleNamespace(policy=fixed_exit(0, 1)), rungs={})
+    assert drafts() == [fixed_exit(0, 1)] * 2 + [chain] * 2
     for policy in (tree, chain):
         engine.policy = policy
         assert drafts() == [policy] * 4
+
+
+def test_long_texts_draft_chains_by_default(
+    engine_of: Callable, stateful: Callable, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows, the text's drafts as long as the head's. Planted bugs: rounds of long texts captured at the first of
+    them; a length that a plan's ladder moves, for a policy that is not the plan's."""
+    monkeypatch.setattr(engine_module, "LONG", 40)
+    monkeypatch.setattr(Engine, "_fuse", lambda engine, *_: FusedWeights(engine.decoder))
+    own = engine_of(max_context=200)
+    engine = Engine(own.decoder, None, stateful(own, "recurrent"))
+    chain = replace(fixed_exit(0, CHAIN_LENGTH), lookup=replace(WHOLE, min_match=3, max_nodes=CHAIN_LENGTH))
+    assert engine.policy_for(1, 40) == chain and engine.policy_for(1, 39) == engine.policy != chain
+    rungs = {depth: Expected(1.0 + depth / 2, 15.0, 10.0 + depth) for depth in (2, 4)}
+    engine.plan = SimpleNamespace(chosen=SimpleNamespace(policy=best_first(*TREE)), rungs=rungs)
+    engine.warm_up()
+    warm = watch.now()
+    for length in (10, 40, 10):
+        engine.generate([[1] * length], max_new_tokens=4, ignore_eos=True)
+    assert watch.since(warm) == (set(), [])
+    short, long = (engine._paces[1, True, False, whether] for whether in (False, True))
+    assert short.ladder is not None and long.ladder is None
 
 
 def test_rounds_that_are_kept_are_bounded(engine: Any, watch: Watch) -> None:
