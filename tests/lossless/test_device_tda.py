@@ -16,6 +16,7 @@ tokens that the fused kernels read twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 import torch
 from skipstone.engine import device_loop, loop, workspace
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import Gate, best_first, every, fixed_exit
+from skipstone.engine.gate import WHOLE, Gate, best_first, every, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.prompt_reader import PromptReader
 from skipstone.engine.sparsity.selection import MaskOptions
@@ -215,10 +216,12 @@ def test_a_head_that_drafts_on_the_device(skipping: Callable, stateful: Callable
     engine.heads = None
     _, expected = alone(engine, given)
     stateful(engine, "recurrent", prompts=given)
-    for policy in [best_first(2, 2, 2, 5)] + ([fixed_exit(0, 3)] if ON_GPU else []):
+    tree = best_first(2, 2, 2, 5)
+    for policy in [tree, replace(tree, lookup=WHOLE)] + ([fixed_exit(0, 3)] if ON_GPU else []):
         drafted = engine.generate(given, seeds=SEEDS[: len(given)], policy=policy, max_new_tokens=NEW)
         assert same(seen(engine, drafted), expected)
         assert sum(out.stats.num_drafted for out in drafted) > 0
+    assert any(own.text is not None and own.draft is not None for own in engine.workspace.rounds.values())
 
 
 def test_exits_of_the_trunk_that_draft_on_the_device(skipping: Callable) -> None:
