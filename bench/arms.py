@@ -24,7 +24,7 @@ from .targets import FORMS, LOSSY, ThresholdsOf, kind_of, with_target
 
 ARM_FORMS = (
     "plain, default, always, lookup[:NODES[:MATCH[:EACH]]], suffix likewise (drafts from the text, EACH for each token "
-    "of a match; behind another form with +: heads where the text has none), "
+    "of a match; behind another form with +: heads where the text has none; +beside: both share the tree), "
     "tree:BEAM:BRANCH:DEPTH[:NODES[:ENTROPY]] (best first, from a head at exit 0), "
     "accuracy:LEVEL[:LENGTH[:EXIT+EXIT...]], likely:LEVEL[:LENGTH[:EXIT+EXIT...]] (by the probability of the whole "
     "draft), fixed:EXIT:LENGTH, bare:EXIT:LENGTH, "
@@ -34,7 +34,7 @@ ARM_FORMS = (
 LEVEL_STEP = 0.05
 PLAIN_ARM = "plain"
 BARE = "bare:"  # among head sets: exits without training; no name that can be typed behind @
-BRANCHES = {"lookup": 1, "suffix": 2}
+BRANCHES = {"lookup": 1, "suffix": 2, "beside": 1}
 Number = TypeVar("Number", int, float)
 
 
@@ -286,7 +286,7 @@ def _parts(name: str) -> tuple[str, str, re.Match[str] | None, str]:
 
 
 # `lookup` or `suffix` with sizes: alone, or behind another form and a +
-_LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix)((?::[^:+@]*)*)$")
+_LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix|beside)((?::[^:+@]*)*)$")
 
 
 def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
@@ -295,7 +295,9 @@ def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
         nodes, match, each = [*sizes, *(Lookup.max_nodes, Lookup.min_match, Lookup.per_match)[len(sizes) :]]
     except ValueError:
         raise ValueError(f"arm {name!r}: expected {found[1]}[:NODES[:MATCH[:EACH]]], e.g. {found[1]}:8:2") from None
-    return from_text(match, each, nodes, BRANCHES[found[1]])
+    policy = from_text(match, each, nodes, BRANCHES[found[1]])
+    assert policy.lookup is not None
+    return replace(policy, lookup=replace(policy.lookup, beside=found[1] == "beside"))
 
 
 def _with_text(arm: Arm, name: str, found: re.Match[str]) -> Arm:

@@ -81,7 +81,7 @@ class Pool:
     """Candidates of one row, in lists by index; the root is the first. A parent comes before its children."""
 
     def __init__(self, row: DraftRow, policy: DraftPolicy) -> None:
-        self.row, self.policy = row, policy
+        self.row, self.policy, self.max_nodes = row, policy, min(policy.max_nodes, row.room)
         self.tokens = [row.work.tree.tokens[0]]
         self.parents, self.depths, self.log_probs = [-1], [0], [0.0]  # log-probability of the whole path
         self.entropies: list[float | None] = [None]  # of the distribution that it was drafted from
@@ -92,7 +92,7 @@ class Pool:
 
     def next(self) -> list[int]:
         """The likeliest candidates without children whose children may still enter the tree."""
-        least, max_nodes = -math.inf, self.policy.max_nodes
+        least, max_nodes = -math.inf, self.max_nodes
         if max_nodes == 0:
             return []
         if len(self.tokens) > max_nodes:
@@ -127,7 +127,7 @@ class Pool:
         """Make the likeliest candidates the row's tree. No child is likelier than its parent, so paths stay whole."""
         order = sorted(range(1, len(self.tokens)), key=lambda one: -self.log_probs[one])  # ties: the parent first
         tree, nodes = self.row.work.tree, {0: 0}
-        for one in order[: self.policy.max_nodes]:
+        for one in order[: self.max_nodes]:
             parent = nodes[self.parents[one]]
             nodes[one] = tree.add(parent, self.tokens[one], exit_layer=0, entropy=self.entropies[one])
 

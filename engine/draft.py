@@ -19,7 +19,7 @@ from .forward import RowTiles, Working, advance
 from .gate import DraftPolicy
 from .head_memory import HeadMemory
 from .model import Decoder
-from .tree import DraftTree
+from .tree import MAX_NODES, DraftTree
 
 Head = Callable[[Tensor], Tensor]
 Rank = Callable[["Guesses", int, tuple[int, ...], int], list[tuple[int, float]]]
@@ -50,11 +50,13 @@ class DraftRow:
         max_depth: most tokens that may be drafted in a row here (budget, context).
         rank: `(guesses, which of them, drafted tokens before it, count) -> at most count token ids` with
             log-probabilities, best first: the target's own rule and noise, applied to the head's guess.
+        room: drafted nodes that heads may have here, besides the policy's own limit.
     """
 
     work: Working
     max_depth: int
     rank: Rank
+    room: int = MAX_NODES - 1
 
 
 def draft(
@@ -78,7 +80,10 @@ def draft(
     """
     stops = [0] * len(rows)
     paths = [{0: 0.0} for _ in rows]  # node -> minus the log-probabilities of the likeliest tokens on its way, in nats
-    frontier: list[list[int]] = [[0] if row.max_depth > 0 and policy.max_nodes > 0 else [] for row in rows]
+    rooms = [min(policy.max_nodes, row.room) for row in rows]
+    frontier: list[list[int]] = [
+        [0] if row.max_depth > 0 and most > 0 else [] for row, most in zip(rows, rooms, strict=True)
+    ]
     for depth in range(policy.max_depth):
         asked = [nodes if depth < row.max_depth else [] for row, nodes in zip(rows, frontier, strict=True)]
         frontier = [[] for _ in rows]
@@ -86,7 +91,7 @@ def draft(
             break
         for exit_layer in policy.exits:
             # what has no room for an answer is not asked
-            asked = [n if len(row.work.tree) <= policy.max_nodes else [] for row, n in zip(rows, asked, strict=True)]
+            asked = [n if len(row.work.tree) <= most else [] for row, n, most in zip(rows, asked, rooms, strict=True)]
             if not any(asked):
                 break
             todo = [(row.work, nodes) for row, nodes in zip(rows, asked, strict=True) if nodes]
@@ -106,7 +111,7 @@ def draft(
                     path = paths[i][node] - guesses.best[at][0][1]
                     sure = nats if policy.confidence == "entropy" else path
                     width = policy.gates[exit_layer].width(sure, policy.branch)
-                    room = policy.max_nodes + 1 - len(tree)
+                    room = rooms[i] + 1 - len(tree)
                     if width == 0:
                         refused.append(node)
                     elif room > 0:

@@ -51,16 +51,25 @@ class Lookup:
         max_nodes: most drafted nodes from the text.
         branch: 1 follows the newest of the longest matches (prompt lookup); more follows all of them as a tree, with at
             most so many different tokens after each node (suffix matching).
+        beside: whether heads draft the rest of the tree where the text has a match, too: it gets 3 nodes behind one
+            token that matches, 7 behind two, 11 behind four and 15 behind eight, whatever `per_match`; one branch.
     """
 
     min_match: int = 1
     per_match: int = 2
     max_nodes: int = 8
     branch: int = 1
+    beside: bool = False
 
     def __post_init__(self) -> None:
+        if self.beside and self.branch > 1:
+            raise ValueError(f"a text that drafts beside heads has one branch, got {self.branch}")
         if min(self.min_match, self.per_match, self.max_nodes, self.branch) < 1 or self.max_nodes > MAX_NODES - 1:
             raise ValueError(f"sizes of a lookup are at least 1 and its nodes at most {MAX_NODES - 1}, got {self}")
+
+    def most_behind(self, matched: int) -> int:
+        """The most nodes that are drafted from the text behind so many tokens that match."""
+        return min(self.max_nodes, 4 * min(4, matched.bit_length()) - 1 if self.beside else self.per_match * matched)
 
 
 WHOLE = Lookup(per_match=MAX_NODES - 1, max_nodes=MAX_NODES - 1)  # where the rows of a tile cost what one does

@@ -400,15 +400,17 @@ class Rounds:
                 self.draft.draft()
             self._verify(self.width, self.draft.levels.reached)
             return
+        heads = 0
         if kind == "absorb" or kind in BY_HEADS:
             assert isinstance(self.draft, RecurrentDraft)
             self.draft.absorb()
             if kind == "absorb":
                 return
             self.draft.draft(depth)
+            heads = self.draft.shape.max_nodes
         if kind in ("text", "both"):
             assert self.text is not None
-            self.text.draft(over=kind == "both")
+            self.text.draft(heads)
         self._verify(self.rows_each(kind))
 
     def _verify(self, rows_each: int, reached: int = 0) -> None:

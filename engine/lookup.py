@@ -71,7 +71,7 @@ def draft_from_text(tree: DraftTree, index: TextIndex, lookup: Lookup, max_depth
         max_nodes: most drafted nodes of the tree.
     """
     matched, places = index.longest()
-    room = min(lookup.max_nodes, max_nodes, lookup.per_match * matched)
+    room = min(lookup.most_behind(matched), max_nodes)
     order = itertools.count()
     waiting: list[tuple[int, int, int, int, list[int]]] = []  # most frequent, then first come
 
@@ -89,3 +89,17 @@ def draft_from_text(tree: DraftTree, index: TextIndex, lookup: Lookup, max_depth
     while waiting and tree.num_drafted < room:
         _, _, parent, token, own = heapq.heappop(waiting)
         offer(tree.add(parent, token, exit_layer=FROM_TEXT), own)
+
+
+def chain_from_text(index: TextIndex, lookup: Lookup, max_depth: int, max_nodes: int) -> list[int]:
+    """The tokens that `draft_from_text` hangs for one branch."""
+    matched, places = index.longest()
+    return index.following(places[0], min(lookup.most_behind(matched), max_nodes, max_depth)) if places else []
+
+
+def hang_beside(tree: DraftTree, chain: Iterable[int]) -> None:
+    """Add a chain from the text to heads' tree: as far as it goes their way, below their nodes."""
+    at = 0
+    for token in chain:
+        child = tree.child(at, token)
+        at = tree.add(at, token, exit_layer=FROM_TEXT) if child is None else child

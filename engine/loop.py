@@ -23,7 +23,7 @@ from .draft import DraftRow, Guesses, Head, draft
 from .forward import RowTiles, Working, advance, index_of, node_logits, prefill
 from .gate import PLAIN, DraftPolicy, Source
 from .head_memory import HeadMemory
-from .lookup import TextIndex, draft_from_text
+from .lookup import TextIndex, chain_from_text, draft_from_text, hang_beside
 from .model import Decoder
 from .pacing import Pace
 from .prompt_reader import PromptReader
@@ -261,19 +261,41 @@ def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], p
     rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
     if on.sparse is not None:
         rows = [on.sparse.clip(row) for row in rows]
+    chains: list[list[int]] = [[] for _ in rows]  # from the text, beside what heads draft
     if policy.lookup is not None:
-        for request, row in zip(requests, rows, strict=True):
+        beside = policy.lookup.beside and bool(policy.exits)
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
             if request.text is None:
                 request.text = TextIndex(policy.lookup.min_match)
             request.text.follow(request.history.token_ids)
-            draft_from_text(row.work.tree, request.text, policy.lookup, row.max_depth, policy.max_nodes)
-            row.work.embed_new(on.decoder)
+            if beside:
+                chains[i] = chain_from_text(request.text, policy.lookup, row.max_depth, policy.max_nodes)
+                rows[i] = replace(row, room=most_together(policy) - len(chains[i]))
+            else:
+                draft_from_text(row.work.tree, request.text, policy.lookup, row.max_depth, policy.max_nodes)
+                row.work.embed_new(on.decoder)
         rows = [row if len(row.work.tree) == 1 else replace(row, max_depth=0) for row in rows]
     if not policy.exits:
         return [0] * len(rows)
     if policy.beam:
-        return best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
-    return draft(on.drafter or on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids)
+        refused = best_first(on.decoder, rows, on.memories[0], policy, on.draft_ids)
+    else:
+        refused = draft(
+            on.drafter or on.decoder, on.cache, rows, on.heads, policy, on.tiles, on.memories, on.draft_ids
+        )  # fmt: skip
+    for row, chain in zip(rows, chains, strict=True):
+        if chain:
+            hang_beside(row.work.tree, chain)
+            row.work.embed_new(on.decoder)
+    return refused
+
+
+def most_together(policy: DraftPolicy) -> int:
+    """The most nodes of a tree that heads and the text beside them draft: as many rows as either might need alone."""
+    assert policy.lookup is not None
+    branches = policy.beam or (policy.branch > 1 and any(gate.low < gate.high for gate in policy.gates.values()))
+    heads = policy.max_nodes if branches else min(policy.max_nodes, policy.max_depth)
+    return max(heads, min(policy.lookup.max_nodes, policy.max_nodes))
 
 
 def verify(on: Machinery, works: Sequence[Working]) -> list[Tensor]:
@@ -362,7 +384,8 @@ def sources_of(policy: DraftPolicy, trees: Sequence[DraftTree]) -> set[Source]:
     """Who was asked for these trees: heads where the text gave nothing."""
     from_text = [FROM_TEXT in tree.exit_layers for tree in trees]
     asked: set[Source] = {"text"} if any(from_text) else set()
-    return asked | {"heads"} if policy.exits and not all(from_text) else asked
+    both = policy.lookup is not None and policy.lookup.beside
+    return asked | {"heads"} if policy.exits and (both or not all(from_text)) else asked
 
 
 def keep_pace(

@@ -46,13 +46,14 @@ class TextDraft:
         for sequence, ids in texts.items():
             upload(self._text[sequence, : len(ids)], torch.tensor(ids, dtype=torch.int32))
 
-    def draft(self, over: bool = False) -> None:
-        """Hang below each active sequence's root what its text suggests; `over`: leave heads' tree where it suggests
-        nothing."""
+    def draft(self, heads: int = 0) -> None:
+        """Hang below each active sequence's root what its text suggests; where heads drafted trees of up to `heads`
+        nodes, leave theirs where it suggests nothing, or share the rows with them (`Lookup.beside`)."""
         own = self._lookup
         draft_text(
             self._text, self._sequences, self._trees, self._exits, min_match=own.min_match, per_match=own.per_match,
-            max_nodes=own.max_nodes, over=over, pdl=self.pdl,
+            max_nodes=own.max_nodes, over=heads > 0, beside=own.beside, together=max(heads, own.max_nodes),
+            pdl=self.pdl,
         )  # fmt: skip
 
     def keep(self, record: Tensor) -> None:

@@ -52,7 +52,7 @@ if triton is not None:
         text, stride, active_of, base_of, end_of, tree_tokens, tree_parents, tree_depths, tree_paths, tree_count,
         tree_entropies, exits, min_match, per_match, max_nodes,
         N: tl.constexpr, LONGEST: tl.constexpr, MOST_PLACES: tl.constexpr, FROM_TEXT: tl.constexpr,
-        OVER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+        OVER: tl.constexpr, BESIDE: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         pdl_wait(PDL)
         pdl_next(PDL)
@@ -79,23 +79,47 @@ if triton is not None:
             place = tl.where(longest > best, newest, place)
             best = tl.maximum(best, longest)
 
-        room = tl.minimum(tl.minimum(max_nodes, per_match * best), size - place)
+        most = per_match * best
+        if BESIDE:  # 3, 7, 11, 15 behind 1, 2, 4, 8
+            most = 4 * (1 + (best > 1).to(tl.int32) + (best > 3).to(tl.int32) + (best > 7).to(tl.int32)) - 1
+        room = tl.minimum(tl.minimum(max_nodes, most), size - place)
         count = tl.where(best > 0, tl.maximum(tl.minimum(room, tl.load(end_of + b) - base - 2), 0), 0)
         node = tl.arange(0, N)
         at = b * N + node
-        held = (node >= 1) & (node <= count)
-        tl.store(exits + at, tl.where(held, FROM_TEXT, 0))
-        if OVER:  # noqa: SIM102 (one is known when it is compiled)
+        kept, top, shared = count * 0, count * 0, count * 0  # nodes that stay, the one that the chain leaves, its depth
+        above = node * 0  # nodes by depth on the way to it
+        if OVER:
+            if BESIDE:  # the best of heads' nodes come first, parents before children
+                kept = tl.minimum(tl.load(tree_count + b) - 1, TOGETHER - count)
+                told = tl.load(tree_tokens + at)
+                parent = tl.load(tree_parents + at)
+                theirs = (node >= 1) & (node <= kept)
+                for i in tl.static_range(N - 1):  # as far as the chain goes their way
+                    token = tl.load(text + place + i, mask=i < count, other=-1)
+                    same = theirs & (parent == top) & (told == token) & (shared == i)
+                    found = tl.sum(tl.where(same, node, 0), 0)
+                    shared += (found > 0).to(tl.int32)
+                    top = tl.where(found > 0, found, top)
+                above = tl.load(tree_paths + (b * N + top) * N + node)
+                tl.debug_barrier()  # all warps have read what is written now
             if count == 0:  # another's tree is there
+                tl.store(exits + at, node * 0)
                 return
-        token = tl.load(text + place + node - 1, mask=held, other=0)
-        tl.store(tree_tokens + at, token, mask=node >= 1)
-        tl.store(tree_parents + at, tl.where(held, node - 1, tl.where(node == 0, -1, 0)))
-        tl.store(tree_depths + at, tl.where(held, node, 0))
-        tl.store(tree_entropies + at, (node * 0).to(tl.float32))
-        path = tl.where(held[:, None] & (node[None, :] <= node[:, None]), node[None, :], 0)
-        tl.store(tree_paths + at[:, None] * N + node[None, :], path)
-        tl.store(tree_count + b, count + 1)
+        rest = node - kept  # of the chain, behind what it shares
+        held = (rest >= 1) & (rest <= count - shared)
+        own = node > kept
+        tl.store(exits + at, tl.where(held, FROM_TEXT, 0))
+        token = tl.load(text + place + shared + rest - 1, mask=held, other=0)
+        tl.store(tree_tokens + at, token, mask=own & (node >= 1))
+        parent = tl.where(held, tl.where(rest == 1, top, node - 1), tl.where(node == 0, -1, 0))
+        tl.store(tree_parents + at, parent, mask=own | (node == 0))
+        tl.store(tree_depths + at, tl.where(held, shared + rest, 0), mask=own | (node == 0))
+        tl.store(tree_entropies + at, (node * 0).to(tl.float32), mask=own | (node == 0))
+        deep = node[None, :] - shared  # of columns, which are depths
+        path = tl.where(deep <= 0, above[None, :], tl.where(deep <= rest[:, None], kept + deep, 0))
+        path = tl.where(held[:, None], path, 0)
+        tl.store(tree_paths + at[:, None] * N + node[None, :], path, mask=(own | (node == 0))[:, None])
+        tl.store(tree_count + b, kept + 1 + count - shared)
 
     @triton.jit
     def _keep_text_kernel(  # type: ignore[no-untyped-def]
@@ -123,6 +147,8 @@ def draft_text(
     per_match: int,
     max_nodes: int,
     over: bool = False,
+    beside: bool = False,
+    together: int = PATH - 1,
     pdl: bool = False,
 ) -> None:
     """Overwrite every active sequence's tree: its root alone where the text suggests nothing.
@@ -134,6 +160,9 @@ def draft_text(
         exits: int32 `[B, 16]`, `FROM_TEXT` for each drafted node, 0 elsewhere.
         min_match, per_match, max_nodes: of `engine/gate.py: Lookup`.
         over: leave the tree that is there where the text suggests nothing.
+        beside: of `Lookup`; with `over`, of the tree that is there as many nodes stay as leave room, and the chain is
+            hung below the last one that goes its way.
+        together: nodes that may be drafted in all.
         pdl: as in `qkv`.
 
     Raises:
@@ -146,8 +175,8 @@ def draft_text(
     _draft_text_kernel[(len(sequences.base),)](
         text, text.stride(0), sequences.active, sequences.base, sequences.end, trees.tokens, trees.parents,
         trees.depths, trees.paths, trees.count, trees.entropies, exits, min_match, per_match, max_nodes,
-        N=PATH, LONGEST=LONGEST, MOST_PLACES=MOST_PLACES, FROM_TEXT=FROM_TEXT, OVER=over, BLOCK=BLOCK,
-        PDL=pdl, num_warps=4,
+        N=PATH, LONGEST=LONGEST, MOST_PLACES=MOST_PLACES, FROM_TEXT=FROM_TEXT, OVER=over, BESIDE=beside,
+        TOGETHER=together, BLOCK=BLOCK, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

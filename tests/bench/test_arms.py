@@ -73,7 +73,8 @@ def test_names_of_planned_lookups_are_arms(engine: Engine, lookup: Lookup) -> No
 def test_the_text_drafts_alone_and_beside_heads_of_another_set(engine: Engine, stateful: Any) -> None:
     """Planted bug: the + of `accuracy:0.7:2:2+3` taken for a lookup's."""
     other = Engine(engine.decoder, engine.tokenizer)
-    names = "lookup:4:1,suffix,fixed:2:2+lookup:3,accuracy:0.7:2:2+3,fixed:0:2@recurrent+lookup,fixed:2:1-2+suffix:4"
+    names = "lookup:4:1,suffix,fixed:2:2+lookup:3,accuracy:0.7:2:2+3,fixed:2:2+beside:4,fixed:0:2@recurrent+lookup,"
+    names += "fixed:2:1-2+suffix:4"
     arms = parse_arms(names, engine, lambda kind: stateful(other, kind))
     assert [arm.name for arm in arms[-3:]] == ["fixed:0:2@recurrent+lookup", "fixed:2:1+suffix:4", "fixed:2:2+suffix:4"]
     outcomes = {arm.name: arm.run(ids_of(engine), SAMPLING) for arm in arms}
@@ -83,6 +84,7 @@ def test_the_text_drafts_alone_and_beside_heads_of_another_set(engine: Engine, s
         assert 0 < outcome.blocks[0][0] <= outcome.blocks[-1][0] <= outcome.wall_ms
     shown = {arm.name: arm.describe() for arm in arms}
     assert shown["lookup:4:1"]["lookup"]["max_nodes"] == 4 and shown["suffix"]["lookup"]["branch"] == 2
+    assert shown["fixed:2:2+beside:4"]["lookup"]["beside"] and not shown["suffix"]["lookup"]["beside"]
     assert shown["fixed:2:2+lookup:3"]["exits"] == [2] and "lookup" not in shown["accuracy:0.7:2:2+3"]
     assert shown["fixed:0:2@recurrent+lookup"]["exits"] == [0]
     with pytest.raises(ValueError, match="only forms that draft"):

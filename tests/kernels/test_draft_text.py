@@ -14,8 +14,9 @@ import random
 
 import pytest
 import torch
+from skipstone.engine.device_state import fill
 from skipstone.engine.gate import Lookup
-from skipstone.engine.lookup import TextIndex, draft_from_text
+from skipstone.engine.lookup import TextIndex, chain_from_text, draft_from_text, hang_beside
 from skipstone.engine.tree import FROM_TEXT as HOSTS_MARK
 from skipstone.engine.tree import DraftTree
 from skipstone.kernels import draft_text as own
@@ -48,7 +49,10 @@ def texts() -> list[list[int]]:
     ]
 
 
-def drafted(ids: list[list[int]], ends: list[int], lookup: Lookup) -> tuple[Trees, torch.Tensor]:
+def drafted(
+    ids: list[list[int]], ends: list[int], lookup: Lookup, heads: Trees | None = None, together: int = 15
+) -> tuple[Trees, torch.Tensor]:
+    """`heads`: trees that are there, which share their rows."""
     batch, room = len(ids), 16 + max(map(len, ids))
     text = empty_text(batch, room, DEVICE)
     for b, one in enumerate(ids):
@@ -58,13 +62,15 @@ def drafted(ids: list[list[int]], ends: list[int], lookup: Lookup) -> tuple[Tree
     for tensor in (trees.tokens, trees.parents, trees.depths, trees.paths, trees.count):
         tensor.fill_(99)
     trees.tokens[:, 0] = torch.tensor([one[-1] for one in ids])
+    trees = trees if heads is None else heads
 
     def whole(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
     sequences = Sequences(whole([1] * batch), whole([len(one) - 1 for one in ids]), whole(ends))
     options = {"min_match": lookup.min_match, "per_match": lookup.per_match, "max_nodes": lookup.max_nodes}
-    draft_text(text, sequences, trees, exits, **options)
+    shared = {"over": heads is not None, "beside": lookup.beside, "together": together}
+    draft_text(text, sequences, trees, exits, **options, **shared)
     return trees, exits
 
 
@@ -90,6 +96,45 @@ def test_the_hosts_drafts(lookup: Lookup) -> None:
         seen.add(count)
     assert len(seen) > (1 if lookup.min_match > 3 else 2)
     assert FROM_TEXT == HOSTS_MARK
+
+
+@pytest.mark.parametrize(("most", "together"), [(15, 15), (7, 9), (3, 7)])
+def test_the_rows_are_shared_as_on_the_host(most: int, together: int) -> None:
+    """Heads' trees, some of whose paths begin as the text goes on, or are all of it, before and behind what is cut off.
+    Planted bugs: a chain hung below the root alone, one node of the heads too many, a way that goes on over a node that
+    was cut off, or behind a token that it misses, the text's mark on a node that both drafted."""
+    rng, ids, lookup = random.Random(1), texts(), Lookup(1, max_nodes=most, beside=True)
+    heads, expected = [], []
+    for one in ids:
+        index = TextIndex(1)
+        index.follow(one)
+        chain = chain_from_text(index, lookup, 15, 15)
+        size, tree = rng.randrange(1, together + 2), DraftTree(one[-1])
+        along = rng.randrange(5)  # of the chain, somewhere among the nodes
+        while len(tree) < size:
+            at = rng.randrange(len(tree))
+            ours = tree.path_tokens(at) == chain[: tree.depths[at]] and tree.depths[at] < min(along, len(chain))
+            token = (
+                chain[tree.depths[at]] if ours and rng.random() < 0.7 else rng.choice([*chain[1:], 1000 + len(tree)])
+            )
+            if tree.child(at, token) is None:
+                tree.add(at, token, exit_layer=0, entropy=0.5)
+        shared = DraftTree(one[-1])
+        for node in range(1, min(len(tree), 1 + together - len(chain))):
+            shared.add(tree.parents[node], tree.tokens[node], exit_layer=0, entropy=0.5)
+        hang_beside(shared, chain)
+        heads.append(tree)
+        expected.append(shared)
+    state, target = (Trees.empty(len(ids), DEVICE) for _ in range(2))
+    fill(state, dict(enumerate(heads)))
+    fill(target, dict(enumerate(expected)))
+    trees, exits = drafted(ids, [10**6] * len(ids), lookup, state, together)
+    for name in ("count", "tokens", "parents", "depths", "paths"):
+        assert torch.equal(getattr(trees, name), getattr(target, name)), name
+    for b, tree in enumerate(expected):
+        assert exits[b, 1 : len(tree)].tolist() == tree.exit_layers[1:] and not exits[b, len(tree) :].any()
+    mixed = [{FROM_TEXT, 0} <= set(tree.exit_layers) for tree in expected]
+    assert any(mixed) and any(FROM_TEXT not in tree.exit_layers for tree in expected)
 
 
 def test_blocks_of_places_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ POLICIES = {
     "mixed chain": replace(fixed_exit(0, 3), lookup=TEXT),
     "mixed gated tree": replace(every((0,), Gate(0.3, 99.0), branch=2, max_depth=3), lookup=TEXT),
     "mixed best first": replace(best_first(3, 2, 2), lookup=TEXT),
+    "mixed beside": replace(best_first(3, 2, 3, 6), lookup=Lookup(1, max_nodes=8, beside=True)),
+    "mixed beside a chain": replace(fixed_exit(0, 3), lookup=Lookup(1, max_nodes=5, beside=True)),
     "mixed trees": replace(best_first(3, 2, 4, max_nodes=6), lookup=Lookup(1, 15, 6, 3)),
 }
 
@@ -70,7 +72,8 @@ def test_output_is_plain_decodings(
     assert any(FROM_TEXT in own for own in sources) and max(map(len, trees)) <= 16
     assert sum(out.stats.num_accepted for out in together) > 0
     if policy.startswith("mixed"):
-        assert {0} in sources and {FROM_TEXT, 0} not in sources, "heads are asked where the text gives nothing"
+        assert {0} in sources, "heads are asked where the text gives nothing"
+        assert ({FROM_TEXT, 0} in sources) == ("beside" in policy), "and beside it, if that is wanted"
 
 
 def test_no_heads_are_needed_and_stops_hold(engine_of: Callable, assert_same_output: Callable) -> None:
@@ -108,7 +111,7 @@ def test_a_verifier_that_follows_the_text_blindly_is_caught(
 
 @pytest.mark.interpreter
 @pytest.mark.hazard(6, 24)
-@pytest.mark.parametrize("policy", ["chain", "tree", "mixed best first"])
+@pytest.mark.parametrize("policy", ["chain", "tree", "mixed best first", "mixed beside", "mixed beside a chain"])
 def test_rounds_on_the_device(
     policy: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +137,7 @@ def test_rounds_on_the_device(
         assert (out.stats.num_drafted, out.stats.num_accepted) == (own.stats.num_drafted, own.stats.num_accepted)
         assert out.stats.tokens_by_exit == own.stats.tokens_by_exit and out.exit_layers == own.exit_layers
     assert sum(out.stats.num_accepted for out in outs) > 0
-    kind = {"chain": "text", "tree": "given", "mixed best first": "both"}[policy]
+    kind = {"chain": "text", "tree": "given"}.get(policy, "both")
     assert kind in kinds and set(kinds) <= {kind, "plain"}
     alone = {"policy": POLICIES[policy], "max_new_tokens": new, "temperature": 0.4}
     if policy != "chain":
