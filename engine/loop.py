@@ -256,8 +256,8 @@ def play_round(on: Machinery, requests: Sequence[Request], policy: DraftPolicy) 
 
 
 def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], policy: DraftPolicy) -> list[int]:
-    """Draft every request's tree: from the text, and by heads where it suggests nothing. Returns per request how many
-    nodes every gate refused."""
+    """Draft every request's tree: from the text, and by heads where it suggests nothing, or the rest (`Lookup.beside`).
+    Returns per request how many nodes every gate refused."""
     rows = [draft_row(request, work, on.draft_ids) for request, work in zip(requests, works, strict=True)]
     if on.sparse is not None:
         rows = [on.sparse.clip(row) for row in rows]
