@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from ..engine.config import ModelConfig
 from ..engine.early_exit import calibrated_exits
 from ..engine.engine import Engine, Speculation
-from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, from_text, likely
+from ..engine.gate import DraftPolicy, Lookup, best_first, calibrated, fixed_exit, likely
 from ..engine.statistics import Statistics
 from ..engine.tree import MAX_NODES
 from ..heads.head_set import HeadSet, adapter_config
@@ -290,14 +290,18 @@ _LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix|beside)((?::[^:+@]*)*)$")
 
 
 def _from_text(name: str, found: re.Match[str]) -> DraftPolicy:
+    kind, shared = found[1], found[1] == "beside"
+    form = f"{kind}[:NODES[:MATCH[:EACH]]], e.g. {kind}:8:2"
+    if shared:
+        form = "beside[:NODES[:MATCH]] behind heads, e.g. tree:4:4:4+beside:15"
     try:
         sizes = [int(part) for part in found[2].split(":")[1:]]
         nodes, match, each = [*sizes, *(Lookup.max_nodes, Lookup.min_match, Lookup.per_match)[len(sizes) :]]
+        if shared and (len(sizes) > 2 or not found[0].startswith("+")):
+            raise ValueError
     except ValueError:
-        raise ValueError(f"arm {name!r}: expected {found[1]}[:NODES[:MATCH[:EACH]]], e.g. {found[1]}:8:2") from None
-    policy = from_text(match, each, nodes, BRANCHES[found[1]])
-    assert policy.lookup is not None
-    return replace(policy, lookup=replace(policy.lookup, beside=found[1] == "beside"))
+        raise ValueError(f"arm {name!r}: expected {form}") from None
+    return DraftPolicy(lookup=Lookup(match, each, nodes, BRANCHES[kind], beside=shared))
 
 
 def _with_text(arm: Arm, name: str, found: re.Match[str]) -> Arm:

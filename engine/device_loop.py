@@ -65,7 +65,7 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
         return None
     gates = [policy.gates[e] for e in policy.exits]
     length = min(policy.max_depth, policy.max_nodes)
-    branch = policy.branch if any(gate.low < gate.high for gate in gates) else 1
+    branch = policy.most_children
     try:
         if all(speaks_on_device(heads.get(e)) for e in policy.exits):
             if apart and any(isinstance(heads[e], BlockHead) for e in policy.exits):

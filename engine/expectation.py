@@ -156,6 +156,8 @@ def _from_text(policy: DraftPolicy, lookup: Lookup, rehearsal: Rehearsal, costs:
     case, and rows are verified."""
     if rehearsal.text is None or lookup.branch > 1:
         raise ValueError("lookups of one branch are played, and only where the text was rehearsed")
+    if lookup.beside:
+        raise ValueError("trees that heads share with the text are not played")
     matched, length, right = rehearsal.text
     drafted = np.where(matched >= lookup.min_match, lookup.per_match * matched, 0)
     for most in (lookup.max_nodes, policy.max_nodes, length, rehearsal.left - 1):

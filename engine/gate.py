@@ -129,6 +129,17 @@ class DraftPolicy:
         return bool(self.sources)
 
     @property
+    def most_children(self) -> int:
+        """Of one node, that heads draft."""
+        return self.branch if self.beam or any(self.gates[e].low < self.gates[e].high for e in self.exits) else 1
+
+    @property
+    def most_together(self) -> int:
+        """Drafted nodes of a tree that heads and the text beside them share: as many as either might need alone."""
+        heads = self.max_nodes if self.most_children > 1 else min(self.max_nodes, self.max_depth)
+        return max(heads, 0 if self.lookup is None else min(self.lookup.max_nodes, self.max_nodes))
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """Where its drafts come from."""
         return (*(("text",) if self.lookup else ()), *(("heads",) if self.exits else ()))

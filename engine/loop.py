@@ -270,7 +270,7 @@ def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], p
             request.text.follow(request.history.token_ids)
             if beside:
                 chains[i] = chain_from_text(request.text, policy.lookup, row.max_depth, policy.max_nodes)
-                rows[i] = replace(row, room=most_together(policy) - len(chains[i]))
+                rows[i] = replace(row, room=policy.most_together - len(chains[i]))
             else:
                 draft_from_text(row.work.tree, request.text, policy.lookup, row.max_depth, policy.max_nodes)
                 row.work.embed_new(on.decoder)
@@ -288,14 +288,6 @@ def grow(on: Machinery, requests: Sequence[Request], works: Sequence[Working], p
             hang_beside(row.work.tree, chain)
             row.work.embed_new(on.decoder)
     return refused
-
-
-def most_together(policy: DraftPolicy) -> int:
-    """The most nodes of a tree that heads and the text beside them draft: as many rows as either might need alone."""
-    assert policy.lookup is not None
-    branches = policy.beam or (policy.branch > 1 and any(gate.low < gate.high for gate in policy.gates.values()))
-    heads = policy.max_nodes if branches else min(policy.max_nodes, policy.max_depth)
-    return max(heads, min(policy.lookup.max_nodes, policy.max_nodes))
 
 
 def verify(on: Machinery, works: Sequence[Working]) -> list[Tensor]:

@@ -661,7 +661,7 @@ def bench(
         str | None,
         typer.Option(
             help="Of plain, default, always, lookup[:NODES[:MATCH]], suffix (drafts from the text; FORM+lookup: else "
-            "heads), tree:BEAM:BRANCH:DEPTH[:NODES], accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], "
+            "heads, FORM+beside: both), tree:BEAM:BRANCH:DEPTH[:NODES], accuracy:LEVEL[:LENGTH[:EXIT+EXIT]], "
             "likely:LEVEL[:LENGTH[:EXIT+EXIT]] (by the probability of the whole draft), fixed:EXIT:LENGTH, "
             "bare:EXIT:LENGTH, "
             "early:LEVEL[:EXIT+EXIT] (early exit, lossy); FORM@HEADS: another head set, FORM%TARGET skips weights: "

@@ -87,6 +87,9 @@ def test_the_text_drafts_alone_and_beside_heads_of_another_set(engine: Engine, s
     assert shown["fixed:2:2+beside:4"]["lookup"]["beside"] and not shown["suffix"]["lookup"]["beside"]
     assert shown["fixed:2:2+lookup:3"]["exits"] == [2] and "lookup" not in shown["accuracy:0.7:2:2+3"]
     assert shown["fixed:0:2@recurrent+lookup"]["exits"] == [0]
+    for wrong in ("beside", "fixed:2:2+beside:4:1:2"):
+        with pytest.raises(ValueError, match="behind heads"):
+            parse_arms(wrong, engine)
     with pytest.raises(ValueError, match="only forms that draft"):
         parse_arms("plain+lookup", engine)
     with pytest.raises(ValueError, match="expected lookup\\[:NODES"):

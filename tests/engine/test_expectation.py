@@ -181,6 +181,9 @@ def test_what_was_not_rehearsed_is_refused():
     for looked in (DraftPolicy(lookup=Lookup()), DraftPolicy(lookup=Lookup(branch=2))):
         with pytest.raises(ValueError, match="text was rehearsed"):
             expect(looked, rehearsal, COSTS)
+    known = replace(rehearsal, text=np.ones((3, 2), int))
+    with pytest.raises(ValueError, match="share with the text"):
+        expect(DraftPolicy(lookup=Lookup(beside=True)), known, COSTS)
     assert expect(DraftPolicy((2,), {2: ALWAYS}), rehearsal, COSTS).tokens == 2.0
 
 
