@@ -131,10 +131,8 @@ def print_plan(document: Mapping[str, Any]) -> None:
     grown = "  ".join(f"{rows}: {ms:.2f}" for rows, ms in costs["grow_ms"].items())
     first = f"{costs['open_ms']:.2f}, then by rows {grown}" if grown else "-"
     out.print(f"ms of a head's answer by exit: {asks or '-'}; at exit 0: {first}")
-    table = titled(
-        "Best first", "policy", ">tokens/s", ">on harder text", ">tokens per verification", ">drafted", ">ms a round"
-    )
-    keys = "tokens_per_second", "harder_tokens_per_second", "tokens_per_verification", "drafted", "round_ms"
+    table = titled("Best first", "policy", ">tokens/s", ">tokens per verification", ">drafted", ">ms a round")
+    keys = "tokens_per_second", "tokens_per_verification", "drafted", "round_ms"
     for choice in choices:
         numbers = (choice[key] for key in keys)
         table.add_row(choice["name"], *(f"{number:.2f}" for number in numbers))

@@ -191,11 +191,13 @@ def decode_on_device(
                     if by_host:
                         record = _feed(on, rounds, ticket.kind, request, record, given.get(request.sequence))
                     trees.append(record.tree)
-                    by_heads = ticket.kind in BY_HEADS and FROM_TEXT not in record.tree.exit_layers
-                    if pace is not None and pace.ladder is not None and by_heads:
+                    if pace is not None and pace.ladder is not None and ticket.kind in BY_HEADS:
                         assert ticket.depth is not None
                         length = min(ticket.depth, policy.max_nodes, _end(on, request) - len(request.history) - 1)
-                        pace.ladder.saw(length, len(record.nodes))
+                        if FROM_TEXT in record.tree.exit_layers:
+                            pace.ladder.saw_text(len(record.tokens))
+                        else:
+                            pace.ladder.saw(length, len(record.nodes))
                     if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):
                         again = record.row_layers - rounds.draft.levels.reached * len(record.tree)
                         request.statistics.num_row_layers += again  # what verification did not go on from

@@ -21,7 +21,7 @@ from .device_loop import decode_on_device
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
+from .gate import PLAIN, WHOLE, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -51,7 +51,7 @@ Prefill = Literal["auto", "sdpa", "flash", "fused"]
 # What a step's time and drafts depend on: batch, whether rounds run on the device, extra work, texts that are `LONG`.
 Way = tuple[int, bool, bool, bool]
 CHAIN_LENGTH = 3  # of a head whose drafts cost no trunk layers; longer ones gain little on a CPU (docs/log.md)
-TREE = (4, 4, 4)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
+TREE = (4, 4, 3)  # beam, branch, depth where a head like that drafts trees; deeper ones cost more than they bring
 # Sequences at once from which chains are drafted where fewer draft trees. Measured at 1 and at 8 only (H200, against
 # plain decoding): trees of 15 nodes 2.12x and 0.89x, chains of 3 1.76x and 1.25x (at 8 0.71x and 0.94x end to end).
 CHAINS_FROM = 4
@@ -712,9 +712,9 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1, context:
     what one does (fused kernels, few sequences, short texts), else chains; others are asked as their calibration says,
     or not at all.
 
-    With fused kernels the text drafts as many tokens as the rows hold: behind matches of three tokens in front of a
-    head, which is better than shorter ones (docs/log.md), else behind any; not in front of trunk exits, for the host
-    would have to draft, and not for many sequences.
+    With fused kernels the text drafts as many tokens as the rows hold, behind a match of any length: trees share their
+    rows with it (docs/log.md). In front of chains it has to match three tokens, for a head is better than shorter
+    matches; trunk exits have none in front, for the host would have to draft, and many sequences none at all.
     """
     few = not (fused and _is_wide(batch, context))
     policy = PLAIN
@@ -726,5 +726,7 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1, context:
         return dataclasses.replace(policy, lookup=Lookup())
     if batch >= CHAINS_FROM or policy.exits not in ((), (0,)):
         return policy
-    most = MAX_NODES - 1 if few else CHAIN_LENGTH
-    return dataclasses.replace(policy, lookup=Lookup(3 if policy.drafts else 1, MAX_NODES - 1, most))
+    text = dataclasses.replace(WHOLE, beside=policy.beam > 0)
+    if not few:
+        text = dataclasses.replace(WHOLE, min_match=3 if policy.drafts else 1, max_nodes=CHAIN_LENGTH)
+    return dataclasses.replace(policy, lookup=text)

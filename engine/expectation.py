@@ -7,8 +7,8 @@ it round by round: draft as the gates allow, accept as far as right, go on behin
 
 Two stand-ins are not exact. Behind its first wrong token a chain from trunk exits is taken to be as sure as the heads
 are at the text's own next positions, which touches its cost, never its accepted tokens. Trees are known by their means
-alone: where the text drafts in front of them, they are taken to be as good at the places that it leaves them as
-elsewhere (5 % too many tokens to 8 % too few, docs/log.md).
+alone: where the text drafts in front of them or beside them, they have at each place what the chain there has right,
+and as much more as their mean says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..heads.rehearsal import Rehearsal
-from .gate import DraftPolicy, Lookup
+from .gate import DraftPolicy
 from .tree import MAX_NODES
 
 Rounds = tuple[np.ndarray, np.ndarray, np.ndarray]  # by the position it starts at: accepted, drafted, ms
@@ -132,8 +132,9 @@ def expect(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
         tree = _expect_tree(policy, rehearsal, costs)
         if policy.lookup is None:
             return tree
-        rounds = _as_rounds(tree, rehearsal)
-        return _walk(rehearsal.lengths, *_from_text(policy, policy.lookup, rehearsal, costs, rounds))
+        size = sum(rehearsal.lengths)
+        rounds = _right_in_trees(policy, rehearsal), np.full(size, tree.drafted), np.full(size, tree.ms)
+        return _walk(rehearsal.lengths, *_with_text(policy, rehearsal, costs, rounds))
     if policy.exits and policy.confidence != "entropy":
         raise ValueError(f"gates by {policy.confidence!r} are not played: rehearsals hold entropies")
     if any(policy.gates[e].low != policy.gates[e].high for e in policy.exits) and policy.branch > 1:
@@ -142,7 +143,7 @@ def expect(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
     if policy.exits and policy.max_depth and policy.max_nodes:
         rounds = (_chain if policy.exits == (0,) else _trunk)(policy, rehearsal, costs)
     if policy.lookup is not None:
-        rounds = _from_text(policy, policy.lookup, rehearsal, costs, rounds)
+        rounds = _with_text(policy, rehearsal, costs, rounds)
     return _walk(rehearsal.lengths, *rounds)
 
 
@@ -151,30 +152,37 @@ def _plain(rehearsal: Rehearsal, costs: Costs) -> Rounds:
     return np.zeros(size, int), np.zeros(size, int), np.full(size, costs.plain_ms)
 
 
-def _from_text(policy: DraftPolicy, lookup: Lookup, rehearsal: Rehearsal, costs: Costs, others: Rounds) -> Rounds:
-    """Rounds that the text drafts where it has a match, and the others. In captured ones heads have drafted in either
-    case, and rows are verified."""
+def _with_text(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs, others: Rounds) -> Rounds:
+    """Rounds that the text drafts where it has a match, alone or beside heads, and the others. In captured ones heads
+    have drafted in either case, and rows are verified."""
+    lookup = policy.lookup
+    assert lookup is not None
     if rehearsal.text is None or lookup.branch > 1:
         raise ValueError("lookups of one branch are played, and only where the text was rehearsed")
-    if lookup.beside:
-        raise ValueError("trees that heads share with the text are not played")
+    if lookup.beside and costs.reuse:
+        raise ValueError("trees that heads share with the text are played in captured rounds alone")
     matched, length, right = rehearsal.text
-    drafted = np.where(matched >= lookup.min_match, lookup.per_match * matched, 0)
-    for most in (lookup.max_nodes, policy.max_nodes, length, rehearsal.left - 1):
+    behind = np.array(
+        [lookup.most_behind(n) if n >= lookup.min_match else 0 for n in range(matched.max(initial=0) + 1)]
+    )
+    drafted = behind[matched]
+    for most in (policy.max_nodes, length, rehearsal.left - 1):
         drafted = np.minimum(drafted, most)
     accepted, nodes, took = others
     found, at = drafted > 0, np.arange(MAX_NODES + 1)
     verified = costs.num_layers * costs.layer + costs.output + costs.step_ms  # by rows
-    ms = verified[drafted + 1]
+    right = np.minimum(right, drafted)
+    heads = np.zeros_like(took) if costs.reuse else np.maximum(took - np.interp(nodes + 1, at, verified), 0.0)
+    if lookup.beside:
+        kept = np.minimum(nodes, policy.most_together - drafted)
+        right = np.maximum(
+            right, _right_in_trees(policy, rehearsal, kept) if policy.beam else np.minimum(accepted, kept)
+        )
+        drafted = drafted + np.where(found, kept, 0)
+    ms = np.interp(drafted + 1, at, verified) + heads
     if not costs.reuse:
-        heads = np.maximum(took - np.interp(nodes + 1, at, verified), 0.0)
-        ms = ms + heads
         took = np.maximum(took, verified[2] + heads)
-    return (
-        np.where(found, np.minimum(right, drafted), accepted),
-        np.where(found, drafted, nodes),
-        np.where(found, ms, took),
-    )
+    return np.where(found, right, accepted), np.where(found, drafted, nodes), np.where(found, ms, took)
 
 
 def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Expected:
@@ -190,11 +198,29 @@ def _expect_tree(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Exp
     return Expected(counts.tokens, counts.nodes, draft + costs.tree_verification(counts.nodes + 1.0))
 
 
-def _as_rounds(mean: Expected, rehearsal: Rehearsal) -> Rounds:
-    """Rounds that bring `mean` at every position: whole numbers of accepted tokens, by a fixed draw for each."""
-    size = sum(rehearsal.lengths)
-    accepted = np.floor(mean.tokens - 1.0 + np.random.default_rng(0).random(size)).astype(int)
-    return np.minimum(accepted, rehearsal.left - 1), np.full(size, mean.drafted), np.full(size, mean.ms)
+def _right_in_trees(policy: DraftPolicy, rehearsal: Rehearsal, kept: np.ndarray | None = None) -> np.ndarray:
+    """Accepted tokens at each position of the policy's trees, or of their best `kept` nodes alone: what the chain there
+    has right and, where that ends early, by a fixed draw as much more as makes their mean over rounds the rehearsed
+    one."""
+    counts = {nodes: own.tokens for (depth, nodes), own in rehearsal.trees.items() if depth == policy.max_depth}
+    most = np.minimum(policy.max_depth, rehearsal.left - 1)
+    chain = np.minimum(0 if rehearsal.chain_right is None else rehearsal.chain_right, most)
+    short, draws = chain < most, np.random.default_rng(0).random(len(most))
+
+    def right(more: float | np.ndarray) -> np.ndarray:
+        return np.where(short, np.clip(chain + np.floor(more + draws), 0, most), chain).astype(int)
+
+    low, high = -1.0, float(policy.max_depth)
+    for _ in range(12):
+        middle = (low + high) / 2
+        accepted = right(middle)
+        enough = _walk(rehearsal.lengths, accepted, accepted, accepted).tokens >= counts[policy.max_nodes]
+        low, high = (low, middle) if enough else (middle, high)
+    if kept is None:
+        return right(high)
+    sizes = sorted(counts)
+    fewer = np.interp(kept, [0, *sizes], [1.0, *(counts[nodes] for nodes in sizes)]) - counts[policy.max_nodes]
+    return right(high + fewer / max(short.mean(), 1 / len(short)))
 
 
 def _chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Rounds:

@@ -4,7 +4,8 @@ A plan expects so much of every length (a rung) on rehearsed text; another text 
 position by position, how often a draft that was right so far went on to be right, starts from what the plan expects,
 and the length with the most expected tokens a millisecond drafts next: of a chain its tokens, of a best-first tree its
 levels. What the plan measured of the machine stays: a longer draft's acceptance is learned only by drafting it, so now
-and then a draft is one rung longer than the best.
+and then a draft is one rung longer than the best. In captured rounds heads draft before it is known that the text does:
+those rounds bring their tokens whatever the length, and take the longer the longer it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Ladder:
     rounds: int = 0
     _seen: list[float] = field(default_factory=list)
     _right: list[float] = field(default_factory=list)
+    _own: float = 0.0  # rounds, of those remembered, in which the text did not draft
+    _from_text: float = 0.0  # tokens of those in which it did
 
     def __post_init__(self) -> None:
         tokens, reached, shares = 1.0, 1.0, list[float]()
@@ -64,17 +67,26 @@ class Ladder:
         for position, share in enumerate(self.acceptance, 1):
             reached *= share
             tokens += reached
-            if position in self.rungs and tokens / self.rungs[position].ms > best:
-                fastest, best = position, tokens / self.rungs[position].ms
+            both = self._from_text + max(self._own, 1.0) * tokens
+            if position in self.rungs and both / self.rungs[position].ms > best:
+                fastest, best = position, both / self.rungs[position].ms
         return fastest
 
     def saw(self, length: int, accepted: int) -> None:
         """A round that might draft `length` tokens in a row, all that fits the text's budget, and how many were
         accepted."""
-        self.rounds += 1
+        self._count(own=1.0)
         for position in range(min(length, accepted + 1, self.longest)):
             self._seen[position] = MEMORY * self._seen[position] + 1
             self._right[position] = MEMORY * self._right[position] + (position < accepted)
+
+    def saw_text(self, tokens: int) -> None:
+        """A captured round in which the text drafted, and the tokens that it brought."""
+        self._count(from_text=tokens)
+
+    def _count(self, own: float = 0.0, from_text: float = 0.0) -> None:
+        self.rounds += 1
+        self._own, self._from_text = MEMORY * self._own + own, MEMORY * self._from_text + from_text
 
 
 def _share(gain: float, reached: float, count: int) -> float:

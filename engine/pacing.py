@@ -28,6 +28,7 @@ WARM_STEPS_LONGER = 2  # the same where texts of another length were timed befor
 SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
+SELDOM = 4  # times as many while drafting gains all that is remembered: a slower machine ends that, and is seen
 TRIAL_ROUNDS = 3  # of a new text, by a paused source
 MOST_LEFT_OUT = 7  # texts between two such trials
 LONGEST_ROUND = 17  # tokens: a text that grows by more, or shrinks, is another one
@@ -125,7 +126,7 @@ class Pace:
         """How the next round should draft."""
         for source in policy.sources:
             self.accounts.setdefault(source, Account())
-        if self.plain_ms is None or self.rounds_since_plain >= REFRESH_ROUNDS:
+        if self.plain_ms is None or self.rounds_since_plain >= self._refresh_after():
             return PLAIN
         policy = policy.without([source for source in self.paused if not self.accounts[source].trial])
         return policy if self.ladder is None else replace(policy, max_depth=self.ladder.next)
@@ -144,6 +145,12 @@ class Pace:
                 took = account.without_stalls(ms, self.plain_ms)
                 lost = (took - committed * self.plain_ms) / len(sources)
             self._charge(account, took, lost)
+
+    def _refresh_after(self) -> int:
+        """Drafting rounds until a plain step is timed again."""
+        assert self.plain_ms is not None
+        gains = any(account.owed_ms <= -GAIN_STEPS * self.plain_ms for account in self.accounts.values())
+        return REFRESH_ROUNDS * (SELDOM if gains else 1)
 
     def _time(self, ms: float) -> None:
         if self.plain_ms is not None:

@@ -1,9 +1,9 @@
 """The planner: which way of drafting is the fastest here, if any.
 
 Costs measured on this machine (`costs.py`) and the heads' rehearsal give every policy its expected tokens per second
-(`expectation.py`), on the rehearsed texts and on ones that are harder for the heads; the fastest over as much of either
-is taken, or plain decoding; in captured rounds with the text in front of its heads, where that costs little. A plan is
-kept in the cache folder under a fingerprint of everything that it depends on, and `load` uses it.
+(`expectation.py`) over the rehearsed texts and as much text that is harder for the heads; the fastest is taken, or
+plain decoding; in captured rounds with the text beside its heads, where that costs little. A plan is kept in the cache
+folder under a fingerprint of everything that it depends on, and `load` uses it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,18 +33,17 @@ from .pretrained import cache_dir
 if TYPE_CHECKING:
     from .engine import Engine
 
-PLAN_VERSION = 7
+PLAN_VERSION = 8
 # Of the tokens that heads had right in the rehearsal, how many they have right on harder text. Users' text is rarely as
 # easy as a head's own held-out prompts, and then long drafts lose most and drafts from the text nothing (docs/log.md).
 KEPT = 0.75
-# Of the speed over both texts, what drafts from the text in front of heads may cost in captured rounds: held-out
-# prompts hold little to copy, users' often do, and there such drafts bring up to a third (docs/log.md).
+# Of the speed, what drafts from the text beside heads may cost in captured rounds: held-out prompts hold little to
+# copy, users' often do, and there such drafts bring up to a third (docs/log.md).
 TEXT_MAY_COST = 0.05
 MOST_EXITS = 3  # asked in turn
 DEPTHS = (1, 2, 3, 4, 6, 8)
 STOPS = (1.0, 2.0, 3.0, 4.0, math.inf)  # nats, of a head at exit 0
 LOOKUPS = tuple(Lookup(match, max_nodes=nodes) for nodes in (3, 5, 8) for match in (1, 2, 3))
-WHOLE_LOOKUPS = tuple(replace(WHOLE, min_match=match) for match in (1, 2, 3))  # of captured rounds
 LONGEST = 6  # chain that the plan may go on to while running
 MOST_MIXED = 12  # policies of heads that lookups are set beside: the best without them
 NUM_ALTERNATIVES = 20
@@ -52,22 +51,15 @@ NUM_ALTERNATIVES = 20
 
 @dataclass(frozen=True)
 class Choice:
-    """One policy and what is expected of it: on the rehearsed texts, and in tokens a second on harder ones (`KEPT`).
-    `name` is a bench arm's where there is one."""
+    """One policy and what is expected of it (`over_both`). `name` is a bench arm's where there is one."""
 
     name: str
     policy: DraftPolicy
     expected: Expected
-    harder: float
 
     @property
     def tokens_per_second(self) -> float:
         return self.expected.tokens_per_second
-
-    @property
-    def over_both(self) -> float:
-        """Tokens a second over as many tokens of either text."""
-        return 2.0 / (1.0 / self.tokens_per_second + 1.0 / self.harder)
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class Plan:
 
     Attributes:
         chosen: see `choose`.
-        choices: the best over both texts first, at most `NUM_ALTERNATIVES`, the chosen one and plain decoding always
+        choices: the best first, at most `NUM_ALTERNATIVES`, the chosen one and plain decoding always
             among them.
         rungs: length -> expected of the chosen policy's heads with chains or trees so long (`engine/ladder.py`); empty
             where heads do not draft or a gate ends their chains, and on a GPU where captured rounds cannot draft them.
@@ -138,24 +130,34 @@ def rungs_of(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> dict[in
     lengths: Iterable[int] = range(1, LONGEST + 1)
     if heads.beam:
         lengths = sorted(depth for depth, nodes in rehearsal.trees if nodes == heads.max_nodes)
-    return {length: expect(replace(heads, max_depth=length), rehearsal, costs) for length in lengths}
+    play = over_both(rehearsal, costs)
+    return {length: play(replace(heads, max_depth=length)) for length in lengths}
+
+
+def over_both(rehearsal: Rehearsal, costs: Costs) -> Callable[[DraftPolicy], Expected]:
+    """What is expected of policies over as many tokens of the rehearsed texts and of harder ones (`KEPT`)."""
+    texts = rehearsal, rehearsal.harder(KEPT)
+
+    def play(policy: DraftPolicy) -> Expected:
+        each = [expect(policy, text, costs) for text in texts]
+        rounds = sum(1 / own.tokens for own in each)  # a token of either
+        drafted, ms = sum(own.drafted / own.tokens for own in each), sum(own.ms / own.tokens for own in each)
+        return Expected(len(each) / rounds, drafted / rounds, ms / rounds)
+
+    return play
 
 
 def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
-    """Every policy considered, the fastest over both texts first: of heads, of the text, and both. The text is set in
-    front of heads' chains; in captured rounds (not `Costs.reuse`) of chains and trees from exit 0, for the host grows
-    the rest, and drafts as much as a tile holds."""
+    """Every policy considered, the fastest first: of heads, of the text, and both. The text is set in front of heads'
+    chains; in captured rounds (not `Costs.reuse`) beside chains and trees from exit 0, for the host grows the rest, and
+    drafts as much as a tile holds."""
     rehearsal = calibration.rehearsal
     if rehearsal is None:
         raise ValueError("this calibration holds no rehearsal: run `skipstone calibrate`")
-    harder = rehearsal.harder(KEPT)
-
-    def played(name: str, policy: DraftPolicy) -> Choice:
-        slower = expect(policy, harder, costs).tokens_per_second
-        return Choice(name, policy, expect(policy, rehearsal, costs), slower)
+    play = over_both(rehearsal, costs)
 
     def ranked(named: Iterable[tuple[str, DraftPolicy]]) -> list[Choice]:
-        return sorted(itertools.starmap(played, named), key=lambda choice: -choice.over_both)
+        return sorted((Choice(name, own, play(own)) for name, own in named), key=lambda own: -own.tokens_per_second)
 
     found = ranked(candidates(calibration))
     if rehearsal.text is None:
@@ -164,29 +166,32 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
     def follows(policy: DraftPolicy) -> bool:
         return bool(policy.exits) and not policy.beam if costs.reuse else policy.exits == (0,)
 
-    beside = [choice for choice in found if follows(choice.policy)][:MOST_MIXED]
-    lookups = LOOKUPS if costs.reuse else WHOLE_LOOKUPS
-    mixed = [
-        ((f"{choice.name}+" if choice.policy.exits else "") + _name_of(own), replace(choice.policy, lookup=own))
-        for choice, own in itertools.product([_plain(found), *beside], lookups)
-    ]  # fmt: skip
-    return sorted([*found, *ranked(mixed)], key=lambda choice: -choice.over_both)
+    best = [choice for choice in found if follows(choice.policy)][:MOST_MIXED]
+    alone, mixed = (LOOKUPS, LOOKUPS) if costs.reuse else ((WHOLE,), (replace(WHOLE, beside=True),))
+    looked = [(_name_of(own), replace(PLAIN, lookup=own)) for own in alone]
+    looked += [
+        (f"{choice.name}+{_name_of(own)}", replace(choice.policy, lookup=own))
+        for choice, own in itertools.product(best, mixed)
+    ]
+    return sorted([*found, *ranked(looked)], key=lambda choice: -choice.tokens_per_second)
 
 
 def _name_of(lookup: Lookup) -> str:
+    if lookup.beside:
+        return f"beside:{lookup.max_nodes}:{lookup.min_match}"
     each = "" if lookup.per_match == Lookup.per_match else f":{lookup.per_match}"
     return f"lookup:{lookup.max_nodes}:{lookup.min_match}{each}"
 
 
 def choose(choices: Sequence[Choice], captured: bool = False) -> Choice:
-    """The fastest over both texts; plain decoding is one of them. `captured`: in captured rounds the text drafts in
-    front of its heads, unless that costs more than `TEXT_MAY_COST`."""
-    best = max(choices, key=lambda choice: choice.over_both)
+    """The fastest; plain decoding is one of them. `captured`: in captured rounds the text drafts beside its heads,
+    unless that costs more than `TEXT_MAY_COST`."""
+    best = max(choices, key=lambda choice: choice.tokens_per_second)
     same = [own for own in choices if own.policy.lookup and replace(own.policy, lookup=None) == best.policy]
     if not (captured and same and best.policy.drafts):
         return best
-    mixed = max(same, key=lambda choice: choice.over_both)
-    return mixed if mixed.over_both >= (1.0 - TEXT_MAY_COST) * best.over_both else best
+    mixed = max(same, key=lambda choice: choice.tokens_per_second)
+    return mixed if mixed.tokens_per_second >= (1.0 - TEXT_MAY_COST) * best.tokens_per_second else best
 
 
 def _shown(choices: Sequence[Choice], chosen: Choice) -> tuple[Choice, ...]:
@@ -353,7 +358,6 @@ def to_document(made: Plan) -> dict[str, Any]:
                 "drafted": choice.expected.drafted,
                 "round_ms": choice.expected.ms,
                 "tokens_per_second": choice.tokens_per_second,
-                "harder_tokens_per_second": choice.harder,
             }
             for choice in made.choices
         ],
@@ -369,8 +373,7 @@ def from_document(document: Mapping[str, Any]) -> Plan:
             c["name"],
             _policy_from(c["policy"]),
             Expected(c["tokens_per_verification"], c["drafted"], c["round_ms"]),
-            float(c["harder_tokens_per_second"]),
-        )  # fmt: skip
+        )
         for c in document["choices"]
     )
     chosen = next((choice for choice in choices if choice.name == document["chosen"]), None)

@@ -26,7 +26,8 @@ except ImportError:
 MOST_PLACES = 64  # of one match, the newest; a text of one repeated token would otherwise have thousands
 LONGEST = 32  # matched tokens that are told apart
 FROM_TEXT = -1  # a node's exit layer, `engine/tree.py: FROM_TEXT`
-BLOCK = 512  # places compared at once
+BLOCK = 2048  # places compared at once, of a long text one block after the other
+WARPS = 16
 
 
 def draft_text_reference(ids: list[int], min_match: int, per_match: int, most: int) -> list[int]:
@@ -176,7 +177,7 @@ def draft_text(
         text, text.stride(0), sequences.active, sequences.base, sequences.end, trees.tokens, trees.parents,
         trees.depths, trees.paths, trees.count, trees.entropies, exits, min_match, per_match, max_nodes,
         N=PATH, LONGEST=LONGEST, MOST_PLACES=MOST_PLACES, FROM_TEXT=FROM_TEXT, OVER=over, BESIDE=beside,
-        TOGETHER=together, BLOCK=BLOCK, PDL=pdl, num_warps=4,
+        TOGETHER=together, BLOCK=BLOCK, PDL=pdl, num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -592,12 +592,12 @@ def plan(
     for name, (_, made) in plans.items():
         path = None if no_keep else planner.store_plan(made)
         rivals[name] = planner.to_document(made) | {"kept": None if path is None else str(path), "check": None}
-    best = max(plans, key=lambda name: plans[name][1].chosen.over_both)
+    best = max(plans, key=lambda name: plans[name][1].chosen.tokens_per_second)
     engine, made = plans[best]
     document = {**rivals[best], "heads": best}
     document["rivals"] = {
         name: {key: rivals[name][key] for key in ("chosen", "expected_speedup", "kept")}
-        | {"tokens_per_second": found.chosen.tokens_per_second, "over_both": found.chosen.over_both}
+        | {"tokens_per_second": found.chosen.tokens_per_second}
         for name, (_, found) in plans.items()
     }
     if check:

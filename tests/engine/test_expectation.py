@@ -92,6 +92,15 @@ def test_drafts_from_the_text_alone_and_beside_heads(recurrent, trunk, lookup):
         assert expected.drafted > expect(policy, rehearsal, COSTS).drafted * 0.9 and expected.drafted > 0
 
 
+@pytest.mark.parametrize("lookup", [Lookup(beside=True), Lookup(1, 15, 3, beside=True), Lookup(2, 15, 15, beside=True)])
+def test_chains_that_the_text_drafts_beside(recurrent, lookup):
+    """Planted bugs: the longer of both drafts in place of the better one; heads' nodes beyond the rows."""
+    engine, found = recurrent
+    policy = replace(fixed_exit(0, 3), lookup=lookup)
+    expected, stats = expect(policy, found.rehearsal(), replace(COSTS, reuse=False)), real(engine, policy, STUDIED)
+    assert expected.tokens == pytest.approx(stats.tokens_per_verification)
+
+
 def test_time_of_drafts_from_the_text():
     """One text of six tokens: a match of two drafts four, one of them right; then a plain step; a match at the end."""
     text = np.array([[2, 9, 0, 3, 9, 9], [9, 9, 0, 9, 9, 9], [1, 9, 0, 9, 9, 9]])
@@ -133,24 +142,30 @@ def test_best_first_trees(recurrent, depth, nodes):
     assert expected.tokens == counts.tokens and expected.ms == pytest.approx(draft + 4.0 + 2.0 + 0.5 + tree)
 
 
-def test_trees_behind_the_text():
-    """Made up: 2.6 tokens a tree; texts that match nowhere, everywhere, at every other place."""
+def test_trees_behind_the_text_and_beside_it():
+    """Made up: 2.6 tokens a tree, 1.8 of seven nodes; texts that match nowhere, everywhere, at every other place."""
     costs = Costs(4, {1: 1.0, 2: 2.0}, {1: 10.0}, open_ms=3.0, grow_ms={1: 1.0, 4: 1.0}, reuse=False)
     size, policy = 4000, best_first(4, 4, 3)
-    trees = {(3, 15): TreeCounts(2.6, 15.0, 3.0)}
+    trees = {(3, 15): TreeCounts(2.6, 15.0, 3.0), (3, 7): TreeCounts(1.8, 7.0, 3.0)}
 
-    def of(matched: np.ndarray) -> Expected:
-        text = np.stack([matched, np.full(size, 9), np.where(matched > 0, 4, 0)])
+    def of(matched: np.ndarray, right: int = 4, beside: bool = False) -> Expected:
+        text = np.stack([matched, np.full(size, 9), np.where(matched > 0, right, 0)])
         left = np.arange(size, 0, -1)
         rehearsal = Rehearsal((size,), text=np.minimum(text, [left * 9, left, left - 1]), beam=4, branch=4, trees=trees)
         assert expect(policy, rehearsal, costs).tokens == 2.6
-        return expect(replace(policy, lookup=Lookup(2, 15, 15)), rehearsal, costs)
+        return expect(replace(policy, lookup=Lookup(2, 15, 15, beside=beside)), rehearsal, costs)
 
     nowhere, everywhere = of(np.ones(size, int)), of(np.full(size, 3))
     assert nowhere.tokens == pytest.approx(2.6, rel=0.02) and everywhere.tokens == pytest.approx(5.0, rel=0.01)
     assert nowhere.ms == pytest.approx(8.0 + 10.0 + 3.0 + 2.0) and everywhere.ms == nowhere.ms
     some = of(np.where(np.random.default_rng(1).random(size) < 0.5, 3, 0))
     assert some.tokens == pytest.approx((2.6 + 5.0) / 2, rel=0.03)
+    beside = of(np.full(size, 3), beside=True)
+    assert (beside.tokens, beside.ms) == pytest.approx((everywhere.tokens, everywhere.ms), rel=0.01)
+    # seven nodes of the text that are never right, eight of the tree's
+    wrong = of(np.full(size, 3), right=0, beside=True)
+    assert wrong.tokens == pytest.approx(1.8 + 0.8 / 8, rel=0.03) and of(np.full(size, 3), right=0).tokens == 1.0
+    assert of(np.ones(size, int), beside=True) == nowhere
 
 
 def test_time_of_a_chain_from_an_exit():
@@ -183,7 +198,7 @@ def test_what_was_not_rehearsed_is_refused():
             expect(looked, rehearsal, COSTS)
     known = replace(rehearsal, text=np.ones((3, 2), int))
     with pytest.raises(ValueError, match="share with the text"):
-        expect(DraftPolicy(lookup=Lookup(beside=True)), known, COSTS)
+        expect(DraftPolicy((2,), {2: ALWAYS}, lookup=Lookup(beside=True)), known, COSTS)
     assert expect(DraftPolicy((2,), {2: ALWAYS}), rehearsal, COSTS).tokens == 2.0
 
 

@@ -5,6 +5,7 @@ Planted bugs seen to fail here: positions behind a wrong one counted as wrong; t
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() 
     seen, right = MEMORY * PRIOR_ROUNDS + 1, MEMORY * PRIOR_ROUNDS / 2
     assert (first, second) == pytest.approx(((right + 1) / seen, right / seen))
     assert first > before[0] and second < before[1] and rest == before[2:]
+
+
+def test_rounds_that_the_text_drafts_speak_for_shorter_drafts() -> None:
+    """They bring their tokens whatever heads drafted before, and took the longer the more that was. Planted bug: their
+    rounds left out of the mean."""
+    made, rng = ladder(0.7), random.Random(0)
+    alone = made.length
+    for _ in range(200):  # six tokens in every other round
+        made.saw_text(6)
+        made.saw(alone, next((n for n in range(alone) if rng.random() >= 0.7), alone))
+    tokens = [sum(math.prod(made.acceptance[:k]) for k in range(n + 1)) for n in range(1, 7)]
+    rates = [(6 + own) / ms for own, ms in zip(tokens, MS, strict=True)]
+    assert made.length == 1 + max(range(6), key=rates.__getitem__) < alone
+    assert made.rounds == 400
 
 
 def test_a_text_that_ends_says_nothing_of_drafts_that_did_not_fit(engine_of: Any, planned: Any) -> None:

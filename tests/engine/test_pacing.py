@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import pytest
 from skipstone.engine.gate import PLAIN, Lookup, fixed_exit, from_text
-from skipstone.engine.pacing import CREDIT_STEPS, GAIN_STEPS, MOST_HALVINGS, REFRESH_ROUNDS, SHARE, WARM_STEPS, Pace
+from skipstone.engine.pacing import (
+    CREDIT_STEPS,
+    GAIN_STEPS,
+    MOST_HALVINGS,
+    REFRESH_ROUNDS,
+    SELDOM,
+    SHARE,
+    WARM_STEPS,
+    Pace,
+)
 
 HEADS = fixed_exit(2, 4)
 BOTH = replace(HEADS, lookup=Lookup())
@@ -47,6 +56,17 @@ def test_drafting_that_pays_goes_on():
     pace = Pace()
     _, _, drafted = play(pace, 1000, 10.0, 15.0, 2.0)
     assert pace.accounts["heads"].pauses == 0 and drafted >= 1000 * (1 - 1.5 / REFRESH_ROUNDS) - WARM_STEPS
+
+
+def test_a_plain_step_is_timed_seldom_while_drafting_gains():
+    """Each such step costs what drafting would have gained. Planted bug: as seldom where gains were spent."""
+    pace = Pace()
+    _, _, drafted = play(pace, 1000, 10.0, 15.0, 2.0)
+    assert 1000 - drafted - WARM_STEPS == 1000 // (SELDOM * REFRESH_ROUNDS)
+    pace.rounds_since_plain = REFRESH_ROUNDS
+    assert pace.next(HEADS) == HEADS
+    pace.round(15.0, 1.0, ("heads",))
+    assert pace.next(HEADS) == PLAIN
 
 
 @pytest.mark.parametrize(("draft_ms", "tokens"), [(30.0, 1.0), (20.0, 1.5), (100.0, 1.0)])

@@ -158,7 +158,7 @@ def test_several_sequences_draft_chains_by_default(
             engine.generate([[1, 2, 3]] * batch, speculation="always", max_new_tokens=4)
         return list(drafted)
 
-    tree = replace(best_first(*TREE), lookup=replace(WHOLE, min_match=3))
+    tree = replace(best_first(*TREE), lookup=replace(WHOLE, beside=True))
     chain = fixed_exit(0, CHAIN_LENGTH)
     assert drafts() == [tree, tree, chain, chain] and engine.policy == tree
     rows = [item.what for batch in (3, 4) for item in memory_items(engine, batch, 100) if "rows of" in item.what]
