@@ -26,7 +26,7 @@ except ImportError:
 MOST_PLACES = 64  # of one match, the newest; a text of one repeated token would otherwise have thousands
 LONGEST = 32  # matched tokens that are told apart
 FROM_TEXT = -1  # a node's exit layer, `engine/tree.py: FROM_TEXT`
-BLOCK = 2048  # places compared at once, of a long text one block after the other
+BLOCK = 1024  # places compared at once, of a long text one block after the other
 WARPS = 16
 
 
