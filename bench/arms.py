@@ -285,7 +285,7 @@ def _parts(name: str) -> tuple[str, str, re.Match[str] | None, str]:
     return form, heads, _LOOKUP.search(whole), target
 
 
-# `lookup` or `suffix` with sizes: alone, or behind another form and a +
+# `lookup` or `suffix` with sizes, alone or behind another form and a +; `beside` behind one
 _LOOKUP = re.compile(r"(?:^|\+)(lookup|suffix|beside)((?::[^:+@]*)*)$")
 
 

@@ -56,7 +56,7 @@ def shape_of(policy: DraftPolicy, heads: Mapping[int, ExitHead], apart: bool = F
 
     A recurrent head at exit 0 drafts best-first trees, and chains whose gate says extend or stop, by itself; adapters,
     linear and block heads behind layers of the trunk draft chains and trees, by either measure of their gates; block
-    heads not apart, since their layers take the trunk's tiles. The text drafts in front of recurrent heads alone.
+    heads not apart, since their layers take the trunk's tiles. The text drafts with recurrent heads alone.
     """
     if policy.lookup is not None:
         shape = shape_of(replace(policy, lookup=None), heads, apart)
@@ -195,7 +195,7 @@ def decode_on_device(
                         assert ticket.depth is not None
                         length = min(ticket.depth, policy.max_nodes, _end(on, request) - len(request.history) - 1)
                         if FROM_TEXT in record.tree.exit_layers:
-                            pace.ladder.saw_text(len(record.tokens))
+                            pace.ladder.saw_text(length, len(record.tokens))
                         else:
                             pace.ladder.saw(length, len(record.nodes))
                     if ticket.kind == "draft" and isinstance(rounds.draft, TrunkDraft):

@@ -21,7 +21,7 @@ from .device_loop import decode_on_device
 from .early_exit import DEFAULT_ACCURACY, calibrated_exits, check_policy, write
 from .forward import RowTiles
 from .fused import FusedWeights, can_fuse
-from .gate import PLAIN, WHOLE, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
+from .gate import BESIDE, PLAIN, WHOLE, DraftPolicy, Lookup, Source, best_first, calibrated, fixed_exit
 from .generation import Generation, LosslessReport, Stream
 from .graphs import Rounds, needs_processing, samples_on_device
 from .head_memory import HeadMemory, MemoryPlan, plan_memory, scratch_of
@@ -56,7 +56,7 @@ TREE = (4, 4, 3)  # beam, branch, depth where a head like that drafts trees; dee
 # plain decoding): trees of 15 nodes 2.12x and 0.89x, chains of 3 1.76x and 1.25x (at 8 0.71x and 0.94x end to end).
 CHAINS_FROM = 4
 # Tokens before an answer from which they are, too: more rows read more keys. Measured behind 2,048, 4,096 and 8,192
-# tokens (H200): trees 1.60x, 1.32x and 1.02x of plain decoding, chains 1.51x, 1.42x and 1.19x (docs/measured.md).
+# tokens (H200): trees 1.50x, 1.26x and 1.06x of plain decoding, chains 1.43x, 1.48x and 1.20x (docs/measured.md).
 LONG = 3000
 WARM_PROMPT = 300  # tokens: as many as take every way through a prompt
 ONE_BY_ONE = (
@@ -713,8 +713,9 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1, context:
     or not at all.
 
     With fused kernels the text drafts as many tokens as the rows hold, behind a match of any length: trees share their
-    rows with it (docs/log.md). In front of chains it has to match three tokens, for a head is better than shorter
-    matches; trunk exits have none in front, for the host would have to draft, and many sequences none at all.
+    rows with it (docs/log.md). Behind long texts, of four rows, it has to match three tokens in front of a head's
+    chains, for heads are better than shorter matches. Trunk exits have none in front, for the host would have to draft,
+    and many sequences none at all.
     """
     few = not (fused and _is_wide(batch, context))
     policy = PLAIN
@@ -726,7 +727,7 @@ def _default_policy(heads: HeadSet | None, fused: bool, batch: int = 1, context:
         return dataclasses.replace(policy, lookup=Lookup())
     if batch >= CHAINS_FROM or policy.exits not in ((), (0,)):
         return policy
-    text = dataclasses.replace(WHOLE, beside=policy.beam > 0)
+    text = BESIDE if policy.drafts else WHOLE
     if not few:
         text = dataclasses.replace(WHOLE, min_match=3 if policy.drafts else 1, max_nodes=CHAIN_LENGTH)
     return dataclasses.replace(policy, lookup=text)

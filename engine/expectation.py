@@ -5,10 +5,10 @@ exact for long texts; the speed-up of arXiv 2211.17192, theorem 3.8, with measur
 The rehearsal holds what the heads would have drafted at every position of plainly decoded texts; a policy is played on
 it round by round: draft as the gates allow, accept as far as right, go on behind the bonus token.
 
-Two stand-ins are not exact. Behind its first wrong token a chain from trunk exits is taken to be as sure as the heads
+Three stand-ins are not exact. Behind its first wrong token a chain from trunk exits is taken to be as sure as the heads
 are at the text's own next positions, which touches its cost, never its accepted tokens. Trees are known by their means
 alone: where the text drafts in front of them or beside them, they have at each place what the chain there has right,
-and as much more as their mean says.
+and as much more as their mean says. Nodes that heads and the text beside them share are counted twice.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _right_in_trees(policy: DraftPolicy, rehearsal: Rehearsal, kept: np.ndarray 
         return right(high)
     sizes = sorted(counts)
     fewer = np.interp(kept, [0, *sizes], [1.0, *(counts[nodes] for nodes in sizes)]) - counts[policy.max_nodes]
-    return right(high + fewer / max(short.mean(), 1 / len(short)))
+    return np.minimum(right(high + fewer / max(short.mean(), 1 / len(short))), np.floor(kept).astype(int))
 
 
 def _chain(policy: DraftPolicy, rehearsal: Rehearsal, costs: Costs) -> Rounds:

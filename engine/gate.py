@@ -73,6 +73,7 @@ class Lookup:
 
 
 WHOLE = Lookup(per_match=MAX_NODES - 1, max_nodes=MAX_NODES - 1)  # where the rows of a tile cost what one does
+BESIDE = Lookup(max_nodes=MAX_NODES - 1, beside=True)  # there, with heads
 ALWAYS = Gate(math.inf, math.inf)
 NEVER = Gate(-math.inf, -math.inf)
 
@@ -89,7 +90,8 @@ class DraftPolicy:
         branch: candidates kept where a gate says branch; in a best-first tree, children of every node.
         beam: above 0, the tree is grown best first (`engine/best_first.py`), so many nodes a step; only for a head
             at exit 0, whose drafts cost no trunk layers.
-        lookup: drafts from the text. Heads are asked for sequences whose text gives none.
+        lookup: drafts from the text. Heads are asked for sequences whose text gives none or, with `Lookup.beside`, for
+            the rest of the tree.
         confidence: what gates compare: "entropy" of the head's distribution after a node, or "path": minus the
             log-probability of that head's likeliest token, plus those of the nodes above. The first says how sure a
             head is of one token, the second of the draft as a whole, which alone is accepted.

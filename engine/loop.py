@@ -373,7 +373,7 @@ def _commit(on: Machinery, request: Request, block: Block) -> list[Emission]:
 
 
 def sources_of(policy: DraftPolicy, trees: Sequence[DraftTree]) -> set[Source]:
-    """Who was asked for these trees: heads where the text gave nothing."""
+    """Who was asked for these trees: heads where the text gave nothing, or drafts beside them."""
     from_text = [FROM_TEXT in tree.exit_layers for tree in trees]
     asked: set[Source] = {"text"} if any(from_text) else set()
     both = policy.lookup is not None and policy.lookup.beside

@@ -27,7 +27,7 @@ from ..heads.head_set import HeadSet
 from ..heads.rehearsal import Rehearsal
 from .costs import SECONDS, measure_costs
 from .expectation import Costs, Expected, expect
-from .gate import PLAIN, WHOLE, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
+from .gate import BESIDE, PLAIN, WHOLE, DraftPolicy, Gate, Lookup, best_first, calibrated, fixed_exit
 from .pretrained import cache_dir
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def rank(calibration: Calibration, costs: Costs) -> list[Choice]:
         return bool(policy.exits) and not policy.beam if costs.reuse else policy.exits == (0,)
 
     best = [choice for choice in found if follows(choice.policy)][:MOST_MIXED]
-    alone, mixed = (LOOKUPS, LOOKUPS) if costs.reuse else ((WHOLE,), (replace(WHOLE, beside=True),))
+    alone, mixed = (LOOKUPS, LOOKUPS) if costs.reuse else ((WHOLE,), (BESIDE,))
     looked = [(_name_of(own), replace(PLAIN, lookup=own)) for own in alone]
     looked += [
         (f"{choice.name}+{_name_of(own)}", replace(choice.policy, lookup=own))

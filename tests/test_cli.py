@@ -404,15 +404,17 @@ def start(tiny_folder: Path, *args: str, **options: Any) -> subprocess.Popen[str
 
 
 @pytest.mark.hazard(16)
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_prints_what_there_is(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_prints_what_there_is(tiny_folder: Path, tmp_path: Path, number: int) -> None:
+    """Likewise where a time limit or a batch system ends it."""
     trace = tmp_path / "t.jsonl"
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     process = start(tiny_folder, "--json", "--trace", str(trace), preexec_fn=heard)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (trace.exists() and trace.stat().st_size):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     document = strict_json(stdout)

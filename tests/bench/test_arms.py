@@ -11,9 +11,9 @@ import torch
 from skipstone.bench.arms import bare_heads, default_arms, expand, parse_arms
 from skipstone.bench.baselines import TRANSFORMERS, baseline_arms, load_reference
 from skipstone.engine.engine import Engine
-from skipstone.engine.gate import PLAIN, WHOLE, Lookup, best_first
+from skipstone.engine.gate import BESIDE, PLAIN, WHOLE, Lookup, best_first
 from skipstone.engine.load import load
-from skipstone.engine.planner import LOOKUPS, WHOLE_LOOKUPS, _name_of
+from skipstone.engine.planner import LOOKUPS, _name_of
 from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.weights import save_converted
 
@@ -56,15 +56,16 @@ def test_trees_come_from_a_head_at_exit_0(engine: Engine, stateful: Any) -> None
     assert outcomes[2].stats is not None and outcomes[2].stats.num_drafted > 0
     assert tree.describe()["beam"] == 3 and tree.describe()["gates"] == {"0": [None, None]}
     assert gated.describe()["gates"] == {"0": [None, 2.5]} and gated.policy.max_nodes == 9
-    (_, planned) = parse_arms("tree:4:4:3:11+lookup:15:3:15", own)  # as plans name it
-    assert planned.policy == replace(best_first(4, 4, 3, 11), lookup=replace(WHOLE, min_match=3))
+    (_, front, planned) = parse_arms(f"tree:4:4:3:11+lookup:15:3:15,tree:4:4:3:11+{_name_of(BESIDE)}", own)
+    assert front.policy == replace(best_first(4, 4, 3, 11), lookup=replace(WHOLE, min_match=3))
+    assert planned.policy == replace(best_first(4, 4, 3, 11), lookup=BESIDE)
     with pytest.raises(ValueError, match="expected tree:BEAM:BRANCH:DEPTH"):
         parse_arms("tree:3:2", own)
     with pytest.raises(ValueError, match="needs a head at exit 0"):
         parse_arms("tree:3:2:5", engine)
 
 
-@pytest.mark.parametrize("lookup", [*LOOKUPS, *WHOLE_LOOKUPS])
+@pytest.mark.parametrize("lookup", [*LOOKUPS, WHOLE])
 def test_names_of_planned_lookups_are_arms(engine: Engine, lookup: Lookup) -> None:
     _, arm = parse_arms(_name_of(lookup), engine)
     assert arm.policy.lookup == lookup

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from skipstone.engine.expectation import Costs, Expected, expect
-from skipstone.engine.gate import ALWAYS, PLAIN, DraftPolicy, Gate, Lookup, best_first, fixed_exit, likely
+from skipstone.engine.gate import ALWAYS, BESIDE, PLAIN, DraftPolicy, Gate, Lookup, best_first, fixed_exit, likely
 from skipstone.engine.load import load
 from skipstone.engine.statistics import Statistics
 from skipstone.heads import Calibration
@@ -166,6 +166,29 @@ def test_trees_behind_the_text_and_beside_it():
     wrong = of(np.full(size, 3), right=0, beside=True)
     assert wrong.tokens == pytest.approx(1.8 + 0.8 / 8, rel=0.03) and of(np.full(size, 3), right=0).tokens == 1.0
     assert of(np.ones(size, int), beside=True) == nowhere
+
+
+def test_trees_are_right_where_their_chains_are():
+    """Made up: a chain of three is right at every other place; the text has the same right, or nothing. Planted bugs:
+    trees that are right anywhere; tokens of trees that have no node left."""
+    costs = Costs(4, {1: 1.0, 2: 2.0}, {1: 10.0}, open_ms=3.0, grow_ms={1: 1.0, 4: 1.0}, reuse=False)
+    size, left = 4000, np.arange(4000, 0, -1)
+    chain = np.minimum(np.where(np.random.default_rng(2).random(size) < 0.5, 3, 0), left - 1)
+    alone = 1 + 3 * (chain > 0).mean()
+
+    def of(matched: int, right: np.ndarray, nodes: int = 15) -> float:
+        trees = {(3, n): TreeCounts(alone, float(n), 3.0) for n in (4, nodes)}  # as good with few nodes
+        text = np.stack([np.full(size, matched), np.full(size, 15), right])
+        rehearsal = Rehearsal(
+            (size,), text=np.minimum(text, [left * 15, left, left - 1]), beam=4, branch=4, trees=trees,
+            chain_entropy=np.ones((8, size), np.float32), chain_right=chain,
+        )  # fmt: skip
+        return expect(replace(best_first(4, 4, 3), lookup=BESIDE), rehearsal, costs).tokens
+
+    assert of(1, chain) == pytest.approx(alone, rel=0.03)
+    assert of(1, 3 - chain) == pytest.approx(4.0, rel=0.03)
+    assert of(8, np.zeros(size, int)) == pytest.approx(1.0, abs=0.01)  # all rows are the text's, but at its end
+    assert of(4, np.zeros(size, int)) == pytest.approx(alone, rel=0.03)
 
 
 def test_time_of_a_chain_from_an_exit():

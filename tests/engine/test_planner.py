@@ -67,7 +67,8 @@ def test_the_fastest_is_chosen():
     choices = rank(calibration(0.95, 0.1), COSTS)
     best = choose(choices)
     assert best.policy.exits == (2,) and best.policy.max_depth >= 4
-    speeds = [choice.tokens_per_second for choice in choices]
+    speeds, play = [choice.tokens_per_second for choice in choices], over_both(calibration(0.95, 0.1).rehearsal, COSTS)
+    assert all(choice.expected == play(choice.policy) for choice in choices)
     assert best is choices[0] and speeds == sorted(speeds, reverse=True)
     assert len(choices) > 50 and len({choice.name for choice in choices}) == len(choices)
 
@@ -89,7 +90,10 @@ def test_both_texts_count_alike():
         own = play(policy)
         assert own.tokens_per_second == pytest.approx(2 / (1 / one.tokens_per_second + 1 / other.tokens_per_second))
         assert own.tokens == pytest.approx(2 / (1 / one.tokens + 1 / other.tokens))
-        assert one.drafted == other.drafted or own.drafted == pytest.approx((one.drafted + other.drafted) / 2, rel=0.2)
+        rounds = one.drafted / one.tokens + other.drafted / other.tokens, 1 / one.tokens + 1 / other.tokens
+        assert own.drafted == pytest.approx(rounds[0] / rounds[1]) and own.ms == pytest.approx(
+            (one.ms / one.tokens + other.ms / other.tokens) / rounds[1]
+        )
     for policy in (PLAIN, from_text()):  # heads alone are right less often
         assert play(policy).tokens_per_second == pytest.approx(expect(policy, rehearsal, COSTS).tokens_per_second)
 

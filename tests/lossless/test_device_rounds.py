@@ -17,10 +17,11 @@ import pytest
 import torch
 from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import Gate, best_first, every, fixed_exit, likely
+from skipstone.engine.gate import BESIDE, Gate, best_first, every, fixed_exit, likely
 from skipstone.engine.graphs import Ticket
 from skipstone.engine.ladder import Ladder
 from skipstone.engine.pacing import Pace
+from skipstone.engine.tree import FROM_TEXT
 
 pytestmark = pytest.mark.interpreter
 PROMPTS = [[4, 9, 2], list(range(5, 24))]
@@ -82,6 +83,33 @@ def test_output_is_plain_decodings(
     assert sum(out.stats.num_accepted for out in together) > 0
     if sampling == "sampled":
         assert_same_output(engine.generate(PROMPTS[1], seed=SEEDS[1], **options), plain[1])
+
+
+@pytest.mark.parametrize("policy", ["chain", "best first"])
+def test_the_ladder_knows_which_rounds_the_text_shared(
+    policy: str, engine_of: Callable, stateful: Callable, assert_same_output: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bugs: all rounds told as heads' own; none of the text's."""
+    prompt = [7, 30, 90, 12] * 4
+    plain = engine_of(max_context=200).generate(prompt, speculation=False, max_new_tokens=NEW)
+    engine = engine_of(max_context=200)
+    stateful(engine, "recurrent", prompts=[prompt])
+    on_device(engine).policy = dataclasses.replace(POLICIES[policy], lookup=BESIDE)
+    rungs = {n: Expected(1.0 + n, n, 10.0 + n) for n in (1, 2, 3)}
+    engine._paces = {(1, True, False, False): Pace(plain_ms=1e9, ladder=Ladder(rungs))}
+    told: list[tuple[bool, int]] = []
+    wait, shared = Ticket.wait, list[tuple[bool, int]]()
+
+    def waited(ticket: Ticket) -> Any:
+        records, elapsed = wait(ticket)
+        shared.extend((FROM_TEXT in r.tree.exit_layers, len(r.tokens)) for r in records if r is not None)
+        return records, elapsed
+
+    monkeypatch.setattr(Ticket, "wait", waited)
+    monkeypatch.setattr(Ladder, "saw", lambda ladder, length, accepted: told.append((False, accepted + 1)))
+    monkeypatch.setattr(Ladder, "saw_text", lambda ladder, length, tokens: told.append((True, tokens)))
+    assert_same_output(engine.generate(prompt, max_new_tokens=NEW), plain)
+    assert told == shared and {own for own, _ in told} == {True, False}
 
 
 @pytest.mark.hazard(6, 24)

@@ -20,7 +20,17 @@ from skipstone.engine.device_loop import _Queue
 from skipstone.engine.engine import LONG, _default_policy
 from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import DraftPolicy, Gate, Lookup, best_first, every, fixed_exit, from_text
+from skipstone.engine.gate import (
+    BESIDE,
+    WHOLE,
+    DraftPolicy,
+    Gate,
+    Lookup,
+    best_first,
+    every,
+    fixed_exit,
+    from_text,
+)
 from skipstone.engine.graphs import BY_HEADS, Rounds
 from skipstone.engine.ladder import Ladder
 from skipstone.engine.load import load
@@ -239,11 +249,10 @@ def test_the_default_is_plain_decoding_whatever_the_pace_says(
     engine.policy = _default_policy(engine.heads, fused=False)
     assert engine.policy.sources == (("text",) if heads == "none" else ("text", "heads"))
     fused = _default_policy(engine.heads, fused=True)
-    assert fused.sources == engine.policy.sources and fused.lookup.max_nodes == 15
-    assert fused.lookup.min_match == (1 if heads == "none" else 3)
+    assert fused.sources == engine.policy.sources and fused.lookup == (WHOLE if heads == "none" else BESIDE)
     assert _default_policy(engine.heads, fused=True, batch=8).lookup is None
     long = _default_policy(engine.heads, fused=True, context=LONG)  # rounds of four rows
-    assert long.lookup == replace(fused.lookup, max_nodes=3) and not long.beam
+    assert long.lookup == replace(WHOLE, min_match=1 if heads == "none" else 3, max_nodes=3) and not long.beam
     assert not long.exits or long.max_depth == 3
     options: dict[str, Any] = {"max_new_tokens": 40, **sampling}
     plain = [engine.generate(p, seed=s, speculation=False, **options) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)]

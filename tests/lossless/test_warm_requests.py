@@ -18,7 +18,7 @@ from skipstone.engine import workspace
 from skipstone.engine.engine import CHAIN_LENGTH, TREE, Engine
 from skipstone.engine.expectation import Expected
 from skipstone.engine.fused import FusedWeights
-from skipstone.engine.gate import WHOLE, best_first, fixed_exit
+from skipstone.engine.gate import BESIDE, WHOLE, best_first, fixed_exit
 from skipstone.engine.graphs import Rounds
 from skipstone.engine.inventory import memory_items
 from skipstone.engine.ladder import Ladder
@@ -158,7 +158,7 @@ def test_several_sequences_draft_chains_by_default(
             engine.generate([[1, 2, 3]] * batch, speculation="always", max_new_tokens=4)
         return list(drafted)
 
-    tree = replace(best_first(*TREE), lookup=replace(WHOLE, beside=True))
+    tree = replace(best_first(*TREE), lookup=BESIDE)
     chain = fixed_exit(0, CHAIN_LENGTH)
     assert drafts() == [tree, tree, chain, chain] and engine.policy == tree
     rows = [item.what for batch in (3, 4) for item in memory_items(engine, batch, 100) if "rows of" in item.what]
