@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engine.config import ModelConfig
 from ..engine.engine import Engine
-from ..engine.pretrained import PACKAGED, load_pretrained
+from ..engine.pretrained import PACKAGED, Pretrained, load_pretrained
 from ..engine.recipes import hf_recipes
 from .arms import PLAIN_ARM, Arm, Outcome
 from .compiled import CompiledArm
@@ -28,12 +28,13 @@ BASELINES = (*TRANSFORMERS, CompiledArm.name)
 LOOKUP_TOKENS = 10  # as the transformers documentation uses it
 
 
-def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_reference(model: str, dtype: torch.dtype, device: torch.device, loaded: Pretrained | None = None) -> Any:
     """The `transformers` model with the same weights.
 
     Args:
         model: as given to `skipstone.load`. Hub ids and transformers' folders are read by transformers itself;
             what it cannot read (packaged models, .gguf files, converted folders) is put into its own Llama or Qwen2.
+        loaded: that model, where it was read already.
 
     Raises:
         ValueError: a model that cannot be brought over.
@@ -45,7 +46,7 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     logging.disable_progress_bar()
     path = Path(model)
     if model in PACKAGED or path.suffix == ".gguf" or (path / "skipstone.json").is_file():
-        loaded = load_pretrained(model, dtype, progress=False)
+        loaded = loaded or load_pretrained(model, dtype, progress=False)
         reference: Any = as_transformers(loaded.config, loaded.weights, dtype, loaded.model_id)
     else:
         reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
@@ -206,11 +207,15 @@ def baseline_arms(names: Sequence[str], model: str, engine: Engine) -> list[Arm]
         raise ValueError(f"unknown baselines {wrong}; expected some of {', '.join(BASELINES)}")
     if CompiledArm.name in names and device.type != "cuda":
         raise ValueError(f"baseline 'compile' is a CUDA graph, and the model is on {device}: leave it out")
-    arms: list[Arm] = [CompiledArm(model, engine)] if CompiledArm.name in names else []
+    arms: list[Arm] = []
+    loaded = None
+    if CompiledArm.name in names:
+        loaded = load_pretrained(model, engine.decoder.dtype, progress=False)
+        arms = [CompiledArm(loaded, engine)]
     own = [name for name in dict.fromkeys(names) if name in TRANSFORMERS]
     if not own:
         return arms
-    reference = load_reference(model, engine.decoder.dtype, device)
+    reference = load_reference(model, engine.decoder.dtype, device, loaded)
     exit_layer = max(1, engine.decoder.config.num_layers // 2)
     trained = [layer for layer in engine.heads.exits if layer] if engine.heads is not None else []
     if trained:

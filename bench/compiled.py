@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.config import ModelConfig
 from ..engine.engine import Engine
 from ..engine.model import Decoder
-from ..engine.pretrained import load_pretrained
+from ..engine.pretrained import Pretrained
 from .arms import PLAIN_ARM, Outcome
 from .device_time import capture
 
@@ -237,15 +237,14 @@ class CompiledArm:
     and not timed.
 
     Args:
-        model: whose weights, see `load_pretrained`.
+        loaded: whose weights.
         engine: of the same model, on a GPU.
     """
 
     name, lossless, plain = "compile", False, PLAIN_ARM
 
-    def __init__(self, model: str, engine: Engine) -> None:
+    def __init__(self, loaded: Pretrained, engine: Engine) -> None:
         device = engine.decoder.device
-        loaded = load_pretrained(model, engine.decoder.dtype, progress=False)
         self.engine, self.config = engine, loaded.config
         self.weights = {name: weight.to(device, engine.decoder.dtype) for name, weight in loaded.weights.items()}
         self._loops: dict[int, CompiledLoop] = {}

@@ -77,10 +77,10 @@ def test_compiled_arm_is_checked_beyond_bf16(monkeypatch):
     config = tiny_config("llama")
     weights = random_weights(config, torch.bfloat16, "cpu")
     weights = {name: 10 * weight if "qkv" in name else weight for name, weight in weights.items()}
-    monkeypatch.setattr(compiled, "load_pretrained", lambda *_, **__: SimpleNamespace(config=config, weights=weights))
+    loaded = SimpleNamespace(config=config, weights=weights)
     engine = Engine(Decoder(config, weights, torch.bfloat16, "cpu"), fused=False)
     assert same_model(config, weights) < 1e-3
-    arm = CompiledArm("tiny", engine)
+    arm = CompiledArm(loaded, engine)
     monkeypatch.setattr(arm, "_make", lambda decoder, prompt, num_new: (decoder.slots.numel(), num_new))
     assert arm._loop(500) == (512, 512) and arm._loop(513) == (1024, 1024)
 
@@ -89,7 +89,7 @@ def test_compiled_arm_is_checked_beyond_bf16(monkeypatch):
 
     monkeypatch.setattr(compiled, "_rotate", neighbours)
     with pytest.raises(RuntimeError, match="not timing"):
-        CompiledArm("tiny", engine)._loop(500)
+        CompiledArm(loaded, engine)._loop(500)
 
 
 def test_other_families_are_refused():

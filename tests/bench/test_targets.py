@@ -23,6 +23,7 @@ from skipstone.bench.targets import own_downs
 from skipstone.engine.engine import Engine
 from skipstone.engine.gate import fixed_exit
 from skipstone.engine.load import load
+from skipstone.engine.pretrained import load_pretrained
 from skipstone.engine.sparsity.teal import Teal
 from skipstone.engine.sparsity.teal_step import TealStep
 from skipstone.engine.sparsity.thresholded import projections
@@ -246,7 +247,7 @@ def test_the_compiled_loop_writes_plain_decoding_and_stops(
 ) -> None:
     """Not compiled here. Planted bug: tokens behind a stop id kept."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    arm = CompiledArm(str(tiny_folder), engine)
+    arm = CompiledArm(load_pretrained(tiny_folder, torch.float32, progress=False), engine)
     arm._make = partial(CompiledLoop, in_graph=False)
     ids, sampling = engine.tokenizer.encode("a stone skips over"), {"max_new_tokens": 20}  # type: ignore[union-attr]
     plain = engine.generate(ids, speculation=False, **sampling)
