@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from skipstone.engine.expectation import Expected
 from skipstone.engine.gate import fixed_exit
-from skipstone.engine.ladder import MEMORY, PRIOR_ROUNDS, Ladder
+from skipstone.engine.ladder import MEMORY, PRIOR_ROUNDS, SHARED, Ladder
 from skipstone.engine.pacing import Pace
 
 MS = [10.0 + 2.0 * n for n in range(1, 7)]
@@ -77,15 +77,19 @@ def test_one_round_changes_little_and_nothing_is_learned_behind_a_wrong_token() 
 def test_rounds_that_the_text_drafts_speak_for_shorter_drafts() -> None:
     """They take as much longer as heads' own rounds, and gain half as much. Planted bugs: their rounds left out of the
     mean; as good a reason for long drafts as the others; none at all."""
-    made, rng = ladder(0.7), random.Random(0)
+    made, rng = ladder(0.9), random.Random(0)
     alone = made.length
     for _ in range(200):  # six tokens in every other round
         made.saw_text(alone, 6)
-        made.saw(alone, next((n for n in range(alone) if rng.random() >= 0.7), alone))
+        made.saw(alone, next((n for n in range(alone) if rng.random() >= 0.9), alone))
     tokens = [sum(math.prod(made.acceptance[:k]) for k in range(n + 1)) for n in range(1, 7)]
-    shared = [6 + (own - tokens[alone - 1]) / 2 for own in tokens]  # a level's gain, from where they stood
-    rates = [(one + other) / ms for one, other, ms in zip(shared, tokens, MS, strict=True)]
-    assert made.length == 1 + max(range(6), key=rates.__getitem__) < alone
+
+    def fastest(gain: float) -> int:
+        """If a level gains so much of what it gains heads' own rounds in shared ones, too."""
+        rates = [(6 + gain * (own - tokens[alone - 1]) + own) / ms for own, ms in zip(tokens, MS, strict=True)]
+        return 1 + max(range(6), key=rates.__getitem__)
+
+    assert fastest(1.0) > fastest(SHARED) > fastest(0.0) and made.length == fastest(SHARED)
     assert made.rounds == 400
 
 
