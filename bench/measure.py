@@ -8,6 +8,7 @@ With a batch, a group of questions takes the place of one: arms of our engine an
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .arms import Arm, EngineArm, Outcome
 from .journal import Journal
 from .questions import Question
 
+SECONDS_A_LINE = 15  # of progress, where no bar can be drawn
 WARM_UP_TOKENS = 16
 
 
@@ -84,6 +86,21 @@ def question_seeds(questions: Sequence[Question], sampling: Mapping[str, Any]) -
     """Each question's own seed, by its id."""
     seed = int(sampling.get("seed", 0))
     return {question.question_id: derive_seed(seed, i) for i, question in enumerate(questions)}
+
+
+def now_and_then(total: int | None = None) -> Callable[[str], None]:
+    """An `on_step` for where no bar can be drawn: a line on stderr, of this step and how many there were, every
+    `SECONDS_A_LINE`."""
+    printed, count = time.monotonic(), 0
+
+    def on_step(step: str) -> None:
+        nonlocal printed, count
+        count += 1
+        if time.monotonic() - printed >= SECONDS_A_LINE:
+            printed = time.monotonic()
+            print(f"{count}{'' if total is None else f' of {total}'}, {step}", file=sys.stderr, flush=True)
+
+    return on_step
 
 
 def measure(

@@ -30,7 +30,7 @@ from .device_time import read_bandwidth
 from .early_exit import judged
 from .environment import describe_device, versions
 from .journal import Journal
-from .measure import measure
+from .measure import measure, now_and_then
 from .questions import Question, choose
 from .replay import replayed
 from .report import document, strict
@@ -38,7 +38,6 @@ from .sample import sample
 from .shapes import weight_bytes
 
 ALL = "all"
-SECONDS_A_LINE = 15  # of progress, where no bar can be drawn
 
 
 @dataclass(frozen=True)
@@ -159,14 +158,12 @@ def run(
     bar = Progress(*columns, console=console, transient=True)
     warm_up_s = None if engine.fused is None else round(engine.warm_up(settings.batch, **sampling), 2)
     shown: AbstractContextManager[Any] = bar if progress and console.is_terminal else nullcontext()
-    printed = time.monotonic()
+    line = now_and_then(total)
 
     def on_step(step: str) -> None:
-        nonlocal printed
         bar.update(task, advance=1, description=step)
-        if progress and not console.is_terminal and time.monotonic() - printed > SECONDS_A_LINE:
-            printed = time.monotonic()
-            print(f"{bar.tasks[0].completed:.0f} of {total}, {step}", file=sys.stderr, flush=True)
+        if progress and not console.is_terminal:
+            line(step)
 
     with shown:
         task = bar.add_task("warming up", total=total)

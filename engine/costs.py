@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 CONTEXT = 256  # tokens before the measured rounds
-SHORT_CONTEXT = 128  # the same of captured rounds, which take longer by the context; most questions are shorter
+CAPTURED_CONTEXT = 128  # the same of captured rounds, which follow the context; most questions are shorter
 ROWS, TREE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16), (4, 8, 16)
 STEPS = 5  # of the longer drafts, whose time beyond the short ones' is that of further steps
 PLAIN_STEPS = 8
@@ -241,7 +241,7 @@ def _fused_costs(engine: Engine, seconds: float) -> Costs:
     assert engine.heads is not None
     prompt = [
         (7 * i + 3) % engine.decoder.config.vocab_size
-        for i in range(min(SHORT_CONTEXT, engine.decoder.config.max_context // 2))
+        for i in range(min(CAPTURED_CONTEXT, engine.decoder.config.max_context // 2))
     ]
     prefill: list[float] = []
 

@@ -535,7 +535,9 @@ class Engine:
             calibration = None if self.heads is None else self.heads.calibration
             rehearsed = calibration is not None and calibration.rehearsal is not None
             trusted: frozenset[Source] = frozenset({"heads"} if rehearsed else ())
-            pace = self._paces.setdefault(way, Pace(ladder=self._ladder(chosen, len(requests)), trusted=trusted))
+            if way not in self._paces:
+                self._paces[way] = Pace(ladder=self._ladder(chosen, len(requests)), trusted=trusted)
+            pace = self._paces[way]
             if pace.ladder is not None:  # heads' memories need room for its longest drafts
                 chosen = dataclasses.replace(chosen, max_depth=pace.ladder.longest)
         cache = self.workspace.cache_for(len(requests), _longest(requests))

@@ -589,7 +589,10 @@ def plan(
         from .bench.questions import built_in, choose, read_questions
 
         questions = choose(built_in() if prompts is None else read_questions(prompts), None, check)
-    plans = {name: (own, planner.plan(own, seconds)) for name, own in _engines(model, heads, dtype, device, prefill)}
+    plans = {}
+    for name, own in _engines(model, heads, dtype, device, prefill):
+        note(f"measuring this machine for {seconds:g} s or a little more, with heads {name}")
+        plans[name] = own, planner.plan(own, seconds)
     rivals: dict[str, dict[str, Any]] = {}
     for name, (_, made) in plans.items():
         path = None if no_keep else planner.store_plan(made)
@@ -603,11 +606,12 @@ def plan(
         for name, (_, found) in plans.items()
     }
     if check:
+        from .bench.measure import now_and_then
         from .bench.plan_check import check as measured
 
         document["check"] = measured(
             engine, made, questions, arms=arms or None, max_new_tokens=max_new_tokens, repeats=repeats,
-            seconds=math.inf if minutes is None else 60 * minutes,
+            seconds=math.inf if minutes is None else 60 * minutes, on_step=now_and_then(),
         )  # fmt: skip
     if as_json:
         print_json(document)

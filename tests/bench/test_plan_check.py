@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from skipstone.bench import measure
 from skipstone.bench.plan_check import NUM_RETIMED, PLANNED, check
 from skipstone.bench.questions import built_in
 from skipstone.cli import app
@@ -49,11 +50,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
 
 
-def test_the_command_plans_checks_and_keeps(tiny_folder, rehearsed):
+def test_the_command_plans_checks_and_keeps(tiny_folder, rehearsed, monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS_A_LINE", 0)
     command = ["plan", "--model", str(tiny_folder), "--heads", str(rehearsed), "--dtype", "fp32", "--device", "cpu"]
     command += ["--seconds", "0"]
     result = CliRunner().invoke(app, [*command, "--json", "--check", "1", "--max-new-tokens", "6", "--repeats", "1"])
     assert result.exit_code == 0, result.output
+    assert "measuring this machine for 0 s" in result.stderr and "1, plain: warming up" in result.stderr
     document = json.loads(result.stdout)
     names = [row["name"] for row in document["check"]["arms"]]
     assert names[0] == "plain" and document["chosen"] in names and document["num_considered"] > 20
