@@ -19,12 +19,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..engine.engine import Engine
-from ..engine.gate import DraftPolicy, Gate, best_first, fixed_exit
+from ..engine.gate import BESIDE, DraftPolicy, Gate, best_first, fixed_exit
 from ..engine.generation import Generation
 from ..engine.load import load
 from ..engine.statistics import Statistics
@@ -69,6 +69,7 @@ MODES: dict[str, tuple[str, Callable[[Engine], DraftPolicy]]] = {
     "tree": ("adapter", tree),
     "recurrent": ("recurrent", lambda engine: fixed_exit(0, 4)),
     "recurrent-tree": ("recurrent", lambda engine: best_first(4, 4, 5)),
+    "beside": ("recurrent", lambda engine: replace(best_first(4, 4, 3), lookup=BESIDE)),
 }
 
 

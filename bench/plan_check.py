@@ -11,7 +11,7 @@ from ..engine.engine import Engine
 from ..engine.planner import Choice, Plan, rank
 from ..engine.workspace import MOST_ROUNDS
 from .arms import Arm, EngineArm
-from .intervals import interval, rate_ratio
+from .intervals import interval, rate, rate_ratio
 from .measure import Record, measure
 from .questions import Question
 from .report import OVERALL, question_tables, summarise
@@ -43,8 +43,9 @@ def check(
 
     Returns:
         `arms`: name, expected and measured tokens a second, tokens per verification, ms a round and speed-up, `error` =
-        expected / measured - 1, `chosen_share` and `planned_share`: the chosen policy's measured speed over this one's,
-        and that of the plan as users follow it (`PLANNED`: pauses, lengths that move), with intervals;
+        expected / measured - 1, its interval that of the measured speed over questions, `chosen_share` and
+        `planned_share`: the chosen policy's measured speed over this one's, and that of the plan as users follow it
+        (`PLANNED`: pauses, lengths that move), with intervals;
         `retimed`: likewise, after a sweep; `best`: the fastest fixed policy of those that were timed last;
         `chosen_share`, `planned_share`: over its speed, and the intervals; `num_answered`: questions of each timing;
         `different`: answers that were not plain decoding's.
@@ -82,7 +83,8 @@ def check(
 
         def row(name: str, choice: Choice) -> dict[str, Any]:
             shares = _share("chosen", records[made.chosen.name], records[name])
-            return _row(name, choice, made, measured[name]) | shares | _share(PLANNED, records[PLANNED], records[name])
+            own = _row(name, choice, made, measured[name]) | _error(choice, records[name])
+            return own | shares | _share(PLANNED, records[PLANNED], records[name])
 
         return [row(own.name, own) for own in choices] + [row(PLANNED, made.chosen)]
 
@@ -128,13 +130,22 @@ def _share(name: str, one: Sequence[Record], other: Sequence[Record]) -> dict[st
     return {f"{name}_share": float(share), f"{name}_share_interval": interval(tables, rate_ratio)}
 
 
+def _error(choice: Choice, records: Sequence[Record]) -> dict[str, Any]:
+    """How far the expected speed is off, and its interval over questions."""
+    own = question_tables(records)
+    tables = [own["decode_tokens"], own["decode_ms"] / 1e3]
+    (speed,) = rate(*(table.sum(1, keepdims=True) for table in tables))
+    expected, between = choice.tokens_per_second, interval(tables, rate)
+    errors = None if between is None else sorted(expected / end - 1 for end in between)
+    return {"error": expected / float(speed) - 1, "error_interval": errors}
+
+
 def _row(name: str, choice: Choice, made: Plan, measured: dict[str, Any]) -> dict[str, Any]:
     speed = measured["decode_tokens_per_second"]
     return {
         "name": name,
         "expected_tokens_per_second": choice.tokens_per_second,
         "measured_tokens_per_second": speed,
-        "error": choice.tokens_per_second / speed - 1,
         "expected_round_ms": choice.expected.ms,
         "measured_round_ms": 1e3 * measured["tokens_per_verification"] / speed,
         "expected_tokens_per_verification": choice.expected.tokens,

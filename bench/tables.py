@@ -152,14 +152,16 @@ def print_plan(document: Mapping[str, Any]) -> None:
     )
     for name, rows in ((title, check["arms"]), ("The best of them again", check["retimed"])):
         table = titled(
-            name, "policy", ">expected tokens/s", ">measured", ">error", ">expected tau", ">measured",
+            name, "policy", ">expected tokens/s", ">measured", ">error", "95 %", ">expected tau", ">measured",
             ">expected ms a round", ">measured", ">speed-up", "range", ">chosen / this", "95 %",
         )  # fmt: skip
         for row in rows:
             (low, high), share = row["speedup_range"] or (1.0, 1.0), row["chosen_share_interval"]
+            error = row["error_interval"]
             table.add_row(
                 row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
-                f"{row['error']:+.0%}", f"{row['expected_tokens_per_verification']:.2f}",
+                f"{row['error']:+.0%}", "-" if error is None else f"{error[0]:+.0%} to {error[1]:+.0%}",
+                f"{row['expected_tokens_per_verification']:.2f}",
                 f"{row['measured_tokens_per_verification']:.2f}",
                 f"{row['expected_round_ms']:.2f}", f"{row['measured_round_ms']:.2f}",
                 f"{row['measured_speedup']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['chosen_share']:.2f}",

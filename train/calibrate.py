@@ -173,7 +173,7 @@ def calibrate(
     batch: int | None = None,
     progress: bool = False,
 ) -> tuple[Recorder, Calibration]:
-    """Measure heads on held-out prompts and rehearse them on the first of these; the options are those of `record`.
+    """Measure heads on held-out prompts and rehearse them on some of these; the options are those of `record`.
 
     Args:
         progress: show bars on stderr.

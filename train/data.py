@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..engine.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
@@ -85,6 +87,12 @@ def is_held_out(prompt: str, percent: float) -> bool:
     """Whether a prompt belongs to the held-out split: `percent` of all texts, by SHA-256."""
     number = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big")
     return number < percent / 100.0 * 2.0**64
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spread: files are often sorted by task, and their first lines are one."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def encode_chat(tokenizer: Tokenizer, prompt: str) -> list[int]:

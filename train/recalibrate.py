@@ -11,7 +11,7 @@ import torch
 from ..heads import Calibration, HeadSet, head_kinds, shipped_folder_for, store_calibration
 from ..heads.calibration import CURVE_LEVEL
 from .calibrate import DRAFT_LEVEL, NEW_TOKENS, NUM_PROMPTS, calibrate, measuring_engine
-from .data import encode_chat, is_held_out, read_prompts
+from .data import encode_chat, evenly, is_held_out, read_prompts
 from .run import device_type, load_base
 
 SHOWN_LEVELS = (0.60, 0.75, 0.90, 0.95)
@@ -28,7 +28,8 @@ class Settings:
         heads: a head set's folder, or "default" or a kind for the shipped one.
         prompts: see `data.read_prompts`.
         out: folder to write; None replaces `heads`, and writes nothing for "default".
-        max_prompts, max_prompt_tokens: prompts beyond are left out.
+        max_prompts: so many are taken, evenly over the file.
+        max_prompt_tokens: longer ones are left out.
         held_out_percent: share of the prompts, by hash, that training left out; None takes what the set's own record
             says, else 3. Give 100 for a file that training never read.
         max_new_tokens, accuracy, batch: see `calibrate.calibrate`.
@@ -39,7 +40,7 @@ class Settings:
     prompts: str
     out: str | None = None
     max_prompts: int = NUM_PROMPTS
-    max_prompt_tokens: int = 640
+    max_prompt_tokens: int = 2048
     max_new_tokens: int = NEW_TOKENS
     held_out_percent: float | None = None
     accuracy: float = DRAFT_LEVEL
@@ -113,7 +114,7 @@ def recalibrate(settings: Settings) -> Recalibrated:
     percent = settings.held_out_percent or _recorded_percent(heads)
     prompts = [encode_chat(base.tokenizer, text) for text in texts if percent == 100 or is_held_out(text, percent)]
     room = min(settings.max_prompt_tokens, base.decoder.config.max_context - settings.max_new_tokens)
-    prompts = [ids for ids in prompts if 0 < len(ids) <= room][: settings.max_prompts]
+    prompts = evenly([ids for ids in prompts if 0 < len(ids) <= room], settings.max_prompts)
     if not prompts:
         raise ValueError(
             f"none of {len(texts)} prompts is in the held-out {percent:g} percent and has at most {room} tokens: give "

@@ -26,6 +26,7 @@ from ..engine.loop import Machinery
 from ..engine.tree import MAX_NODES
 from ..heads import StatefulHead
 from ..heads.rehearsal import Rehearsal, TreeCounts
+from .data import evenly
 from .measure import head_logits
 
 NUM_PROMPTS, NEW_TOKENS = 32, 64
@@ -90,7 +91,7 @@ def rehearse(
 
     Args:
         engine: with heads; busy until this returns.
-        prompts: token ids that training never saw; the first `NUM_PROMPTS` are used.
+        prompts: token ids that training never saw; `NUM_PROMPTS` of them, evenly spread, are used.
         batch: prompts decoded side by side; None takes what suits the engine.
         on_tokens: told how many tokens each batch wrote.
 
@@ -101,7 +102,7 @@ def rehearse(
         raise ValueError(f"{len(prompts)} prompts and heads {engine.heads}: both are needed to rehearse")
     if batch is None:
         batch = 8 if engine.deterministic else 32
-    found, prompts = Rehearsed(), prompts[:NUM_PROMPTS]
+    found, prompts = Rehearsed(), evenly(prompts, NUM_PROMPTS)
     before = engine.observer
     try:
         for first in range(0, len(prompts), batch):

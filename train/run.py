@@ -42,7 +42,7 @@ from .chains import measure_chains
 from .checkpoint import newest_checkpoint, save_checkpoint
 from .choose import choose_heads
 from .config import Recipe, TrainConfig
-from .data import SelfText, frequent_ids
+from .data import SelfText, evenly, frequent_ids
 from .distributed import ALONE, Ranks, processes
 from .measure import inference_projection, measure, simulate_chain, training_projection
 from .progress import Bar, Tracker, bar
@@ -224,7 +224,7 @@ class _Run:
                 # What is measured is what was stored: rounded weights, packed as in decoding.
                 heads = HeadSet.load(folder, self.identity).attach(projection)
                 held_out = self.held_out
-                greedy = [i for i in range(len(held_out)) if held_out.greedy[i]][:NUM_PROMPTS]
+                greedy = evenly([i for i in range(len(held_out)) if held_out.greedy[i]], NUM_PROMPTS)
                 prompts = [held_out.text(i)[: int(held_out.prompt_lens[i])].tolist() for i in greedy]
                 engine, shown = measuring_engine(self.decoder, heads), self.config.progress
                 _, heads.calibration = calibrate(engine, prompts, stop_ids=self.stop_ids, progress=shown)

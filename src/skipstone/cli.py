@@ -393,7 +393,7 @@ def calibrate(
         Path | None, typer.Option(help="Write the calibrated set here; by default --heads itself is updated.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures (PNG) and their numbers (CSV).")] = None,
-    max_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to decode.")] = 128,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to decode, evenly over the file.")] = 128,
     max_new_tokens: MaxNewTokens = 64,
     held_out_percent: Annotated[
         float | None,

@@ -92,8 +92,13 @@ def test_a_bounded_check_ends_after_one_question_each(tiny_folder, rehearsed):
     made = planner.plan(engine, 0.0)
     found = check(engine, made, built_in()[:3], arms=1, max_new_tokens=4, repeats=2, seconds=0.0)
     assert found["num_answered"] == [1] and found["chosen_share_interval"] is None
+    assert found["arms"][0]["error_interval"] is None
     whole = check(engine, made, built_in()[:3], arms=1, max_new_tokens=4, repeats=1)
     assert whole["num_answered"] == [3] and whole["best"] in {row["name"] for row in whole["arms"]}
+    for row in whole["arms"]:
+        (low, high), error = row["error_interval"], row["error"]
+        assert low <= error <= high
+        assert error == pytest.approx(row["expected_tokens_per_second"] / row["measured_tokens_per_second"] - 1)
     (low, high), share = whole["chosen_share_interval"], whole["chosen_share"]
     assert low <= share <= high and share == min(r["chosen_share"] for r in whole["arms"] if r["name"] != PLANNED)
 

@@ -23,6 +23,7 @@ from skipstone.engine.tree import DraftTree
 from skipstone.heads import HeadSet, HeadSetConfig, HeadSpec, layer_options
 from skipstone.train import calibrate as calibrating
 from skipstone.train import recalibrate as command
+from skipstone.train import rehearse as rehearsing
 from skipstone.train.calibrate import Recorder, calibrate, record
 from skipstone.train.data import is_held_out
 from skipstone.train.plots import plot_calibration
@@ -206,6 +207,29 @@ def test_only_held_out_prompts_are_measured(
     assert command._recorded_percent(heads) == 12.5
     with pytest.raises(ValueError, match="held-out 0.001 percent"):
         recalibrate(settings(prompts, tiny_folder, tiny_heads_folder, held_out_percent=0.001))
+
+
+def test_prompts_are_taken_evenly_over_the_file(
+    engine: Engine, prompts: Path, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A file sorted by task is measured and rehearsed on all of its tasks. Planted bug seen to fail: the first ones."""
+    measured: list[list[list[int]]] = []
+    monkeypatch.setattr(command, "encode_chat", lambda tokenizer, text: [5, int(text.split()[-1])])
+
+    def note(engine: Engine, prompts: list[list[int]], **options: Any) -> Any:
+        measured.append(prompts)
+        return calibrate(engine, prompts, **options)
+
+    monkeypatch.setattr(command, "calibrate", note)
+    changes = {"held_out_percent": 100.0, "max_prompts": 3, "out": str(tmp_path / "out")}
+    recalibrate(settings(prompts, tiny_folder, tiny_heads_folder, **changes))
+    assert measured == [[[5, 0], [5, 10], [5, 20]]]
+    monkeypatch.setattr(rehearsing, "NUM_PROMPTS", 2)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(engine, "generate", lambda prompts, **options: asked.extend(prompts) or [])
+    rehearse(engine, PROMPTS)
+    assert asked == [PROMPTS[0], PROMPTS[2]]
 
 
 def test_a_set_is_calibrated_anew(prompts: Path, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from skipstone.train.data import SelfText, frequent_ids, is_held_out, make_batch, plan_batches, read_prompts
+from skipstone.train.data import SelfText, evenly, frequent_ids, is_held_out, make_batch, plan_batches, read_prompts
 
 
 def write_lines(path: Path, records: list) -> Path:
@@ -47,6 +47,12 @@ def test_a_hub_data_set_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch
         read_prompts("some-one/some.set")
     with pytest.raises(FileNotFoundError, match="owner/name"):
         read_prompts("folder/missing.jsonl")
+
+
+def test_some_of_a_sorted_file_are_of_all_its_parts() -> None:
+    """Planted bug seen to fail: the first ones."""
+    assert evenly("aabbccdd", 4) == ["a", "b", "c", "d"] and evenly("abc", 2) == ["a", "b"]
+    assert evenly("abc", 3) == evenly("abc", 9) == ["a", "b", "c"] and evenly("", 3) == []
 
 
 def test_split_depends_on_the_text_only() -> None:
