@@ -8,8 +8,8 @@ on. Once it is overdrawn, that source pauses until other rounds have earned the 
 text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses; where it never pays it
 costs the share and no more. Every pause in a row without a gain between them halves what an account earns, so that
 trials grow rare: the cost of drafting that never pays falls with the length of the task. A pause must not outlast the
-texts that it was for, either: a paused source tries a few rounds of a new text, goes on there while each few of them
-gain, and leaves out more and more texts where they do not.
+texts that it was for, either: a paused source tries each new text, and goes on there until it has lost a step or so,
+as long as all drafting together, gains and losses, cost no more than decoding has earned for it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from .ladder import Ladder
 SHARE = 0.02  # of decoding time, that the trials of all sources may cost
 CREDIT_STEPS = 3.5  # plain steps that one trial may lose before it is given up: less than a tenth of a short answer
 GAIN_STEPS = 8.0  # gains remembered, in plain steps, so that a long losing stretch is noticed
+CARRIED_STEPS = 2.0  # of them, into another text
 WARM_STEPS = 4  # plain steps timed before the first draft; the fastest counts, the first ones are cold
 WARM_STEPS_LONGER = 2  # the same where texts of another length were timed before
 SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 SELDOM = 4  # times as many while drafting gains all that is remembered: a slower machine ends that, and is seen
-TRIAL_ROUNDS = 3  # of a new text, by a paused source
-MOST_LEFT_OUT = 7  # texts between two such trials
+TRIAL_STEPS = 1.2  # plain steps that a paused source may lose in a new text
+FIRST_TRIALS = 3  # credits that trials of new texts may cost before decoding has earned them
+SAVED_STEPS = 64.0  # gains of all drafting that are remembered to pay for such trials, in plain steps
 LONGEST_ROUND = 17  # tokens: a text that grows by more, or shrinks, is another one
 OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
 
@@ -44,36 +46,18 @@ class Account:
     pauses: int = 0
     failures: int = 0  # pauses since its drafts last gained
     usual_ms: float | None = None  # of its rounds
-    trial: int = 0  # rounds left of one, while it is paused
-    tried_ms: float = 0.0  # lost in them
-    left_out: int = 0  # texts that go by before its next trial
-    missed: int = 0  # trials without a gain, since one with it
 
     @property
     def share(self) -> float:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
 
-    def begin(self) -> None:
-        """A new text: a trial, if it is paused and none is left out."""
-        self.trial, self.tried_ms = 0, 0.0
-        if self.paused and self.left_out:
-            self.left_out -= 1
-        elif self.paused:
-            self.trial = TRIAL_ROUNDS
-
-    def try_on(self, lost: float) -> None:
-        """A round of a trial. Where the last ones gained there are more of them."""
-        if not self.trial:  # it was launched before the last one's end was known
-            return
-        self.trial, self.tried_ms = self.trial - 1, self.tried_ms + lost
-        if self.trial:
-            return
-        if self.tried_ms < 0:
-            self.trial, self.missed = TRIAL_ROUNDS, 0
-        else:
-            self.left_out, self.missed = min(2**self.missed - 1, MOST_LEFT_OUT), self.missed + 1
-        self.tried_ms = 0.0
+    def begin(self, plain_ms: float, tries: bool) -> None:
+        """A new text: what was gained on others counts little for it. `tries`: a paused source tries it."""
+        if not self.paused:
+            self.owed_ms = max(self.owed_ms, -CARRIED_STEPS * plain_ms)
+        elif tries:
+            self.paused, self.owed_ms = False, (CREDIT_STEPS - TRIAL_STEPS) * plain_ms
 
     def without_stalls(self, ms: float, plain_ms: float) -> float:
         """A round's time, without most of what a busy host, a collection of garbage or a capture put on top: one such
@@ -85,11 +69,13 @@ class Account:
 
 @dataclass
 class Pace:
-    """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long heads'
+    """Running accounts; they survive from request to request of one engine. `lost_ms` is what all drafting has cost
+    beyond what decoding earned for it, and pays for trials of new texts. `ladder`, if any, says how long heads'
     drafts should be. `trusted` sources were measured before, as heads are when they are calibrated: they begin with all
     the gain that is ever remembered, so that a bad start does not put them out for hundreds of tokens."""
 
     plain_ms: float | None = None
+    lost_ms: float = 0.0
     rounds_since_plain: int = 0
     accounts: dict[Source, Account] = field(default_factory=dict)
     ladder: Ladder | None = None
@@ -111,9 +97,7 @@ class Pace:
 
     def place(self, length: int) -> None:
         """The next rounds stand behind so many tokens: what a plain step takes there is known apart from elsewhere."""
-        if not self._length <= length <= self._length + LONGEST_ROUND:
-            for account in self.accounts.values():
-                account.begin()
+        another = not self._length <= length <= self._length + LONGEST_ROUND
         self._length = length
         reach = max(SHORT, length.bit_length())
         if self._reach not in (None, reach):
@@ -121,6 +105,9 @@ class Pace:
             unknown: tuple[float | None, int, list[float]] = None, 0, []
             self.plain_ms, self.rounds_since_plain, self._warm = self._elsewhere.pop(reach, unknown)
         self._reach = reach
+        if another and self.plain_ms is not None:
+            for account in self.accounts.values():
+                account.begin(self.plain_ms, tries=self.lost_ms <= 0)
 
     def next(self, policy: DraftPolicy) -> DraftPolicy:
         """How the next round should draft."""
@@ -128,7 +115,7 @@ class Pace:
             self.accounts.setdefault(source, Account())
         if self.plain_ms is None or self.rounds_since_plain >= self._refresh_after():
             return PLAIN
-        policy = policy.without([source for source in self.paused if not self.accounts[source].trial])
+        policy = policy.without(self.paused)
         return policy if self.ladder is None else replace(policy, max_depth=self.ladder.next)
 
     def round(self, ms: float, committed: float, sources: Collection[Source] = ()) -> None:
@@ -139,12 +126,15 @@ class Pace:
         if self.plain_ms is None or not self.accounts:
             return
         self.rounds_since_plain = self.rounds_since_plain + 1 if sources else 0
+        lost_of_all = -ms * max(account.share for account in self.accounts.values())
         for source, account in self.accounts.items():
             took, lost = ms, None
             if source in sources:
                 took = account.without_stalls(ms, self.plain_ms)
                 lost = (took - committed * self.plain_ms) / len(sources)
+                lost_of_all += lost
             self._charge(account, took, lost)
+        self.lost_ms = max(self.lost_ms + lost_of_all, -SAVED_STEPS * self.plain_ms)
 
     def _refresh_after(self) -> int:
         """Drafting rounds until a plain step is timed again."""
@@ -162,8 +152,10 @@ class Pace:
         if len(self._warm) >= (WARM_STEPS_LONGER if before else WARM_STEPS):
             self.plain_ms = min(self._warm)
             if not before:
+                self.lost_ms = -FIRST_TRIALS * CREDIT_STEPS * self.plain_ms
                 for source in self.trusted & self.accounts.keys():
                     self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
+                    self.lost_ms -= GAIN_STEPS * self.plain_ms
 
     def _charge(self, account: Account, ms: float, lost: float | None) -> None:
         """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""
@@ -171,9 +163,7 @@ class Pace:
         earned = account.share * ms / len(self.accounts)
         account.owed_ms = max(account.owed_ms + (lost or 0.0) - earned, -GAIN_STEPS * self.plain_ms)
         if account.paused:
-            account.paused = account.owed_ms > 0
-            if lost is not None:
-                account.try_on(lost)
+            account.paused = self.lost_ms > 0 or account.owed_ms > (CREDIT_STEPS - TRIAL_STEPS) * self.plain_ms
         elif lost is not None:
             if account.owed_ms <= -GAIN_STEPS * self.plain_ms:
                 account.failures = 0

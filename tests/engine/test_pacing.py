@@ -10,6 +10,7 @@ import pytest
 from skipstone.engine.gate import PLAIN, Lookup, fixed_exit, from_text
 from skipstone.engine.pacing import (
     CREDIT_STEPS,
+    FIRST_TRIALS,
     GAIN_STEPS,
     MOST_HALVINGS,
     REFRESH_ROUNDS,
@@ -204,7 +205,19 @@ def test_a_pause_does_not_outlast_the_texts_that_it_was_for():
     """Seen to fail: four texts where heads lose, and then none of ten where they gain was drafted."""
     pace = Pace(trusted=frozenset({"heads"}))
     _, drafted = play_texts(pace, [False] * 4 + [True] * 10)
-    assert pace.accounts["heads"].pauses == 1 and sum(drafted[4:]) >= 8 * 30 and min(drafted[8:]) >= 30
+    assert sum(drafted[4:]) >= 8 * 30 and min(drafted[8:]) >= 30
+
+
+def test_what_drafting_gained_pays_for_trials_of_every_text():
+    """Heads gain in every fourth text, and are tried in all of them; the first of those where they lose may not spend
+    what they gained elsewhere. Seen to fail: texts left out after trials in vain, whatever drafting had gained before,
+    and with them some that gain; gains carried over whole."""
+    pace = Pace(trusted=frozenset({"heads"}))
+    gains = [True] * 4 + [False, False, False, True] * 8
+    spent, drafted = play_texts(pace, gains)
+    assert min(own for own, gain in zip(drafted, gains, strict=True) if gain) >= 28
+    assert max(drafted[4::4]) <= 13 and max(drafted[5::4]) <= 3, "a trial is short"
+    assert 64 * 10.0 * len(gains) / spent > 1.05
 
 
 @pytest.mark.parametrize("draft_ms", [13.0, 15.0, 20.0])
@@ -264,6 +277,23 @@ def test_two_useless_sources_keep_98_percent_of_plain_speed(heads_ms, text_ms, m
     spent, written, drafted = play_both(pace, 24 * 64, 10.0, drafts, match_every)
     assert min(drafted.values()) > 0
     assert 10.0 * written / spent >= 0.98
+
+
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize(("heads_ms", "text_ms", "match_every"), [(40.0, 20.0, 1), (20.0, 10.5, 4), (13.0, 13.0, 4)])
+def test_two_useless_sources_cost_their_share_and_a_start_over_texts(size, heads_ms, text_ms, match_every):
+    """As above over texts, of heads that were measured before, which have more to lose at the start. Seen to fail:
+    short texts, for every trial's rounds came on top of the share (7 % lost)."""
+    pace, spent = Pace(trusted=frozenset({"heads"})), 0.0
+    for at in range(24 * 64):
+        pace.place(20 + at % size)
+        own = pace.next(BOTH)
+        source = "text" if own.lookup and at % match_every == 0 else "heads" if own.exits else None
+        ms = {"text": text_ms, "heads": heads_ms, None: 10.0}[source]
+        pace.round(ms, 1.0, (source,) if source else ())
+        spent += ms
+    start = GAIN_STEPS + (FIRST_TRIALS + 1) * CREDIT_STEPS + max(heads_ms, text_ms) / 10.0
+    assert spent <= 24 * 64 * 10.0 * (1 + SHARE) + 10.0 * start
 
 
 def test_a_policy_without_a_source_has_no_account_of_it():
