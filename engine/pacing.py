@@ -8,8 +8,9 @@ on. Once it is overdrawn, that source pauses until other rounds have earned the 
 text drafts, and the other way round. Where drafting pays the sum falls and nothing pauses; where it never pays it
 costs the share and no more. Every pause in a row without a gain between them halves what an account earns, so that
 trials grow rare: the cost of drafting that never pays falls with the length of the task. A pause must not outlast the
-texts that it was for, either: a paused source tries each new text, and goes on there until it has lost a step or so,
-as long as all drafting together, gains and losses, cost no more than decoding has earned for it.
+texts that it was for, either: a paused source tries every new text, and goes on there until it has lost a step, if
+what it lost in all texts, less what it gained, is no more than decoding has earned for it. Gains elsewhere pay for such
+trials, and count little in a new text otherwise.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 SELDOM = 4  # times as many while drafting gains all that is remembered: a slower machine ends that, and is seen
-TRIAL_STEPS = 1.2  # plain steps that a paused source may lose in a new text
-FIRST_TRIALS = 3  # credits that trials of new texts may cost before decoding has earned them
-SAVED_STEPS = 64.0  # gains of all drafting that are remembered to pay for such trials, in plain steps
+TRIAL_STEPS = 1.0  # plain steps that a paused source may lose before it pauses again
+FIRST_TRIALS = 2  # credits that a source may lose in all, with its start, before decoding has earned them
+SAVED_STEPS = 64.0  # gains of a source that are remembered to pay for trials, in plain steps
 LONGEST_ROUND = 17  # tokens: a text that grows by more, or shrinks, is another one
 OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
 
@@ -42,6 +43,7 @@ class Account:
     """What one source of drafts has lost, in ms."""
 
     owed_ms: float = 0.0
+    lost_ms: float = 0.0  # in all texts, less what was earned for it: trials wait until that is nothing
     paused: bool = False
     pauses: int = 0
     failures: int = 0  # pauses since its drafts last gained
@@ -52,11 +54,11 @@ class Account:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
 
-    def begin(self, plain_ms: float, tries: bool) -> None:
-        """A new text: what was gained on others counts little for it. `tries`: a paused source tries it."""
+    def begin(self, plain_ms: float) -> None:
+        """A new text: what was gained on others counts little for it, but pays for a trial if the source is paused."""
         if not self.paused:
             self.owed_ms = max(self.owed_ms, -CARRIED_STEPS * plain_ms)
-        elif tries:
+        elif self.lost_ms <= 0:
             self.paused, self.owed_ms = False, (CREDIT_STEPS - TRIAL_STEPS) * plain_ms
 
     def without_stalls(self, ms: float, plain_ms: float) -> float:
@@ -69,13 +71,11 @@ class Account:
 
 @dataclass
 class Pace:
-    """Running accounts; they survive from request to request of one engine. `lost_ms` is what all drafting has cost
-    beyond what decoding earned for it, and pays for trials of new texts. `ladder`, if any, says how long heads'
+    """Running accounts; they survive from request to request of one engine. `ladder`, if any, says how long heads'
     drafts should be. `trusted` sources were measured before, as heads are when they are calibrated: they begin with all
     the gain that is ever remembered, so that a bad start does not put them out for hundreds of tokens."""
 
     plain_ms: float | None = None
-    lost_ms: float = 0.0
     rounds_since_plain: int = 0
     accounts: dict[Source, Account] = field(default_factory=dict)
     ladder: Ladder | None = None
@@ -87,7 +87,7 @@ class Pace:
 
     @property
     def paused(self) -> frozenset[Source]:
-        """Sources that do not draft now, but for trials of new texts."""
+        """Sources that do not draft now."""
         return frozenset(source for source, account in self.accounts.items() if account.paused)
 
     @property
@@ -107,7 +107,7 @@ class Pace:
         self._reach = reach
         if another and self.plain_ms is not None:
             for account in self.accounts.values():
-                account.begin(self.plain_ms, tries=self.lost_ms <= 0)
+                account.begin(self.plain_ms)
 
     def next(self, policy: DraftPolicy) -> DraftPolicy:
         """How the next round should draft."""
@@ -126,15 +126,12 @@ class Pace:
         if self.plain_ms is None or not self.accounts:
             return
         self.rounds_since_plain = self.rounds_since_plain + 1 if sources else 0
-        lost_of_all = -ms * max(account.share for account in self.accounts.values())
         for source, account in self.accounts.items():
             took, lost = ms, None
             if source in sources:
                 took = account.without_stalls(ms, self.plain_ms)
                 lost = (took - committed * self.plain_ms) / len(sources)
-                lost_of_all += lost
             self._charge(account, took, lost)
-        self.lost_ms = max(self.lost_ms + lost_of_all, -SAVED_STEPS * self.plain_ms)
 
     def _refresh_after(self) -> int:
         """Drafting rounds until a plain step is timed again."""
@@ -152,18 +149,18 @@ class Pace:
         if len(self._warm) >= (WARM_STEPS_LONGER if before else WARM_STEPS):
             self.plain_ms = min(self._warm)
             if not before:
-                self.lost_ms = -FIRST_TRIALS * CREDIT_STEPS * self.plain_ms
-                for source in self.trusted & self.accounts.keys():
-                    self.accounts[source].owed_ms = -GAIN_STEPS * self.plain_ms
-                    self.lost_ms -= GAIN_STEPS * self.plain_ms
+                for source, account in self.accounts.items():
+                    account.owed_ms = -GAIN_STEPS * self.plain_ms if source in self.trusted else 0.0
+                    account.lost_ms = account.owed_ms - FIRST_TRIALS * CREDIT_STEPS * self.plain_ms
 
     def _charge(self, account: Account, ms: float, lost: float | None) -> None:
         """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""
         assert self.plain_ms is not None
         earned = account.share * ms / len(self.accounts)
         account.owed_ms = max(account.owed_ms + (lost or 0.0) - earned, -GAIN_STEPS * self.plain_ms)
+        account.lost_ms = max(account.lost_ms + (lost or 0.0) - earned, -SAVED_STEPS * self.plain_ms)
         if account.paused:
-            account.paused = self.lost_ms > 0 or account.owed_ms > (CREDIT_STEPS - TRIAL_STEPS) * self.plain_ms
+            account.paused = account.lost_ms > 0 or account.owed_ms > (CREDIT_STEPS - TRIAL_STEPS) * self.plain_ms
         elif lost is not None:
             if account.owed_ms <= -GAIN_STEPS * self.plain_ms:
                 account.failures = 0

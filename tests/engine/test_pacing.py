@@ -279,6 +279,20 @@ def test_two_useless_sources_keep_98_percent_of_plain_speed(heads_ms, text_ms, m
     assert 10.0 * written / spent >= 0.98
 
 
+def test_a_source_pays_for_its_trials_itself():
+    """Heads that are never right, beside a text that is. Planted bug: one account of what all drafting gained, by which
+    heads are tried in every text."""
+    pace, drafted = Pace(), []
+    for at in range(48 * 64):
+        pace.place(20 + at % 64)
+        own = pace.next(BOTH)
+        source = "text" if own.lookup and at % 3 == 0 else "heads" if own.exits else None
+        ms, tokens = {"text": (12.0, 2.0), "heads": (14.0, 1.0), None: (10.0, 1.0)}[source]
+        pace.round(ms, tokens, (source,) if source else ())
+        drafted += [at // 64] if source == "heads" else []
+    assert 0 < len({text for text in drafted if text >= 16}) <= 8 and pace.accounts["text"].pauses == 0
+
+
 @pytest.mark.parametrize("size", [32, 128])
 @pytest.mark.parametrize(("heads_ms", "text_ms", "match_every"), [(40.0, 20.0, 1), (20.0, 10.5, 4), (13.0, 13.0, 4)])
 def test_two_useless_sources_cost_their_share_and_a_start_over_texts(size, heads_ms, text_ms, match_every):
