@@ -30,7 +30,7 @@ WARM_STEPS_LONGER = 2  # the same where texts of another length were timed befor
 SHORT = 8  # bits of a length: all up to 255 tokens are timed together
 MOST_HALVINGS = 3  # of the share, after trials that failed one after another; trials go on, for texts change
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
-SELDOM = 4  # times as many while drafting gains all that is remembered: a slower machine ends that, and is seen
+SELDOM = 4  # times as many where drafting has gained and owes nothing: a slower machine ends that, and is seen
 TRIAL_STEPS = 1.0  # plain steps that a paused source may lose before it pauses again
 FIRST_TRIALS = 2  # credits that a source may lose in all, with its start, before decoding has earned them
 SAVED_STEPS = 64.0  # gains of a source that are remembered to pay for trials, in plain steps
@@ -136,7 +136,8 @@ class Pace:
     def _refresh_after(self) -> int:
         """Drafting rounds until a plain step is timed again."""
         assert self.plain_ms is not None
-        gains = any(account.owed_ms <= -GAIN_STEPS * self.plain_ms for account in self.accounts.values())
+        gained = -GAIN_STEPS * self.plain_ms
+        gains = any(account.lost_ms <= gained and account.owed_ms <= 0 for account in self.accounts.values())
         return REFRESH_ROUNDS * (SELDOM if gains else 1)
 
     def _time(self, ms: float) -> None:

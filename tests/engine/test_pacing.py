@@ -66,8 +66,13 @@ def test_a_plain_step_is_timed_seldom_while_drafting_gains():
     assert 1000 - drafted - WARM_STEPS == 1000 // (SELDOM * REFRESH_ROUNDS)
     pace.rounds_since_plain = REFRESH_ROUNDS
     assert pace.next(HEADS) == HEADS
-    pace.round(15.0, 1.0, ("heads",))
+    for _ in range(int(2.5 * GAIN_STEPS)):
+        pace.round(15.0, 1.0, ("heads",))
     assert pace.next(HEADS) == PLAIN
+    pace = Pace(trusted=frozenset({"heads"}))
+    spent, drafted = play_texts(pace, [True] * 40)
+    plain = (spent - 15.0 * sum(drafted)) / 10.0
+    assert plain <= WARM_STEPS + sum(drafted) // (SELDOM * REFRESH_ROUNDS), "as seldom over many texts"
 
 
 @pytest.mark.parametrize(("draft_ms", "tokens"), [(30.0, 1.0), (20.0, 1.5), (100.0, 1.0)])
