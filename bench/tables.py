@@ -160,7 +160,7 @@ def print_plan(document: Mapping[str, Any]) -> None:
             error = row["error_interval"]
             table.add_row(
                 row["name"], f"{row['expected_tokens_per_second']:.1f}", f"{row['measured_tokens_per_second']:.1f}",
-                f"{row['error']:+.0%}", "-" if error is None else f"{error[0]:+.0%} to {error[1]:+.0%}",
+                f"{row['error']:+.0%}", "-" if error is None else f"{100 * error[0]:+.0f} to {100 * error[1]:+.0f}",
                 f"{row['expected_tokens_per_verification']:.2f}",
                 f"{row['measured_tokens_per_verification']:.2f}",
                 f"{row['expected_round_ms']:.2f}", f"{row['measured_round_ms']:.2f}",
