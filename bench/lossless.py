@@ -185,7 +185,13 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    arms, folders = parse_arms(args.arms), dict(pair.split("=", 1) for pair in args.heads)
+    if unnamed := [pair for pair in args.heads if "=" not in pair]:
+        parser.error(f"--heads {unnamed[0]}: expected KIND=FOLDER, such as recurrent=run/heads")
+    try:
+        arms = parse_arms(args.arms)
+    except ValueError as error:
+        parser.error(str(error))
+    folders = dict(pair.split("=", 1) for pair in args.heads)
     engines: dict[str, Engine] = {}
 
     def engine_of(kind: str) -> Engine:
@@ -202,7 +208,10 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"nothing could be drafted: {error}") from error
     if engine.tokenizer is None:
         raise SystemExit(f"{args.model} has no tokenizer, so it cannot read questions")
-    questions = choose(read_questions(args.prompts), limit=args.limit)
+    try:
+        questions = choose(read_questions(args.prompts), limit=args.limit)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     prompts = [engine.tokenizer.encode_chat([{"role": "user", "content": q.turns[0]}]) for q in questions]
     document: dict[str, Any] = {
         "schema_version": 2,

@@ -83,7 +83,7 @@ def check(
 
         def row(name: str, choice: Choice) -> dict[str, Any]:
             shares = _share("chosen", records[made.chosen.name], records[name])
-            own = _row(name, choice, made, measured[name]) | _error(choice, records[name])
+            own = _row(name, choice, made, measured[name]) | {"error_interval": _errors(choice, records[name])}
             return own | shares | _share(PLANNED, records[PLANNED], records[name])
 
         return [row(own.name, own) for own in choices] + [row(PLANNED, made.chosen)]
@@ -130,14 +130,11 @@ def _share(name: str, one: Sequence[Record], other: Sequence[Record]) -> dict[st
     return {f"{name}_share": float(share), f"{name}_share_interval": interval(tables, rate_ratio)}
 
 
-def _error(choice: Choice, records: Sequence[Record]) -> dict[str, Any]:
-    """How far the expected speed is off, and its interval over questions."""
+def _errors(choice: Choice, records: Sequence[Record]) -> list[float] | None:
+    """Between which errors the expected speed is off, by the measured one's interval over questions."""
     own = question_tables(records)
-    tables = [own["decode_tokens"], own["decode_ms"] / 1e3]
-    (speed,) = rate(*(table.sum(1, keepdims=True) for table in tables))
-    expected, between = choice.tokens_per_second, interval(tables, rate)
-    errors = None if between is None else sorted(expected / end - 1 for end in between)
-    return {"error": expected / float(speed) - 1, "error_interval": errors}
+    speeds = interval([own["decode_tokens"], own["decode_ms"] / 1e3], rate)
+    return None if speeds is None else sorted(choice.tokens_per_second / speed - 1 for speed in speeds)
 
 
 def _row(name: str, choice: Choice, made: Plan, measured: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +143,7 @@ def _row(name: str, choice: Choice, made: Plan, measured: dict[str, Any]) -> dic
         "name": name,
         "expected_tokens_per_second": choice.tokens_per_second,
         "measured_tokens_per_second": speed,
+        "error": choice.tokens_per_second / speed - 1,
         "expected_round_ms": choice.expected.ms,
         "measured_round_ms": 1e3 * measured["tokens_per_verification"] / speed,
         "expected_tokens_per_verification": choice.expected.tokens,

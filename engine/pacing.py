@@ -9,8 +9,8 @@ text drafts, and the other way round. Where drafting pays the sum falls and noth
 costs the share and no more. Every pause in a row without a gain between them halves what an account earns, so that
 trials grow rare: the cost of drafting that never pays falls with the length of the task. A pause must not outlast the
 texts that it was for, either: a paused source tries every new text, and goes on there until it has lost a step, if
-what it lost in all texts, less what it gained, is no more than decoding has earned for it. Gains elsewhere pay for such
-trials, and count little in a new text otherwise.
+what it lost in all texts, less what it gained, is little more than decoding has earned for it. Gains elsewhere pay for
+such trials, and count little in a new text otherwise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_HALVINGS = 3  # of the share, after trials that failed one after another; t
 REFRESH_ROUNDS = 64  # drafting rounds after which a plain step is timed again
 SELDOM = 4  # times as many where drafting has gained and owes nothing: a slower machine ends that, and is seen
 TRIAL_STEPS = 1.0  # plain steps that a paused source may lose before it pauses again
-FIRST_TRIALS = 2  # credits that a source may lose in all, with its start, before decoding has earned them
+AHEAD_STEPS = 7.0  # plain steps that a source may have lost in all texts before decoding has earned them
 SAVED_STEPS = 64.0  # gains of a source that are remembered to pay for trials, in plain steps
 LONGEST_ROUND = 17  # tokens: a text that grows by more, or shrinks, is another one
 OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came from elsewhere
@@ -42,8 +42,8 @@ OUTLIER = 3.0  # times the usual time of a source's rounds: what is beyond came 
 class Account:
     """What one source of drafts has lost, in ms."""
 
-    owed_ms: float = 0.0
-    lost_ms: float = 0.0  # in all texts, less what was earned for it: trials wait until that is nothing
+    owed_ms: float = 0.0  # in this text, with what was carried into it
+    lost_ms: float = 0.0  # in all texts, less what was earned for it
     paused: bool = False
     pauses: int = 0
     failures: int = 0  # pauses since its drafts last gained
@@ -54,11 +54,15 @@ class Account:
         """Of decoding time, what trials of all sources may cost if all fared like this one."""
         return SHARE / 2 ** min(max(0, self.failures - 1), MOST_HALVINGS)
 
+    def may_try(self, plain_ms: float) -> bool:
+        """Whether its drafts together have cost little enough for one trial more."""
+        return self.lost_ms <= AHEAD_STEPS * plain_ms
+
     def begin(self, plain_ms: float) -> None:
         """A new text: what was gained on others counts little for it, but pays for a trial if the source is paused."""
         if not self.paused:
             self.owed_ms = max(self.owed_ms, -CARRIED_STEPS * plain_ms)
-        elif self.lost_ms <= 0:
+        elif self.may_try(plain_ms):
             self.paused, self.owed_ms = False, (CREDIT_STEPS - TRIAL_STEPS) * plain_ms
 
     def without_stalls(self, ms: float, plain_ms: float) -> float:
@@ -150,9 +154,8 @@ class Pace:
         if len(self._warm) >= (WARM_STEPS_LONGER if before else WARM_STEPS):
             self.plain_ms = min(self._warm)
             if not before:
-                for source, account in self.accounts.items():
-                    account.owed_ms = -GAIN_STEPS * self.plain_ms if source in self.trusted else 0.0
-                    account.lost_ms = account.owed_ms - FIRST_TRIALS * CREDIT_STEPS * self.plain_ms
+                for source in self.trusted & self.accounts.keys():
+                    self.accounts[source].owed_ms = self.accounts[source].lost_ms = -GAIN_STEPS * self.plain_ms
 
     def _charge(self, account: Account, ms: float, lost: float | None) -> None:
         """One account's part of a round of `ms`: what it earned, and what it lost if it drafted."""
@@ -161,7 +164,8 @@ class Pace:
         account.owed_ms = max(account.owed_ms + (lost or 0.0) - earned, -GAIN_STEPS * self.plain_ms)
         account.lost_ms = max(account.lost_ms + (lost or 0.0) - earned, -SAVED_STEPS * self.plain_ms)
         if account.paused:
-            account.paused = account.lost_ms > 0 or account.owed_ms > (CREDIT_STEPS - TRIAL_STEPS) * self.plain_ms
+            earned_back = account.owed_ms <= (CREDIT_STEPS - TRIAL_STEPS) * self.plain_ms
+            account.paused = not (earned_back and account.may_try(self.plain_ms))
         elif lost is not None:
             if account.owed_ms <= -GAIN_STEPS * self.plain_ms:
                 account.failures = 0

@@ -127,3 +127,16 @@ def test_results_are_written_after_every_arm(tiny_folder, tmp_path, monkeypatch,
 def test_a_model_without_heads_is_refused(tiny_folder, tmp_path):
     with pytest.raises(SystemExit, match="no adapter heads are shipped"):
         main([str(tmp_path / "none.jsonl"), "--model", str(tiny_folder)])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--arms", "besides:1:greedy"], "of modes chain"),
+        (["--heads", "recurrent"], "KIND=FOLDER"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence_before_a_model_is_read(given, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["no_such_file.jsonl", "--model", "none", *given])
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from skipstone.engine.gate import PLAIN, Lookup, fixed_exit, from_text
 from skipstone.engine.pacing import (
+    AHEAD_STEPS,
     CREDIT_STEPS,
-    FIRST_TRIALS,
     GAIN_STEPS,
     MOST_HALVINGS,
     REFRESH_ROUNDS,
@@ -311,8 +311,21 @@ def test_two_useless_sources_cost_their_share_and_a_start_over_texts(size, heads
         ms = {"text": text_ms, "heads": heads_ms, None: 10.0}[source]
         pace.round(ms, 1.0, (source,) if source else ())
         spent += ms
-    start = GAIN_STEPS + (FIRST_TRIALS + 1) * CREDIT_STEPS + max(heads_ms, text_ms) / 10.0
+    start = GAIN_STEPS + AHEAD_STEPS + CREDIT_STEPS + max(heads_ms, text_ms) / 10.0
     assert spent <= 24 * 64 * 10.0 * (1 + SHARE) + 10.0 * start
+
+
+def test_a_source_that_comes_later_has_the_same_start():
+    """Planted bug seen to fail: what may be lost ahead was given once, to the sources of the first round."""
+    pace, tried = Pace(), []
+    play(pace, 20, 10.0, 14.0, 2.0)
+    for text in range(3):
+        for at in range(64):
+            pace.place(20 + at)
+            source = ("text",) if pace.next(from_text()).lookup else ()
+            pace.round(20.0 if source else 10.0, 1.0, source)
+            tried += [text] if source else []
+    assert set(tried) == {0, 1, 2}
 
 
 def test_a_policy_without_a_source_has_no_account_of_it():
